@@ -1,0 +1,182 @@
+"""Prompts: from a file's templates to anchor, target and probe prompts.
+
+A prompt file holds one template a line; `#` starts a comment line. `{subject}` stands for the concept, any other `{slot}` for
+each of the slot's values in turn. `a` or `an` before a slot is set right. A line without slots is a prompt as it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+SLOT = re.compile(r"\{(\w+)\}")
+ARTICLE = r"(?P<article>\b[Aa]n?\s+)?"
+
+
+class PromptsError(ValueError):
+    """Prompts can't be made; the message names the file or the anchor and says what to do."""
+
+
+def read_templates(path: str | Path) -> list[str]:
+    """The templates of a prompt file, in order, without comments and repeated lines. Raises PromptsError."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise PromptsError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise PromptsError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
+    lines = [line.strip() for line in text.splitlines()]
+    found = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not found:
+        raise PromptsError(f"{path}: holds no prompt; write one a line")
+    return found
+
+
+def file_source(path: str | Path) -> dict[str, str]:
+    """A prompt file as a spec names it: its path and the sha256 of its content."""
+    read_templates(path)
+    return {"file": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
+def with_article(article: str, word: str) -> str:
+    """`article` (a, an, A or An) as English wants it before `word`: `an owl`, `a unicorn`, `an r2d2`."""
+    first = word.split()[0].lower() if word.split() else ""
+    vowel = re.match(r"[aeiou]|hour|honest|heir|[fhlmnrsx]\d|[fhlmnrsx]$", first)
+    glide = re.match(r"uni|use|usu|ut[ei]|eu|one\b|once|ufo|ukulele", first)
+    return article[0] + ("n " if vowel and not glide else " ")
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """`template` with each `{slot}` replaced by its value, the article before it set right. Raises PromptsError."""
+
+    def put(match: re.Match) -> str:
+        if match["slot"] not in values:
+            known = ", ".join(f"{{{name}}}" for name in sorted(values))
+            raise PromptsError(f"{template!r}: unknown slot {{{match['slot']}}} (allowed: {known})")
+        value = values[match["slot"]]
+        return (with_article(match["article"], value) if match["article"] else "") + value
+
+    return re.sub(ARTICLE + r"\{(?P<slot>\w+)\}", put, template)
+
+
+def expand(templates: Sequence[str], subject: str, slots: Mapping[str, Sequence[str]]) -> list[str]:
+    """Every prompt that the templates make of `subject` and every combination of slot values, in order, none twice."""
+    prompts = []
+    for template in templates:
+        used = [name for name in dict.fromkeys(SLOT.findall(template)) if name in slots]
+        for choice in itertools.product(*(slots[name] for name in used)):
+            prompts.append(fill(template, {"subject": subject, **dict(zip(used, choice, strict=True))}))
+    return list(dict.fromkeys(prompts))
+
+
+def plural(noun: str) -> str:
+    """The regular English plural of a noun phrase: `grumpy cat` -> `grumpy cats`."""
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    return noun + ("es" if re.search(r"(s|x|z|ch|sh)$", noun) else "s")
+
+
+def replace_word(prompt: str, word: str, other: str) -> str:
+    """`prompt` with `word` replaced by `other`: whole words, any case, plurals, the article before it set right.
+
+    A capital first letter and all capitals carry over. `fisherman` holds no `fish`. A plural becomes `other`'s plural.
+    """
+    forms = {plural(word).lower(): plural(other), word.lower(): other}
+    pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
+
+    def put(match: re.Match) -> str:
+        found, new = match["word"], forms[match["word"].lower()]
+        if found.isupper() and len(found) > 1:
+            new = new.upper()
+        elif found[0].isupper():
+            new = new[0].upper() + new[1:]
+        return (with_article(match["article"], new) if match["article"] else "") + new
+
+    return re.sub(rf"{ARTICLE}(?<![\w-])(?P<word>{pattern})(?![\w-])", put, prompt, flags=re.IGNORECASE)
+
+
+def has_word(prompt: str, word: str) -> bool:
+    """Whether `prompt` holds `word` or its plural as a whole word, in any case."""
+    return re.search(rf"(?<![\w-])({re.escape(word)}|{re.escape(plural(word))})(?![\w-])", prompt, re.I) is not None
+
+
+def anchor_prompts(
+    kind: str, anchor: str, templates: Sequence[str], slots: Mapping[str, Sequence[str]], count: int | None = None
+) -> list[str]:
+    """The anchor's prompts, at most `count` of them (None: all), spread evenly over what the templates make.
+
+    For kind `object`, a prompt without the anchor word would train the target's own prompt on itself: such prompts are left
+    out with one warning that counts them. Raises PromptsError if none holds the word.
+    """
+    prompts = expand(templates, anchor, slots)
+    if kind == "object":
+        kept = [prompt for prompt in prompts if has_word(prompt, anchor)]
+        if not kept:
+            raise PromptsError(f"none of {len(prompts)} prompts holds the anchor {anchor!r} as a word")
+        if len(kept) < len(prompts):
+            left = len(prompts) - len(kept)
+            log.warning("%d of %d prompts hold no %r and are left out", left, len(prompts), anchor)
+        prompts = kept
+    if count is not None and count < len(prompts):
+        prompts = [prompts[index * len(prompts) // count] for index in range(count)]
+    return prompts
+
+
+def target_prompts(
+    prompts: Sequence[str], kind: str, target: str, anchor: str, templates: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """For each anchor prompt, the target prompts that training draws from, each as likely as the others.
+
+    Kind `object`: the anchor word replaced by the target, one a prompt. Kind `style`: each of `templates` filled with `{prompt}`
+    and `{target}`. Raises PromptsError for another kind.
+    """
+    if kind == "object":
+        return [(replace_word(prompt, anchor, target),) for prompt in prompts]
+    if kind == "style":
+        return [
+            tuple(fill(template, {"prompt": prompt, "target": target}) for template in templates)
+            for prompt in prompts
+        ]
+    raise PromptsError(f"kind {kind!r} has no target prompts yet (allowed: object, style)")
+
+
+def probe_prompts(
+    kind: str,
+    subject: str,
+    anchor: str,
+    templates: Sequence[str],
+    slots: Mapping[str, Sequence[str]],
+    style_templates: Sequence[str],
+    count: int | None = None,
+) -> list[str]:
+    """The evaluation prompts of `subject` (the target, the anchor or a neighbor): the anchor's prompts, made its own.
+
+    A style is named by the first of `style_templates`.
+    """
+    prompts = anchor_prompts(kind, anchor, templates, slots, count)
+    if subject == anchor:
+        return prompts
+    return [made[0] for made in target_prompts(prompts, kind, subject, anchor, style_templates)]
+
+
+def write_prompts(spec: Mapping, path: str | Path) -> list[str]:
+    """Stage `write_prompts`: make the spec's anchor prompts and write them as JSON to `path`."""
+    source = spec["source"]
+    templates = read_templates(source["file"])
+    if file_source(source["file"])["sha256"] != source["sha256"]:
+        raise PromptsError(f"{source['file']}: was changed after this run was planned; start it again")
+    prompts = anchor_prompts(spec["kind"], spec["anchor"], templates, spec["slots"], spec["count"])
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    content = {"kind": spec["kind"], "anchor": spec["anchor"], "prompts": prompts}
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    log.info("wrote %d prompts of %r to %s", len(prompts), spec["anchor"], path)
+    return prompts

@@ -1,0 +1,98 @@
+"""Schema checks that tell everything at once: each problem with its place, its value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used; `str()` lists every problem, one a line."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `path` is the dotted key, `message` says what is there and what is allowed."""
+
+    path: str
+    message: str
+
+
+def load_schema(path: str | Path) -> dict:
+    """Read a JSON schema written in YAML."""
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest allowed word, or an empty string."""
+    near = difflib.get_close_matches(str(word).lower(), list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def find_problems(instance: object, schema: Mapping) -> list[Problem]:
+    """Every way in which `instance` breaks `schema`, in the order of their keys."""
+    found = [p for error in Draft202012Validator(schema).iter_errors(instance) for p in _explain(error)]
+    return sorted(found, key=lambda problem: problem.path)
+
+
+def check_config(config: Mapping, schema: Mapping, source: str) -> None:
+    """Raise ConfigError, listing every problem, unless `config` follows `schema`. `source` names the files read."""
+    found = find_problems(config, schema)
+    if found:
+        lines = [f"{source}: {len(found)} error{'s' if len(found) > 1 else ''}"]
+        raise ConfigError("\n".join(lines + [f"  {problem.path}: {problem.message}" for problem in found]))
+
+
+def show(value: object) -> str:
+    """A value as an error message shows it: quoted, on one line, at most 80 characters."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _explain(error: ValidationError) -> Iterator[Problem]:
+    """Say one jsonschema error in plain words; unknown and missing keys give one problem each."""
+    path = [str(part) for part in error.absolute_path]
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        for key in sorted(set(error.instance) - set(known), key=str):
+            hint = did_you_mean(key, known) or f" (allowed: {', '.join(known)})"
+            yield Problem(".".join([*path, str(key)]), f"unknown key{hint}")
+    elif error.validator == "required":
+        for key in error.validator_value:
+            if key not in error.instance:
+                yield Problem(".".join([*path, key]), "is missing")
+    else:
+        yield Problem(".".join(path) or "(top)", complaint(error.instance, error.validator, error.validator_value))
+
+
+def complaint(value: object, rule: str, allowed: object) -> str:
+    """What is wrong with `value` under one schema keyword: `'x' is not one of a, b (did you mean 'a'?)`."""
+    shown = show(value)
+    if rule == "enum":
+        words = [str(word) for word in allowed]
+        return f"{shown} is not one of {', '.join(words)}{did_you_mean(str(value), words)}"
+    if rule == "type":
+        names = {"null": "empty", "number": "a number", "integer": "a whole number", "boolean": "true or false"}
+        names |= {"string": "a text", "array": "a list", "object": "a group of keys"}
+        kinds = [allowed] if isinstance(allowed, str) else list(allowed)
+        return f"{shown} is not {' or '.join(names[kind] for kind in kinds)}"
+    limits = {
+        "minimum": "must be at least {}",
+        "exclusiveMinimum": "must be more than {}",
+        "maximum": "must be at most {}",
+        "exclusiveMaximum": "must be less than {}",
+        "minLength": "must have at least {} character(s)",
+        "maxLength": "must have at most {} characters",
+        "minItems": "must have at least {} item(s)",
+        "maxItems": "must have at most {} item(s)",
+        "multipleOf": "must be a multiple of {}",
+        "pattern": "does not match {}",
+    }
+    return f"{shown} {limits.get(rule, rule + ' {}').format(allowed)}"

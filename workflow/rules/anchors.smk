@@ -1,0 +1,26 @@
+# The anchors' pictures: what the ablation trains on.
+# Reads prompts/{key}.json, writes anchors/{key}.parquet.
+# Steps: the unchanged model draws image i from prompt i (in turn) with seed + i. Rows with one anchor share them.
+
+
+rule generate_anchors:
+    """Draw the pictures of one anchor with the unchanged model."""
+    input:
+        prompts=lambda wildcards: plan.upstream("generate_anchors", wildcards.key, "write_prompts"),
+    output:
+        "<results>/anchors/{key}.parquet",
+    log:
+        "<logs>/generate_anchors/{key}.log",
+    benchmark:
+        "<benchmarks>/generate_anchors/{key}.tsv"
+    params:
+        spec=lambda wildcards: plan.spec("generate_anchors", wildcards.key),
+    threads: config["runtime"]["threads"]
+    resources:
+        gpu=1,
+        device=config["runtime"]["device"],
+        sample_batch_size=config["runtime"]["sample_batch_size"],
+    conda:
+        "../envs/python.yaml"
+    script:
+        "../scripts/generate_anchors.py"

@@ -1,0 +1,45 @@
+# What all rules share: the checked config, the checked table, the plan made of both, and what is said before and after a run.
+import json
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from concept_ablation.concepts import ConceptsError, load_concepts
+from concept_ablation.plan import PlanError, build_plan
+from concept_ablation.validation import ConfigError, check_config, load_schema
+
+
+def read_plan(config, schemas, configfiles):
+    """The plan of all rows; one WorkflowError lists whatever is wrong with the config or the table."""
+    config_schema = load_schema(schemas / "config.schema.yaml")
+    try:
+        check_config(config, config_schema, ", ".join(str(file) for file in configfiles))
+        concepts = load_concepts(config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema)
+        return build_plan(concepts, config)
+    except (ConceptsError, ConfigError, PlanError) as error:
+        raise WorkflowError(str(error)) from None
+
+
+plan = read_plan(config, Path(workflow.basedir) / "workflow" / "schemas", workflow.configfiles)
+
+
+pathvars:
+    results=config["results"],
+    logs=f"{config['results']}/logs",
+    benchmarks=f"{config['results']}/benchmarks",
+
+
+wildcard_constraints:
+    key=r"[A-Za-z0-9-]+\.[0-9a-f]{12}",
+
+
+onstart:
+    logger.info(plan.summary())
+
+
+onsuccess:
+    print_report(plan)
+
+
+onerror:
+    logger.error(f"Some jobs failed. Each one's log is in {plan.results}/logs/<rule>/<key>.log; finished work is kept.")

@@ -1,0 +1,43 @@
+# The tables of all rows and the page that shows them.
+# Reads every row's scores and pictures, writes report/scores, report/summary (Parquet and CSV) and report/index.html.
+# Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names all rows' files.
+
+
+rule aggregate_scores:
+    """Put all rows' scores into one long and one wide table."""
+    input:
+        plan.pending_files(),
+    output:
+        scores="<results>/report/scores.parquet",
+        scores_csv="<results>/report/scores.csv",
+        summary="<results>/report/summary.parquet",
+        summary_csv="<results>/report/summary.csv",
+    log:
+        "<logs>/aggregate_scores.log",
+    benchmark:
+        "<benchmarks>/aggregate_scores.tsv"
+    params:
+        spec=plan.report_spec(),
+    conda:
+        "../envs/python.yaml"
+    script:
+        "../scripts/aggregate_scores.py"
+
+
+rule render_report:
+    """Make the page: a sortable table, then pictures before and after for every row."""
+    input:
+        scores="<results>/report/scores.parquet",
+        summary="<results>/report/summary.parquet",
+    output:
+        "<results>/report/index.html",
+    log:
+        "<logs>/render_report.log",
+    benchmark:
+        "<benchmarks>/render_report.tsv"
+    params:
+        spec=plan.report_spec(),
+    conda:
+        "../envs/python.yaml"
+    script:
+        "../scripts/render_report.py"

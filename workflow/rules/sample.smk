@@ -1,0 +1,46 @@
+# The pictures that are judged: the same prompts and seeds with the unchanged model and with the ablated one.
+# Reads concepts/{key}/delta.safetensors, writes base/{key}.parquet (one probe, shared by rows) and samples/{key}.parquet.
+
+
+rule sample_base:
+    """Draw one probe with the unchanged model."""
+    output:
+        "<results>/base/{key}.parquet",
+    log:
+        "<logs>/sample_base/{key}.log",
+    benchmark:
+        "<benchmarks>/sample_base/{key}.tsv"
+    params:
+        spec=lambda wildcards: plan.spec("sample_base", wildcards.key),
+    threads: config["runtime"]["threads"]
+    resources:
+        gpu=1,
+        device=config["runtime"]["device"],
+        sample_batch_size=config["runtime"]["sample_batch_size"],
+    conda:
+        "../envs/python.yaml"
+    script:
+        "../scripts/sample_base.py"
+
+
+rule sample_ablated:
+    """Draw all probes of one row with the ablated model."""
+    input:
+        delta=lambda wildcards: plan.upstream("sample_ablated", wildcards.key, "ablate_concept"),
+    output:
+        "<results>/samples/{key}.parquet",
+    log:
+        "<logs>/sample_ablated/{key}.log",
+    benchmark:
+        "<benchmarks>/sample_ablated/{key}.tsv"
+    params:
+        spec=lambda wildcards: plan.spec("sample_ablated", wildcards.key),
+    threads: config["runtime"]["threads"]
+    resources:
+        gpu=1,
+        device=config["runtime"]["device"],
+        sample_batch_size=config["runtime"]["sample_batch_size"],
+    conda:
+        "../envs/python.yaml"
+    script:
+        "../scripts/sample_ablated.py"

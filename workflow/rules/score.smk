@@ -1,0 +1,26 @@
+# The scores of one row.
+# Reads samples/{key}.parquet and base/{key}.parquet of each probe, writes scores/{key}.parquet.
+# Steps: CLIP scores and accuracy, recognition, distance to the base model's pictures, each with its interval.
+
+
+rule score_concept:
+    """Score one row: is the target gone, are the neighbors intact."""
+    input:
+        samples=lambda wildcards: plan.upstream("score_concept", wildcards.key, "sample_ablated"),
+        base=lambda wildcards: plan.upstream("score_concept", wildcards.key, "sample_base"),
+    output:
+        "<results>/scores/{key}.parquet",
+    log:
+        "<logs>/score_concept/{key}.log",
+    benchmark:
+        "<benchmarks>/score_concept/{key}.tsv"
+    params:
+        spec=lambda wildcards: plan.spec("score_concept", wildcards.key),
+    threads: config["runtime"]["threads"]
+    resources:
+        gpu=1,
+        device=config["runtime"]["device"],
+    conda:
+        "../envs/python.yaml"
+    script:
+        "../scripts/score_concept.py"

@@ -1,0 +1,17 @@
+"""Rule generate_anchors: one anchor's pictures."""
+
+import json
+
+from snakemake.script import snakemake
+
+from concept_ablation.runtime import setup_logging
+from concept_ablation.sampling import generate_anchors
+
+setup_logging(snakemake.log[0])
+generate_anchors(
+    json.loads(snakemake.params.spec),
+    snakemake.input.prompts,
+    snakemake.output[0],
+    device=snakemake.resources.device,
+    batch_size=snakemake.resources.sample_batch_size,
+)

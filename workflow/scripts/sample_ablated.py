@@ -1,0 +1,17 @@
+"""Rule sample_ablated: all probes of a row, drawn by the ablated model."""
+
+import json
+
+from snakemake.script import snakemake
+
+from concept_ablation.runtime import setup_logging
+from concept_ablation.sampling import sample_ablated
+
+setup_logging(snakemake.log[0])
+sample_ablated(
+    json.loads(snakemake.params.spec),
+    snakemake.input.delta,
+    snakemake.output[0],
+    device=snakemake.resources.device,
+    batch_size=snakemake.resources.sample_batch_size,
+)
