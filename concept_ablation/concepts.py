@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from concept_ablation.validation import did_you_mean, find_problems, show
+from concept_ablation.validation import did_you_mean, find_problems, show, to_type
 
 KINDS_READY = ("style", "object")
 # Columns that override one value of the config for one row: column -> the path of the config's key.
@@ -29,7 +29,6 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "prior_weight": ("training", "prior_weight"),
     "seed": ("training", "seed"),
 }
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class ConceptsError(ValueError):
@@ -73,7 +72,7 @@ def load_concepts(path: str | Path, schema: Mapping, config_schema: Mapping) -> 
         table.complain(1, "has no header line", ", ".join(table.columns))
     elif not rows and not table.errors:
         table.complain(1, "has no row below its header", "one row a concept")
-    table.check_duplicates([concept for concept, _ in rows])
+    table.check_works([concept for concept, _ in rows])
     enabled = [concept for concept, on in rows if on]
     if rows and not enabled and not table.errors:
         table.complain(1, "has no row that is enabled", "set 'enabled' to true in at least one row")
@@ -98,6 +97,7 @@ class _Table:
     def __init__(self, path: Path, columns: Mapping[str, dict]) -> None:
         self.path, self.columns = path, columns
         self.errors: list[tuple[int, str]] = []
+        self.names: dict[str, int] = {}
 
     def complain(self, line: int, message: str, allowed: str = "", column: str = "") -> None:
         where = f"column {column!r}: " if column else ""
@@ -140,6 +140,9 @@ class _Table:
     def check_header(self, line: int, cells: list[str]) -> list[str]:
         """The column names; complains about unknown, repeated and missing ones."""
         header = [cell.lower() for cell in cells]
+        if len(cells) == 1 and (";" in cells[0] or "\t" in cells[0]):
+            self.complain(line, "separates columns by ';' or tabs", "commas; ';' separates neighbors")
+            self.raise_errors()
         for column in header:
             if column not in self.columns:
                 self.complain(line, f"unknown column {show(column)}{did_you_mean(column, self.columns)}", self._names())
@@ -159,7 +162,7 @@ class _Table:
         if count > width:
             self.complain(line, f"has {count} values under {width} columns; quote a value that holds a comma")
         known = {column: cell for column, cell in cells.items() if column in self.columns}
-        values = {column: self._value(line, column, cell) for column, cell in known.items() if cell}
+        values = {c: to_type(cell, self.columns[c].get("type", "string")) for c, cell in known.items() if cell}
         for column in ("kind", "target", "anchor"):
             if column in cells and not cells[column]:
                 self.complain(line, "is empty", "a value in every row", column)
@@ -170,29 +173,18 @@ class _Table:
             column, _, index = problem.path.partition(".")
             self.complain(line, problem.message, self._allowed(column, problem.message), column)
         self._check_words(line, values)
-        if len(self.errors) > before:
+        if name := values.get("concept"):
+            self._check_name(line, name)
+        if len(self.errors) > before or not {"kind", "target", "anchor"} <= values.keys():
             return []
         enabled = values.pop("enabled", True)
-        name = values.pop("concept", slug(f"{values['kind']}-{values['target']}"))
+        name = values.pop("concept", None)
+        if name is None:
+            self._check_name(line, name := slug(f"{values['kind']}-{values['target']}"))
         fixed = {key: values.pop(key) for key in ("kind", "target", "anchor")}
         neighbors = tuple(values.pop("neighbors", ()))
         prompts = values.pop("prompts", None)
         return [(Concept(name, **fixed, neighbors=neighbors, prompts=prompts, overrides=values, line=line), enabled)]
-
-    def _value(self, line: int, column: str, cell: str) -> object:
-        """`cell` as its column's type; what can't be converted stays a text, which the schema then refuses."""
-        kind = self.columns[column].get("type")
-        try:
-            if kind == "integer":
-                return int(cell)
-            if kind == "number":
-                number = float(cell)
-                return number if abs(number) < float("inf") else cell
-            if kind == "boolean":
-                return WORDS.get(cell.lower(), cell)
-        except ValueError:
-            pass
-        return cell
 
     def _allowed(self, column: str, message: str) -> str:
         """What the column allows, as its schema's description says, unless the message has said it."""
@@ -216,19 +208,20 @@ class _Table:
                 self.complain(line, f"{show(word)} stands twice", "each neighbor once", "neighbors")
             seen.add(word.casefold())
 
-    def check_duplicates(self, rows: list[Concept]) -> None:
-        """Two rows of one name, or of the same work, are a mistake; each is reported at its second place."""
-        names: dict[str, int] = {}
+    def _check_name(self, line: int, name: str) -> None:
+        """A name stands once in the table, in whatever case."""
+        first = self.names.setdefault(name.lower(), line)
+        if first != line:
+            self.complain(line, f"{show(name)} is the name of line {first}", "a name of its own", "concept")
+
+    def check_works(self, rows: list[Concept]) -> None:
+        """Two rows of the same work are a mistake, whatever their names; reported at the second one."""
         works: dict[tuple, int] = {}
         for row in rows:
             overrides = tuple(sorted(row.overrides.items()))
-            work = (row.kind, row.target.casefold(), row.anchor.casefold(), row.prompts, overrides)
-            if work in works:
-                first = works[work]
+            first = works.setdefault(
+                (row.kind, row.target.casefold(), row.anchor.casefold(), row.prompts, overrides), row.line
+            )
+            if first != row.line:
                 message = f"{show(row.target)} -> {show(row.anchor)} is the same work as line {first}"
                 self.complain(row.line, message, "each target, anchor and settings once", "target")
-            elif slug(row.name, 200) in names:
-                first = names[slug(row.name, 200)]
-                self.complain(row.line, f"{show(row.name)} is the name of line {first}", "a name of its own", "concept")
-            works.setdefault(work, row.line)
-            names.setdefault(slug(row.name, 200), row.line)

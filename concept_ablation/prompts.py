@@ -10,10 +10,11 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from concept_ablation.runtime import atomic_output
 
 log = logging.getLogger(__name__)
 SLOT = re.compile(r"\{(\w+)\}")
@@ -173,10 +174,8 @@ def write_prompts(spec: Mapping, path: str | Path) -> list[str]:
     if file_source(source["file"])["sha256"] != source["sha256"]:
         raise PromptsError(f"{source['file']}: was changed after this run was planned; start it again")
     prompts = anchor_prompts(spec["kind"], spec["anchor"], templates, spec["slots"], spec["count"])
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     content = {"kind": spec["kind"], "anchor": spec["anchor"], "prompts": prompts}
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with atomic_output(path) as part:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     log.info("wrote %d prompts of %r to %s", len(prompts), spec["anchor"], path)
     return prompts

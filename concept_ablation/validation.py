@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,43 @@ def find_problems(instance: object, schema: Mapping) -> list[Problem]:
     return sorted(found, key=lambda problem: problem.path)
 
 
-def check_config(config: Mapping, schema: Mapping, source: str) -> None:
-    """Raise ConfigError, listing every problem, unless `config` follows `schema`. `source` names the files read."""
-    found = find_problems(config, schema)
+def check_config(config: Mapping, schema: Mapping, source: str) -> dict:
+    """`config` with numbers for texts such as `1e-4`, which YAML and `--config` read as texts, where a number belongs.
+
+    Raises ConfigError, listing every problem, unless it follows `schema`. `source` names the files it was read from.
+    """
+    typed = _typed(config, schema)
+    found = find_problems(typed, schema)
     if found:
         lines = [f"{source}: {len(found)} error{'s' if len(found) > 1 else ''}"]
         raise ConfigError("\n".join(lines + [f"  {problem.path}: {problem.message}" for problem in found]))
+    return typed
+
+
+def to_type(text: str, kinds: str | Sequence[str]) -> object:
+    """`text` as the first of the JSON types `kinds` that it can be read as; else as it is, for a schema to refuse."""
+    words = {"boolean": {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}}
+    words["null"] = {"": None, "null": None, "none": None}
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        if kind in words and text.lower() in words[kind]:
+            return words[kind][text.lower()]
+        if kind in ("integer", "number"):
+            try:
+                number = int(text) if kind == "integer" else float(text)
+            except ValueError:
+                continue
+            if abs(number) < float("inf"):
+                return number
+    return text
+
+
+def _typed(value: object, schema: Mapping) -> object:
+    """`value` with each text, where its schema wants another type, read as that type."""
+    if isinstance(value, Mapping):
+        parts = schema.get("properties", {})
+        return {key: _typed(part, parts.get(key, {})) for key, part in value.items()}
+    kinds = schema.get("type", "string")
+    return to_type(value, kinds) if isinstance(value, str) and "string" not in kinds else value
 
 
 def show(value: object) -> str:
@@ -93,6 +124,6 @@ def complaint(value: object, rule: str, allowed: object) -> str:
         "minItems": "must have at least {} item(s)",
         "maxItems": "must have at most {} item(s)",
         "multipleOf": "must be a multiple of {}",
-        "pattern": "does not match {}",
+        "pattern": "has the wrong form",
     }
     return f"{shown} {limits.get(rule, rule + ' {}').format(allowed)}"

@@ -1,8 +1,6 @@
 # What all rules share: the checked config, the checked table, the plan made of both, and what is said before and after a run.
-import json
+import sys
 from pathlib import Path
-
-from snakemake.exceptions import WorkflowError
 
 from concept_ablation.concepts import ConceptsError, load_concepts
 from concept_ablation.plan import PlanError, build_plan
@@ -10,14 +8,14 @@ from concept_ablation.validation import ConfigError, check_config, load_schema
 
 
 def read_plan(config, schemas, configfiles):
-    """The plan of all rows; one WorkflowError lists whatever is wrong with the config or the table."""
+    """The plan of all rows; one message lists whatever is wrong with the config or the table, and nothing runs."""
     config_schema = load_schema(schemas / "config.schema.yaml")
     try:
-        check_config(config, config_schema, ", ".join(str(file) for file in configfiles))
+        config.update(check_config(config, config_schema, ", ".join(str(file) for file in configfiles)))
         concepts = load_concepts(config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema)
         return build_plan(concepts, config)
     except (ConceptsError, ConfigError, PlanError) as error:
-        raise WorkflowError(str(error)) from None
+        sys.exit(f"\n{error}")
 
 
 plan = read_plan(config, Path(workflow.basedir) / "workflow" / "schemas", workflow.configfiles)

@@ -13,5 +13,5 @@ ablate_concept(
     snakemake.input.anchors,
     snakemake.output.delta,
     snakemake.output.training,
-    device=snakemake.resources.device,
+    runtime={"device": snakemake.resources.device},
 )

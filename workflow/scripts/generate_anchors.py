@@ -12,6 +12,5 @@ generate_anchors(
     json.loads(snakemake.params.spec),
     snakemake.input.prompts,
     snakemake.output[0],
-    device=snakemake.resources.device,
-    batch_size=snakemake.resources.sample_batch_size,
+    runtime={key: snakemake.resources[key] for key in ("device", "sample_batch_size")},
 )

@@ -11,6 +11,5 @@ setup_logging(snakemake.log[0])
 sample_base(
     json.loads(snakemake.params.spec),
     snakemake.output[0],
-    device=snakemake.resources.device,
-    batch_size=snakemake.resources.sample_batch_size,
+    runtime={key: snakemake.resources[key] for key in ("device", "sample_batch_size")},
 )

@@ -13,5 +13,5 @@ score_concept(
     snakemake.input.samples,
     list(snakemake.input.base),
     snakemake.output[0],
-    device=snakemake.resources.device,
+    runtime={"device": snakemake.resources.device},
 )

@@ -1,11 +1,11 @@
 """Rule write_prompts: one anchor's prompts."""
 
 import json
-import logging
 
 from snakemake.script import snakemake
 
 from concept_ablation.prompts import write_prompts
+from concept_ablation.runtime import setup_logging
 
-logging.basicConfig(filename=snakemake.log[0], level=logging.INFO, force=True)
+setup_logging(snakemake.log[0])
 write_prompts(json.loads(snakemake.params.spec), snakemake.output[0])
