@@ -1,0 +1,129 @@
+"""Image stores: one Parquet file of images with prompts and seeds; its metadata says how they were made.
+
+Columns: `image` (struct of PNG `bytes` and a `path`, which image viewers and `datasets` understand),
+`prompt`, `seed` (int64), `index` (int64, counted within a probe), `role` and `subject` (strings, null for
+anchor images). The file's metadata holds one JSON text under `concept_ablation`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from concept_ablation.runtime import atomic_output
+
+METADATA_KEY = b"concept_ablation"
+COLUMNS = pa.schema(
+    [
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("index", pa.int64()),
+        ("role", pa.string()),
+        ("subject", pa.string()),
+    ]
+)
+# What makes `datasets.load_dataset("parquet", ...)` decode the image column.
+FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()
+ROWS_A_GROUP = 64
+
+
+class StoreError(ValueError):
+    """An image store that is absent or damaged; the message names the file and says what to do."""
+
+
+def write_store(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str, object]) -> int:
+    """Write `rows` to `path` as they come, whole or not at all; returns their number.
+
+    A row maps `image` to a PIL image and each other column to its value; `role` and `subject` may be absent.
+    Memory holds at most 64 rows.
+    """
+    description = json.dumps(metadata, sort_keys=True)
+    schema = COLUMNS.with_metadata({METADATA_KEY: description, b"huggingface": FEATURES})
+    remaining, count = iter(rows), 0
+    with atomic_output(path) as part, pq.ParquetWriter(part, schema, compression="none") as writer:
+        while group := [_encode(row) for row in itertools.islice(remaining, ROWS_A_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            count += len(group)
+    return count
+
+
+def _encode(row: Mapping) -> dict:
+    buffer = io.BytesIO()
+    row["image"].save(buffer, format="PNG")
+    image = {"bytes": buffer.getvalue(), "path": f"{row['index']:06d}.png"}
+    return {"role": None, "subject": None, **row, "image": image}
+
+
+def read_store(path: str | Path) -> ImageStore:
+    """The image store at `path`; images are decoded when asked for. Raises StoreError."""
+    if not Path(path).is_file():
+        raise StoreError(f"{path}: there is no such image store")
+    try:
+        table = pq.read_table(path)
+        metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StoreError(f"{path}: a damaged image store ({error}); delete it and run again") from error
+    except KeyError:
+        raise StoreError(f"{path}: Parquet, but no image store: no {METADATA_KEY!r} metadata") from None
+    for field in COLUMNS:
+        if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
+            raise StoreError(f"{path}: has no {field.name!r} column of {field.type}; delete it and run again")
+    return ImageStore(table, metadata, str(path))
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of the image store at `path` without their images. Raises StoreError."""
+    return read_store(path).rows
+
+
+class ImageStore:
+    """Rows of an image store: `table` (pyarrow), `metadata` (dict), `path`, and images by position."""
+
+    def __init__(self, table: pa.Table, metadata: dict, path: str) -> None:
+        self.table, self.metadata, self.path = table, metadata, path
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @functools.cached_property
+    def rows(self) -> list[dict]:
+        """All columns but the image, a dict a row."""
+        return self.table.drop_columns(["image"]).to_pylist()
+
+    def column(self, name: str) -> list:
+        """One column as a list, for instance `prompt`."""
+        return self.table.column(name).to_pylist()
+
+    def png(self, position: int) -> bytes:
+        """The PNG file of the image at `position` (0-based, among the selected rows)."""
+        return self.table.column("image")[position].as_py()["bytes"]
+
+    def image(self, position: int) -> Image.Image:
+        """The RGB image at `position` (0-based, among the selected rows). Raises StoreError."""
+        try:
+            return Image.open(io.BytesIO(self.png(position))).convert("RGB")
+        except (OSError, SyntaxError, TypeError) as error:
+            message = f"{self.path}: image {position} is damaged ({error}); delete it and run again"
+            raise StoreError(message) from error
+
+    def images(self) -> Iterator[Image.Image]:
+        """All images in order, one at a time."""
+        return (self.image(position) for position in range(len(self)))
+
+    def select(self, role: str | None = None, subject: str | None = None) -> ImageStore:
+        """The rows of one role, one subject, or both, in order; maybe none."""
+        table = self.table
+        for name, value in (("role", role), ("subject", subject)):
+            if value is not None:
+                table = table.filter(pc.equal(table.column(name), value))
+        return ImageStore(table, self.metadata, self.path)

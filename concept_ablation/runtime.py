@@ -1,0 +1,130 @@
+"""Where and how work runs: device, precision, memory, files that are whole or absent, logs.
+
+torch is imported inside the functions that need it: a script that only moves files starts in a fraction of a
+second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class DeviceError(ValueError):
+    """A device or a precision that isn't there; the message says what is allowed."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` is cuda, then mps, then cpu. Raises DeviceError if it isn't there."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind in there if there[kind]) if name == "auto" else name.partition(":")[0]
+    if not there.get(kind):
+        usable = ", ".join(["auto", *(kind for kind in there if there[kind])])
+        raise DeviceError(f"device {name!r} is not available here (allowed: {usable})")
+    return torch.device(kind if name == "auto" else name)
+
+
+def resolve_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """What `auto` means on `device`; other names pass if the device can do them.
+
+    bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else fp16 on
+    CUDA, else fp32. Only ever a precision of computation (autocast): weights stay fp32. Raises DeviceError.
+    """
+    if name not in get_args(Precision):
+        raise DeviceError(f"precision {name!r} is unknown (allowed: {', '.join(get_args(Precision))})")
+    if name == "fp16" and device.type != "cuda":
+        raise DeviceError(
+            f"precision 'fp16' needs a CUDA device, not {device.type!r} (allowed: auto, fp32, bf16)"
+        )
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        import torch
+
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which a model computes in `precision` on `device`, its weights left as they are."""
+    import torch
+
+    resolved = resolve_precision(precision, device)
+    if resolved == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if resolved == "bf16" else torch.float16)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of this process's CUDA tensors, on other devices of the process itself."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def atomic_output(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to: moved to `path` at the end, removed if the block fails.
+
+    So `path` is either the whole new file or as it was before. Folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def setup_logging(log_path: str | Path | None = None, level: int = logging.INFO) -> None:
+    """Send log records, Python warnings and the traceback of a crash to stderr and to `log_path`.
+
+    Called once by each script. Progress bars of libraries are switched off; ours write to stderr only.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_path is not None:
+        Path(log_path).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_path, mode="w", encoding="utf-8"))
+    logging.basicConfig(
+        level=level, handlers=handlers, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("httpx", "urllib3", "filelock", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.excepthook = _log_crash
+
+
+def _log_crash(kind, error, trace) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        log.error("interrupted")
+    else:
+        log.critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))
