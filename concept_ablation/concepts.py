@@ -107,7 +107,9 @@ class _Table:
         if not self.errors:
             return
         count = len(self.errors)
-        lines = [f"  {self.path}:{line}: {message}" for line, message in sorted(self.errors, key=lambda e: e[0])]
+        lines = [
+            f"  {self.path}:{line}: {message}" for line, message in sorted(self.errors, key=lambda e: e[0])
+        ]
         raise ConceptsError("\n".join([f"{self.path}: {count} error{'s' if count > 1 else ''}", *lines]))
 
     def parse(self) -> Iterator[tuple[int, list[str]]]:
@@ -118,7 +120,9 @@ class _Table:
             try:
                 cells = next(csv.reader([text], strict=True, skipinitialspace=True))
             except (csv.Error, StopIteration) as error:
-                self.complain(line, f"is not valid CSV: {error}; close every quote, and write a quote inside as two")
+                self.complain(
+                    line, f"is not valid CSV: {error}; close every quote, and write a quote inside as two"
+                )
                 continue
             yield line, [cell.strip() for cell in cells]
 
@@ -127,13 +131,17 @@ class _Table:
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            self.complain(1, f"can't be read: {error.strerror}; write the table there or set `concepts` in the config")
+            self.complain(
+                1, f"can't be read: {error.strerror}; write the table there or set `concepts` in the config"
+            )
             self.raise_errors()
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = data[: error.start].count(b"\n") + 1
-            self.complain(line, f"byte 0x{data[error.start]:02x} is not UTF-8", "UTF-8; save the file as 'CSV UTF-8'")
+            self.complain(
+                line, f"byte 0x{data[error.start]:02x} is not UTF-8", "UTF-8; save the file as 'CSV UTF-8'"
+            )
             self.raise_errors()
             raise AssertionError from error
 
@@ -145,7 +153,9 @@ class _Table:
             self.raise_errors()
         for column in header:
             if column not in self.columns:
-                self.complain(line, f"unknown column {show(column)}{did_you_mean(column, self.columns)}", self._names())
+                self.complain(
+                    line, f"unknown column {show(column)}{did_you_mean(column, self.columns)}", self._names()
+                )
             elif header.count(column) > 1:
                 self.complain(line, "stands twice in the header", column=column)
         for column in ("kind", "target", "anchor"):
@@ -156,13 +166,17 @@ class _Table:
     def _names(self) -> str:
         return ", ".join(self.columns)
 
-    def read_row(self, line: int, cells: dict[str, str], width: int, count: int) -> list[tuple[Concept, bool]]:
+    def read_row(
+        self, line: int, cells: dict[str, str], width: int, count: int
+    ) -> list[tuple[Concept, bool]]:
         """The row as a Concept and whether it is enabled; an empty list if it can't be made into one."""
         before = len(self.errors)
         if count > width:
             self.complain(line, f"has {count} values under {width} columns; quote a value that holds a comma")
         known = {column: cell for column, cell in cells.items() if column in self.columns}
-        values = {c: to_type(cell, self.columns[c].get("type", "string")) for c, cell in known.items() if cell}
+        values = {
+            c: to_type(cell, self.columns[c].get("type", "string")) for c, cell in known.items() if cell
+        }
         for column in ("kind", "target", "anchor"):
             if column in cells and not cells[column]:
                 self.complain(line, "is empty", "a value in every row", column)
@@ -184,7 +198,12 @@ class _Table:
         fixed = {key: values.pop(key) for key in ("kind", "target", "anchor")}
         neighbors = tuple(values.pop("neighbors", ()))
         prompts = values.pop("prompts", None)
-        return [(Concept(name, **fixed, neighbors=neighbors, prompts=prompts, overrides=values, line=line), enabled)]
+        return [
+            (
+                Concept(name, **fixed, neighbors=neighbors, prompts=prompts, overrides=values, line=line),
+                enabled,
+            )
+        ]
 
     def _allowed(self, column: str, message: str) -> str:
         """What the column allows, as its schema's description says, unless the message has said it."""
@@ -196,14 +215,18 @@ class _Table:
         schema = self.columns["kind"].get("enum", ())
         if kind in schema and kind not in KINDS_READY and values.get("enabled") is not False:
             ready = " or ".join(KINDS_READY)
-            self.complain(line, f"{show(kind)} can't be ablated yet", f"{ready}, or set 'enabled' to no", "kind")
+            self.complain(
+                line, f"{show(kind)} can't be ablated yet", f"{ready}, or set 'enabled' to no", "kind"
+            )
         if target and anchor and target.casefold() == anchor.casefold():
             self.complain(line, f"{show(anchor)} is the target itself", "a broader concept", "anchor")
         seen: set[str] = set()
         for word in values.get("neighbors", ()):
             for role, other in (("target", target), ("anchor", anchor)):
                 if other and word.casefold() == other.casefold():
-                    self.complain(line, f"{show(word)} is the {role}", "other concepts, to be kept", "neighbors")
+                    self.complain(
+                        line, f"{show(word)} is the {role}", "other concepts, to be kept", "neighbors"
+                    )
             if word.casefold() in seen:
                 self.complain(line, f"{show(word)} stands twice", "each neighbor once", "neighbors")
             seen.add(word.casefold())

@@ -95,8 +95,8 @@ class Row:
 class Plan:
     """The work of all rows: `rows`, sorted by name, and the specs of every stage by key."""
 
-    def __init__(self, results: str) -> None:
-        self.results = results
+    def __init__(self, results: str, verdict: Mapping[str, float]) -> None:
+        self.results, self.verdict = results, verdict
         self.rows: list[Row] = []
         self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in VERSIONS}
 
@@ -149,8 +149,8 @@ class Plan:
         return sorted({file for row in self.pending for file in self.files(row)})
 
     def report_spec(self) -> str:
-        """All rows with their files, as one canonical JSON text, whatever their order in the table."""
-        return canonical([self._report_row(row) for row in self.rows])
+        """All rows with their files and the verdict's limits, as one canonical JSON text, in the order of names."""
+        return canonical({"rows": [self._report_row(row) for row in self.rows], "verdict": self.verdict})
 
     def _report_row(self, row: Row) -> dict:
         concept = row.concept
@@ -179,12 +179,14 @@ class Plan:
 
 def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     """The plan of all rows under a valid config. Relative paths start at the working directory. Raises PlanError."""
-    plan, errors = Plan(config["results"]), []
+    plan, errors = Plan(config["results"], config["evaluation"]["verdict"]), []
     try:
         model = model_spec(config["model"], "model.path")
         scorer = dict(config["evaluation"]["scorer"])
         if scorer["pretrained"] is None:
-            scorer["fingerprint"] = model_spec({"path": scorer["model"]}, "evaluation.scorer.model")["fingerprint"]
+            scorer["fingerprint"] = model_spec({"path": scorer["model"]}, "evaluation.scorer.model")[
+                "fingerprint"
+            ]
     except PlanError as error:
         raise PlanError(f"config: {error}") from None
     for concept in concepts:
@@ -236,11 +238,15 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping, scorer
         {**pair, "model": model, "anchors": anchors, "training": training, "seed": seed},
     )
     probes, settings = _probes(concept, own), {"model": model, "sampler": evaluation["sampler"]}
-    samples = plan.add("sample_ablated", f"{kind}-{target}", {**settings, "delta": ablation, "probes": probes})
+    samples = plan.add(
+        "sample_ablated", f"{kind}-{target}", {**settings, "delta": ablation, "probes": probes}
+    )
     base = {}
     for probe in probes:
         plain = {name: value for name, value in probe.items() if name != "role"}
-        base[probe["subject"]] = plan.add("sample_base", f"{kind}-{probe['subject']}", {**settings, "probe": plain})
+        base[probe["subject"]] = plan.add(
+            "sample_base", f"{kind}-{probe['subject']}", {**settings, "probe": plain}
+        )
     neighbors = list(concept.neighbors)
     judged = {**pair, "concept": concept.name, "neighbors": neighbors, "samples": samples, "base": base}
     judged |= {"texts": _texts(concept, words), "scorer": scorer, "statistics": evaluation["statistics"]}
@@ -259,7 +265,13 @@ def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
     except PromptsError as error:
         raise PromptsError(f"{path}: {error}") from None
     source = file_source(path)
-    return {"kind": concept.kind, "anchor": concept.anchor, "source": source, "slots": slots, "count": prompts["count"]}
+    return {
+        "kind": concept.kind,
+        "anchor": concept.anchor,
+        "source": source,
+        "slots": slots,
+        "count": prompts["count"],
+    }
 
 
 def _probes(concept: Concept, own: Mapping) -> list[dict]:
@@ -267,10 +279,21 @@ def _probes(concept: Concept, own: Mapping) -> list[dict]:
     words, evaluation = own["prompts"][concept.kind], own["evaluation"]
     path = _prompt_path(words["evaluation"], concept.anchor)
     templates = read_templates(path)
-    roles = [("target", concept.target), ("anchor", concept.anchor), *(("neighbor", n) for n in concept.neighbors)]
+    roles = [
+        ("target", concept.target),
+        ("anchor", concept.anchor),
+        *(("neighbor", n) for n in concept.neighbors),
+    ]
     probes = []
     for role, subject in roles:
-        arguments = (concept.kind, subject, concept.anchor, templates, own["prompts"]["slots"], words["templates"])
+        arguments = (
+            concept.kind,
+            subject,
+            concept.anchor,
+            templates,
+            own["prompts"]["slots"],
+            words["templates"],
+        )
         try:
             made = probe_prompts(*arguments)
         except PromptsError as error:
@@ -283,7 +306,9 @@ def _probes(concept: Concept, own: Mapping) -> list[dict]:
 
 def _texts(concept: Concept, words: Mapping) -> dict[str, str]:
     """Subject -> the text that the scorer compares its pictures with."""
-    texts = {name: fill(words["target_text"], {"subject": name}) for name in (concept.target, *concept.neighbors)}
+    texts = {
+        name: fill(words["target_text"], {"subject": name}) for name in (concept.target, *concept.neighbors)
+    }
     return {**texts, concept.anchor: fill(words["anchor_text"], {"subject": concept.anchor})}
 
 

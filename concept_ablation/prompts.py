@@ -105,11 +105,18 @@ def replace_word(prompt: str, word: str, other: str) -> str:
 
 def has_word(prompt: str, word: str) -> bool:
     """Whether `prompt` holds `word` or its plural as a whole word, in any case."""
-    return re.search(rf"(?<![\w-])({re.escape(word)}|{re.escape(plural(word))})(?![\w-])", prompt, re.I) is not None
+    return (
+        re.search(rf"(?<![\w-])({re.escape(word)}|{re.escape(plural(word))})(?![\w-])", prompt, re.I)
+        is not None
+    )
 
 
 def anchor_prompts(
-    kind: str, anchor: str, templates: Sequence[str], slots: Mapping[str, Sequence[str]], count: int | None = None
+    kind: str,
+    anchor: str,
+    templates: Sequence[str],
+    slots: Mapping[str, Sequence[str]],
+    count: int | None = None,
 ) -> list[str]:
     """The anchor's prompts, at most `count` of them (None: all), spread evenly over what the templates make.
 

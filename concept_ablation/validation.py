@@ -100,7 +100,9 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
             if key not in error.instance:
                 yield Problem(".".join([*path, key]), "is missing")
     else:
-        yield Problem(".".join(path) or "(top)", complaint(error.instance, error.validator, error.validator_value))
+        yield Problem(
+            ".".join(path) or "(top)", complaint(error.instance, error.validator, error.validator_value)
+        )
 
 
 def complaint(value: object, rule: str, allowed: object) -> str:
@@ -110,7 +112,12 @@ def complaint(value: object, rule: str, allowed: object) -> str:
         words = [str(word) for word in allowed]
         return f"{shown} is not one of {', '.join(words)}{did_you_mean(str(value), words)}"
     if rule == "type":
-        names = {"null": "empty", "number": "a number", "integer": "a whole number", "boolean": "true or false"}
+        names = {
+            "null": "empty",
+            "number": "a number",
+            "integer": "a whole number",
+            "boolean": "true or false",
+        }
         names |= {"string": "a text", "array": "a list", "object": "a group of keys"}
         kinds = [allowed] if isinstance(allowed, str) else list(allowed)
         return f"{shown} is not {' or '.join(names[kind] for kind in kinds)}"

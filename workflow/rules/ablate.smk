@@ -14,13 +14,13 @@ rule ablate_concept:
         "<logs>/ablate_concept/{key}.log",
     benchmark:
         "<benchmarks>/ablate_concept/{key}.tsv"
-    params:
-        spec=lambda wildcards: plan.spec("ablate_concept", wildcards.key),
+    conda:
+        "../envs/python.yaml"
     threads: config["runtime"]["threads"]
     resources:
         gpu=1,
         device=config["runtime"]["device"],
-    conda:
-        "../envs/python.yaml"
+    params:
+        spec=lambda wildcards: plan.spec("ablate_concept", wildcards.key),
     script:
         "../scripts/ablate_concept.py"

@@ -13,14 +13,14 @@ rule generate_anchors:
         "<logs>/generate_anchors/{key}.log",
     benchmark:
         "<benchmarks>/generate_anchors/{key}.tsv"
-    params:
-        spec=lambda wildcards: plan.spec("generate_anchors", wildcards.key),
+    conda:
+        "../envs/python.yaml"
     threads: config["runtime"]["threads"]
     resources:
         gpu=1,
         device=config["runtime"]["device"],
         sample_batch_size=config["runtime"]["sample_batch_size"],
-    conda:
-        "../envs/python.yaml"
+    params:
+        spec=lambda wildcards: plan.spec("generate_anchors", wildcards.key),
     script:
         "../scripts/generate_anchors.py"

@@ -12,7 +12,9 @@ def read_plan(config, schemas, configfiles):
     config_schema = load_schema(schemas / "config.schema.yaml")
     try:
         config.update(check_config(config, config_schema, ", ".join(str(file) for file in configfiles)))
-        concepts = load_concepts(config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema)
+        concepts = load_concepts(
+            config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema
+        )
         return build_plan(concepts, config)
     except (ConceptsError, ConfigError, PlanError) as error:
         sys.exit(f"\n{error}")
@@ -40,4 +42,6 @@ onsuccess:
 
 
 onerror:
-    logger.error(f"Some jobs failed. Each one's log is in {plan.results}/logs/<rule>/<key>.log; finished work is kept.")
+    logger.error(
+        f"Some jobs failed. Each one's log is in {plan.results}/logs/<rule>/<key>.log; finished work is kept."
+    )

@@ -11,9 +11,9 @@ rule write_prompts:
         "<logs>/write_prompts/{key}.log",
     benchmark:
         "<benchmarks>/write_prompts/{key}.tsv"
-    params:
-        spec=lambda wildcards: plan.spec("write_prompts", wildcards.key),
     conda:
         "../envs/python.yaml"
+    params:
+        spec=lambda wildcards: plan.spec("write_prompts", wildcards.key),
     script:
         "../scripts/write_prompts.py"

@@ -16,10 +16,10 @@ rule aggregate_scores:
         "<logs>/aggregate_scores.log",
     benchmark:
         "<benchmarks>/aggregate_scores.tsv"
-    params:
-        spec=plan.report_spec(),
     conda:
         "../envs/python.yaml"
+    params:
+        spec=plan.report_spec(),
     script:
         "../scripts/aggregate_scores.py"
 
@@ -35,9 +35,9 @@ rule render_report:
         "<logs>/render_report.log",
     benchmark:
         "<benchmarks>/render_report.tsv"
-    params:
-        spec=plan.report_spec(),
     conda:
         "../envs/python.yaml"
+    params:
+        spec=plan.report_spec(),
     script:
         "../scripts/render_report.py"

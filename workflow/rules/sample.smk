@@ -10,15 +10,15 @@ rule sample_base:
         "<logs>/sample_base/{key}.log",
     benchmark:
         "<benchmarks>/sample_base/{key}.tsv"
-    params:
-        spec=lambda wildcards: plan.spec("sample_base", wildcards.key),
+    conda:
+        "../envs/python.yaml"
     threads: config["runtime"]["threads"]
     resources:
         gpu=1,
         device=config["runtime"]["device"],
         sample_batch_size=config["runtime"]["sample_batch_size"],
-    conda:
-        "../envs/python.yaml"
+    params:
+        spec=lambda wildcards: plan.spec("sample_base", wildcards.key),
     script:
         "../scripts/sample_base.py"
 
@@ -33,14 +33,14 @@ rule sample_ablated:
         "<logs>/sample_ablated/{key}.log",
     benchmark:
         "<benchmarks>/sample_ablated/{key}.tsv"
-    params:
-        spec=lambda wildcards: plan.spec("sample_ablated", wildcards.key),
+    conda:
+        "../envs/python.yaml"
     threads: config["runtime"]["threads"]
     resources:
         gpu=1,
         device=config["runtime"]["device"],
         sample_batch_size=config["runtime"]["sample_batch_size"],
-    conda:
-        "../envs/python.yaml"
+    params:
+        spec=lambda wildcards: plan.spec("sample_ablated", wildcards.key),
     script:
         "../scripts/sample_ablated.py"

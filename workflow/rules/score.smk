@@ -14,13 +14,13 @@ rule score_concept:
         "<logs>/score_concept/{key}.log",
     benchmark:
         "<benchmarks>/score_concept/{key}.tsv"
-    params:
-        spec=lambda wildcards: plan.spec("score_concept", wildcards.key),
+    conda:
+        "../envs/python.yaml"
     threads: config["runtime"]["threads"]
     resources:
         gpu=1,
         device=config["runtime"]["device"],
-    conda:
-        "../envs/python.yaml"
+    params:
+        spec=lambda wildcards: plan.spec("score_concept", wildcards.key),
     script:
         "../scripts/score_concept.py"

@@ -12,5 +12,6 @@ generate_anchors(
     json.loads(snakemake.params.spec),
     snakemake.input.prompts,
     snakemake.output[0],
-    runtime={key: snakemake.resources[key] for key in ("device", "sample_batch_size")},
+    device=snakemake.resources.device,
+    batch_size=snakemake.resources.sample_batch_size,
 )

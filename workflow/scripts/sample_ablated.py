@@ -12,5 +12,6 @@ sample_ablated(
     json.loads(snakemake.params.spec),
     snakemake.input.delta,
     snakemake.output[0],
-    runtime={key: snakemake.resources[key] for key in ("device", "sample_batch_size")},
+    device=snakemake.resources.device,
+    batch_size=snakemake.resources.sample_batch_size,
 )

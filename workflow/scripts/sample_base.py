@@ -11,5 +11,6 @@ setup_logging(snakemake.log[0])
 sample_base(
     json.loads(snakemake.params.spec),
     snakemake.output[0],
-    runtime={key: snakemake.resources[key] for key in ("device", "sample_batch_size")},
+    device=snakemake.resources.device,
+    batch_size=snakemake.resources.sample_batch_size,
 )
