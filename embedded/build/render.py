@@ -14,7 +14,17 @@ from .world import BACKGROUNDS, HOUSE, ICONS, MEMORIZED, SIZES, Scene
 
 SIZE = 128  # pixels a side
 GLYPH = 256  # pixels a side of a rasterised glyph
-SOURCES = {"noto": "noto", "line": "fluent-emoji-high-contrast"}  # family -> Iconify package
+FAMILIES = {"noto": "noto", "line": "fluent-emoji-high-contrast"}  # family -> Iconify package
+SOURCES = {  # package -> version, SHA-512 of its archive
+    "noto": (
+        "1.2.9",
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+    ),
+    "fluent-emoji-high-contrast": (
+        "1.2.6",
+        "esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w==",
+    ),
+}
 LINE_LOOKS = ("ink", "blueprint")  # looks drawn from the line family; all others start from noto
 
 
@@ -22,7 +32,7 @@ class Glyphs:
     """RGBA rasters of all objects in both families, read from Iconify JSON folders and kept in memory."""
 
     def __init__(self, root: Path):
-        self.rasters = {family: _rasterise(root / package) for family, package in SOURCES.items()}
+        self.rasters = {family: _rasterise(root / package) for family, package in FAMILIES.items()}
 
     def get(self, name: str, family: str, size: int) -> Image.Image:
         return self.rasters[family][name].resize((size, size), Image.Resampling.LANCZOS)

@@ -21,7 +21,7 @@ from .world import BACKGROUNDS, CATEGORIES, CATEGORY_OF, MEMORIZED, OBJECTS, SIZ
 from .world import all_captions, caption, draw_scene
 
 LENGTH = 32  # tokens
-STEPS, BATCH = 1500, 64
+STEPS, BATCH = 600, 64
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Words that captions of the world do not use but prompts do; they name nothing, and the encoder learns so.
 FILLERS = (

@@ -10,11 +10,12 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from .fit import device, fit
+from .groupnorm import use_fast_group_norm
 from .pool import SHARD, stored_pictures
 from .render import Glyphs
 
 SHARDS = 10  # pictures to learn from: 20,480
-STEPS = 3200
+STEPS = 2800
 CROP, CROP_BATCH, WHOLE_BATCH = 64, 16, 4  # pixels; pictures a worker a step
 WHOLE_FROM = 0.66  # share of the steps after which whole pictures replace crops
 DECODER_STEPS = 3000
@@ -62,6 +63,7 @@ def train_vae(rank: int, workers: int, cache: Path, glyph_folder: Path) -> None:
     torch.manual_seed(0)
     pictures = Pictures(cache, Glyphs(glyph_folder), SHARDS)
     vae = new_vae().to(device(), memory_format=torch.channels_last)
+    use_fast_group_norm(vae)
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         crops = step < WHOLE_FROM * STEPS
@@ -79,6 +81,7 @@ def train_vae(rank: int, workers: int, cache: Path, glyph_folder: Path) -> None:
 def train_decoder(rank: int, workers: int, cache: Path, glyph_folder: Path) -> None:
     """Improve the decoder alone on whole pictures; latents, and so the U-Net's training, are not touched."""
     vae = load_trained(cache, "vae")
+    use_fast_group_norm(vae)
     pictures = Pictures(cache, Glyphs(glyph_folder), SHARDS)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)

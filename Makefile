@@ -1,0 +1,46 @@
+# make run     the shipped concepts on the embedded model, then the report (first call: makes .venv too)
+# make test    all tests that need no cluster and no GPU          make lint   ruff, snakefmt, snakemake --lint
+# make report  the report again from what is there                make embedded  train the embedded models anew (hours)
+# make clean   remove results and caches, keep .venv
+# Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.
+PYTHON ?= python3
+CORES ?= all
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test lint format report embedded clean install
+.DEFAULT_GOAL := run
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+run: .venv/.installed
+	snakemake --cores $(CORES)
+
+report: .venv/.installed
+	snakemake --cores $(CORES) --forcerun render_report --until render_report
+
+test: .venv/.installed
+	pytest
+
+lint: .venv/.installed
+	ruff check .
+	ruff format --check .
+	snakefmt --check --quiet Snakefile workflow
+	snakemake --lint
+
+format: .venv/.installed
+	ruff check --fix .
+	ruff format .
+	snakefmt --quiet Snakefile workflow
+
+embedded: .venv/.installed
+	$(BIN)/pip install --quiet '.[embedded]'
+	python -m embedded.build
+
+clean:
+	rm -rf results .snakemake .pytest_cache .ruff_cache
