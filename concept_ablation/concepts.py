@@ -1,7 +1,8 @@
 """Read `concepts.csv`: one row a concept, every mistake of the whole table reported together.
 
-A line that is blank or starts with `#` is skipped, so a row is switched off by commenting it out. Columns may come in any
-order. Each line is parsed alone: an error can name its line, and an open quote can't swallow the rest of the file.
+A line that is blank or starts with `#` is skipped, so a row is switched off by commenting it out. Columns may
+come in any order. Each line is parsed alone: an error can name its line, and an open quote can't swallow the
+rest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
 
 
 class ConceptsError(ValueError):
-    """The table can't be used; `str()` lists every problem with its line, column, value and what is allowed."""
+    """The table can't be used; `str()` lists every problem: line, column, value and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ class Concept:
 
 
 def slug(text: str, length: int = 40) -> str:
-    """`text` as a piece of a file name: lower-case letters, digits and single hyphens, at most `length` long."""
+    """`text` as a piece of a file name: lower-case letters, digits and single hyphens, at most `length`."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:length].strip("-") or "x"
 
 
 def load_concepts(path: str | Path, schema: Mapping, config_schema: Mapping) -> list[Concept]:
     """The enabled rows of the table at `path`, in the file's order.
 
-    `schema` is `workflow/schemas/concepts.schema.yaml`; the columns of OVERRIDES are checked as `config_schema`
-    (`config.schema.yaml`) checks the keys that they override. Raises ConceptsError.
+    `schema` is `workflow/schemas/concepts.schema.yaml`; the columns of OVERRIDES are checked as
+    `config.schema.yaml`, the `config_schema`, checks the keys that they override. Raises ConceptsError.
     """
     table = _Table(Path(path), _columns(schema, config_schema))
     header: list[str] | None = None
@@ -81,7 +82,7 @@ def load_concepts(path: str | Path, schema: Mapping, config_schema: Mapping) -> 
 
 
 def _columns(schema: Mapping, config_schema: Mapping) -> dict[str, dict]:
-    """Column -> its schema: the table's own columns, then the overrides with the bounds of the config's keys."""
+    """Column -> its schema: the table's own columns, then the overrides with the config keys' bounds."""
     columns = dict(schema["properties"])
     for column, keys in OVERRIDES.items():
         part: Mapping = config_schema

@@ -1,8 +1,9 @@
 """From rows and config to stage specs and keys: what work there is, which of it is equal, which is done.
 
-A *spec* is a dict that holds all that decides a stage's output; a *key* is `<slug>.<12 hex of the spec's sha256>` and names the
-output's file. So equal work has one key and is done once, and an edited row gets new keys while all others keep theirs. Specs
-name upstream work by its key. Nothing here imports torch or pandas: this runs whenever Snakemake reads the workflow.
+A *spec* is a dict that holds all that decides a stage's output; a *key* is `<slug>.<12 hex of the spec's
+sha256>` and names the output's file. So equal work has one key and is done once, and an edited row gets new
+keys while all others keep theirs. Specs name upstream work by its key. Nothing here imports torch or pandas:
+this runs whenever Snakemake reads the workflow.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from concept_ablation.prompts import (
     read_templates,
 )
 
-# Raise a stage's number when its code gives other output for the same spec; tests/test_stage_lock.py asks for the decision.
+# Raise a stage's number when its code gives other output for the same spec; tests/test_stage_lock.py asks for
+# it.
 VERSIONS = {
     "write_prompts": 1,
     "generate_anchors": 1,
@@ -65,9 +67,10 @@ def make_key(label: str, spec: Mapping) -> str:
 
 @functools.lru_cache(maxsize=64)
 def fingerprint(folder: str) -> str:
-    """12 hex digits that change with a model folder's content; quick, since of a large file only three parts are read.
+    """12 hex digits that change with a model folder's content; of a large file only three parts are read.
 
-    Hashes the sorted relative names, sizes and first, middle and last 64 KiB of the configuration and weight files.
+    Hashes the sorted relative names, the sizes and the first, middle and last 64 KiB of the configuration and
+    weight files.
     """
     digest, part = hashlib.sha256(), 65536
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in WEIGHT_FILES and p.is_file()):
@@ -95,8 +98,9 @@ class Row:
 class Plan:
     """The work of all rows: `rows`, sorted by name, and the specs of every stage by key."""
 
-    def __init__(self, results: str, verdict: Mapping[str, float]) -> None:
-        self.results, self.verdict = results, verdict
+    def __init__(self, results: str, verdict: Mapping[str, float], page: Mapping[str, int]) -> None:
+        self.results = results
+        self.report = {"verdict": dict(verdict), "page": dict(page)}
         self.rows: list[Row] = []
         self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in VERSIONS}
 
@@ -149,8 +153,8 @@ class Plan:
         return sorted({file for row in self.pending for file in self.files(row)})
 
     def report_spec(self) -> str:
-        """All rows with their files and the verdict's limits, as one canonical JSON text, in the order of names."""
-        return canonical({"rows": [self._report_row(row) for row in self.rows], "verdict": self.verdict})
+        """All rows, sorted by name, with their files and the report's settings, as canonical JSON."""
+        return canonical({"rows": [self._report_row(row) for row in self.rows], **self.report})
 
     def _report_row(self, row: Row) -> dict:
         concept = row.concept
@@ -178,8 +182,11 @@ class Plan:
 
 
 def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
-    """The plan of all rows under a valid config. Relative paths start at the working directory. Raises PlanError."""
-    plan, errors = Plan(config["results"], config["evaluation"]["verdict"]), []
+    """The plan of all rows under a valid config; relative paths start at the working directory.
+
+    Raises PlanError.
+    """
+    plan, errors = Plan(config["results"], config["evaluation"]["verdict"], config["report"]), []
     try:
         model = model_spec(config["model"], "model.path")
         scorer = dict(config["evaluation"]["scorer"])
@@ -201,14 +208,17 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
 
 
 def model_spec(model: Mapping, key: str) -> dict:
-    """A model as specs name it: a folder with its fingerprint, or a hub id with its pinned revision. Raises PlanError."""
+    """A model as specs name it: a folder with its fingerprint, or a hub id with its pinned revision.
+
+    Raises PlanError.
+    """
     path, revision = model["path"], model.get("revision")
     if os.path.isdir(path):
         return {"path": path, "revision": revision, "fingerprint": fingerprint(path)}
     if revision is None:
         raise PlanError(
-            f"{key}: {path!r} is no folder here. Give the folder of a model; a hub id needs its pinned revision (for the "
-            "scorer: an open_clip name and its pretrained weights)"
+            f"{key}: {path!r} is no folder here. Give the folder of a model; a hub id needs its "
+            "pinned revision (for the scorer: an open_clip name and its pretrained weights)"
         )
     return {"path": path, "revision": revision}
 

@@ -1,7 +1,8 @@
 """Prompts: from a file's templates to anchor, target and probe prompts.
 
-A prompt file holds one template a line; `#` starts a comment line. `{subject}` stands for the concept, any other `{slot}` for
-each of the slot's values in turn. `a` or `an` before a slot is set right. A line without slots is a prompt as it stands.
+A prompt file holds one template a line; `#` starts a comment line. `{subject}` stands for the concept, any
+other `{slot}` for each of the slot's values in turn. `a` or `an` before a slot is set right. A line without
+slots is a prompt as it stands.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def with_article(article: str, word: str) -> str:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """`template` with each `{slot}` replaced by its value, the article before it set right. Raises PromptsError."""
+    """`template` with each `{slot}` replaced by its value, the article before it set right.
+
+    Raises PromptsError for a slot that has no value.
+    """
 
     def put(match: re.Match) -> str:
         if match["slot"] not in values:
@@ -68,7 +72,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def expand(templates: Sequence[str], subject: str, slots: Mapping[str, Sequence[str]]) -> list[str]:
-    """Every prompt that the templates make of `subject` and every combination of slot values, in order, none twice."""
+    """Every prompt that the templates make of `subject` and all combinations of slot values, none twice."""
     prompts = []
     for template in templates:
         used = [name for name in dict.fromkeys(SLOT.findall(template)) if name in slots]
@@ -85,9 +89,10 @@ def plural(noun: str) -> str:
 
 
 def replace_word(prompt: str, word: str, other: str) -> str:
-    """`prompt` with `word` replaced by `other`: whole words, any case, plurals, the article before it set right.
+    """`prompt` with `word` replaced by `other`: whole words, any case, the article before it set right.
 
-    A capital first letter and all capitals carry over. `fisherman` holds no `fish`. A plural becomes `other`'s plural.
+    A capital first letter and all capitals carry over, a plural becomes a plural. `fisherman` holds no
+    `fish`.
     """
     forms = {plural(word).lower(): plural(other), word.lower(): other}
     pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
@@ -120,8 +125,8 @@ def anchor_prompts(
 ) -> list[str]:
     """The anchor's prompts, at most `count` of them (None: all), spread evenly over what the templates make.
 
-    For kind `object`, a prompt without the anchor word would train the target's own prompt on itself: such prompts are left
-    out with one warning that counts them. Raises PromptsError if none holds the word.
+    For kind `object`, a prompt without the anchor word would train the target's own prompt on itself: such
+    prompts are left out with one warning that counts them. Raises PromptsError if none holds the word.
     """
     prompts = expand(templates, anchor, slots)
     if kind == "object":
@@ -142,8 +147,8 @@ def target_prompts(
 ) -> list[tuple[str, ...]]:
     """For each anchor prompt, the target prompts that training draws from, each as likely as the others.
 
-    Kind `object`: the anchor word replaced by the target, one a prompt. Kind `style`: each of `templates` filled with `{prompt}`
-    and `{target}`. Raises PromptsError for another kind.
+    Kind `object`: the anchor word replaced by the target, one a prompt. Kind `style`: each of `templates`
+    filled with `{prompt}` and `{target}`. Raises PromptsError for another kind.
     """
     if kind == "object":
         return [(replace_word(prompt, anchor, target),) for prompt in prompts]
@@ -164,7 +169,7 @@ def probe_prompts(
     style_templates: Sequence[str],
     count: int | None = None,
 ) -> list[str]:
-    """The evaluation prompts of `subject` (the target, the anchor or a neighbor): the anchor's prompts, made its own.
+    """The evaluation prompts of `subject` (target, anchor or neighbor): the anchor's prompts, made its own.
 
     A style is named by the first of `style_templates`.
     """

@@ -43,9 +43,11 @@ def find_problems(instance: object, schema: Mapping) -> list[Problem]:
 
 
 def check_config(config: Mapping, schema: Mapping, source: str) -> dict:
-    """`config` with numbers for texts such as `1e-4`, which YAML and `--config` read as texts, where a number belongs.
+    """`config`, texts such as `1e-4`, which YAML and `--config` read as texts, made numbers where those
+    belong.
 
-    Raises ConfigError, listing every problem, unless it follows `schema`. `source` names the files it was read from.
+    Raises ConfigError, listing every problem, unless it follows `schema`. `source` names the files it came
+    from.
     """
     typed = _typed(config, schema)
     found = find_problems(typed, schema)
@@ -56,7 +58,7 @@ def check_config(config: Mapping, schema: Mapping, source: str) -> dict:
 
 
 def to_type(text: str, kinds: str | Sequence[str]) -> object:
-    """`text` as the first of the JSON types `kinds` that it can be read as; else as it is, for a schema to refuse."""
+    """`text` as the first of the JSON types `kinds` that it can be read as; else as it is, to be refused."""
     words = {"boolean": {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}}
     words["null"] = {"": None, "null": None, "none": None}
     for kind in [kinds] if isinstance(kinds, str) else kinds:

@@ -20,6 +20,15 @@ def read_plan(config, schemas, configfiles):
         sys.exit(f"\n{error}")
 
 
+def print_report(plan):
+    """Tell how each row came out and where the report is, if this run made it."""
+    folder = Path(plan.results) / "report"
+    if (folder / "index.html").exists():
+        from concept_ablation.report import print_summary
+
+        print_summary(folder / "summary.parquet", folder / "index.html")
+
+
 plan = read_plan(config, Path(workflow.basedir) / "workflow" / "schemas", workflow.configfiles)
 
 

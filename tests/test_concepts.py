@@ -1,0 +1,201 @@
+"""The table of concepts: what it reads, and that every mistake is told with its line, column and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from concept_ablation.concepts import Concept, ConceptsError, load_concepts, slug
+from concept_ablation.validation import ConfigError, check_config, load_schema
+
+SCHEMAS = Path(__file__).parents[1] / "workflow" / "schemas"
+CONCEPTS, CONFIG = (load_schema(SCHEMAS / f"{name}.schema.yaml") for name in ("concepts", "config"))
+
+
+def load(tmp_path, content):
+    path = tmp_path / "concepts.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_concepts(path, CONCEPTS, CONFIG)
+
+
+def errors(tmp_path, content):
+    """The messages, each without the file's folder and indentation; the heading left out."""
+    with pytest.raises(ConceptsError) as caught:
+        load(tmp_path, content)
+    lines = str(caught.value).splitlines()[1:]
+    return [line.strip().removeprefix(str(tmp_path) + "/") for line in lines]
+
+
+def test_reads_a_row_in_any_column_order(tmp_path):
+    rows = load(tmp_path, "target,neighbors,kind,anchor\nowl,penguin; rooster ;duck,object,bird\n")
+    assert rows == [
+        Concept("object-owl", "object", "owl", "bird", ("penguin", "rooster", "duck"), None, {}, line=2)
+    ]
+
+
+def test_overrides_get_the_type_and_bounds_of_the_config_key(tmp_path):
+    text = "kind,target,anchor,steps,learning_rate,prior_preservation,parameter_group\nobject,a,b,7,1e-4,yes,attn\n"
+    assert load(tmp_path, text)[0].overrides == {
+        "steps": 7,
+        "learning_rate": 1e-4,
+        "prior_preservation": True,
+        "parameter_group": "attn",
+    }
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_comments_blank_lines_bom_and_line_ends(tmp_path, bom, end):
+    lines = [
+        "# head",
+        "kind,target,anchor",
+        "",
+        "object,owl,bird",
+        "  # object,cat,animal",
+        'object,"a, b",c',
+    ]
+    rows = load(tmp_path, bom + end.join(lines).encode())
+    assert [(row.target, row.line) for row in rows] == [("owl", 4), ("a, b", 6)]
+
+
+def test_disabled_rows_are_left_out_and_may_be_of_a_kind_to_come(tmp_path):
+    rows = load(
+        tmp_path, "kind,target,anchor,enabled\nmemorization,x,y,no\nobject,owl,bird,yes\nobject,a,b,\n"
+    )
+    assert [row.target for row in rows] == ["owl", "a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("", ["concepts.csv:1: has no header line (allowed: concept, kind, target"]),
+        ("kind,target,anchor\n# only\n", ["concepts.csv:1: has no row below its header"]),
+        ("kind,target,anchor,enabled\nobject,a,b,no\n", ["concepts.csv:1: has no row that is enabled"]),
+        (
+            "kind;target;anchor\nobject;a;b\n",
+            ["concepts.csv:1: separates columns by ';' or tabs (allowed: commas"],
+        ),
+        (
+            b"kind,target,anchor\nobject,caf\xe9,b\n",
+            ["concepts.csv:2: byte 0xe9 is not UTF-8 (allowed: UTF-8"],
+        ),
+        ("kind,target,anchor\n".encode("utf-16"), ["concepts.csv:1: byte 0xff is not UTF-8"]),
+        (
+            "kind,targt,anchor\nobject,a,b\n",
+            [
+                "concepts.csv:1: unknown column 'targt' (did you mean 'target'?)",
+                "concepts.csv:1: column 'target' is missing",
+            ],
+        ),
+        (
+            "kind,target,anchor,kind\nobject,a,b,object\n",
+            ["concepts.csv:1: column 'kind': stands twice in the header"] * 2,
+        ),
+        (
+            "kind,target,anchor\nstyel,a,b\n",
+            ["concepts.csv:2: column 'kind': 'styel' is not one of style, object"],
+        ),
+        ("kind,target,anchor\nobject,,b\n", ["concepts.csv:2: column 'target': is empty"]),
+        (
+            "kind,target,anchor\nobject,Cat,cat\n",
+            ["concepts.csv:2: column 'anchor': 'cat' is the target itself"],
+        ),
+        (
+            "kind,target,anchor\nobject,a\0b,c\n",
+            ["concepts.csv:2: column 'target': 'a\\x00b' has the wrong form"],
+        ),
+        (
+            "kind,target,anchor\nobject,a,b,c\n",
+            ["concepts.csv:2: has 4 values under 3 columns; quote a value"],
+        ),
+        ('kind,target,anchor\nobject,"a,b\n', ["concepts.csv:2: is not valid CSV"]),
+        (
+            "kind,target,anchor\nnudity,a,b\n",
+            ["concepts.csv:2: column 'kind': 'nudity' can't be ablated yet (allowed: style"],
+        ),
+        (
+            "kind,target,anchor,steps\nobject,a,b,many\n",
+            ["concepts.csv:2: column 'steps': 'many' is not a whole number"],
+        ),
+        (
+            "kind,target,anchor,steps\nobject,a,b,0\n",
+            ["concepts.csv:2: column 'steps': 0 must be at least 1"],
+        ),
+        (
+            "kind,target,anchor,learning_rate\nobject,a,b,nan\n",
+            ["concepts.csv:2: column 'learning_rate': 'nan' is not a"],
+        ),
+        (
+            "kind,target,anchor,neighbors\nobject,a,b,A;b;c;C\n",
+            [
+                "concepts.csv:2: column 'neighbors': 'A' is the target",
+                "concepts.csv:2: column 'neighbors': 'b' is the anchor",
+                "concepts.csv:2: column 'neighbors': 'C' stands twice",
+            ],
+        ),
+        (
+            "concept,kind,target,anchor\nx,object,a,b\nX,object,c,b\n",
+            ["concepts.csv:3: column 'concept': 'X' is the name of line 2 (allowed: a name of its own)"],
+        ),
+        (
+            "concept,kind,target,anchor\nx,object,a,b\ny,object,A,b\n",
+            ["concepts.csv:3: column 'target': 'A' -> 'b' is the same work as line 2"],
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_line_column_value_and_what_is_allowed(tmp_path, content, wanted):
+    found = errors(tmp_path, content)
+    assert len(found) == len(wanted), found
+    for message, start in zip(found, wanted, strict=True):
+        assert message.startswith(start), message
+
+
+def test_all_mistakes_of_a_table_are_told_together(tmp_path):
+    found = errors(tmp_path, "kind,target,anchor,steps\nstyel,a,b,x\nobject,,b,1\nobject,owl,owl,-1\n")
+    assert [message.split(": ")[0] for message in found] == [
+        "concepts.csv:2",
+        "concepts.csv:2",
+        "concepts.csv:3",
+        "concepts.csv:4",
+        "concepts.csv:4",
+    ]
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(ConceptsError, match="No such file.*set `concepts` in the config"):
+        load_concepts(tmp_path / "none.csv", CONCEPTS, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("Pouting Cat!", "pouting-cat"), ("../é;rm -rf", "rm-rf"), ("猫", "x")]
+)
+def test_slugs_are_safe_file_names(text, wanted):
+    assert slug(text) == wanted
+
+
+def test_config_errors_are_listed_with_their_key_path():
+    schema = {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["results"],
+        "properties": {
+            "results": {"type": "string"},
+            "training": CONFIG["properties"]["training"] | {"required": []},
+        },
+    }
+    config = {"training": {"stepz": 1, "steps": 0, "loss": "model-base", "learning_rate": "1e-4"}}
+    with pytest.raises(ConfigError) as caught:
+        check_config(config, schema, "my.yaml")
+    assert str(caught.value).splitlines() == [
+        "my.yaml: 4 errors",
+        "  results: is missing",
+        "  training.loss: 'model-base' is not one of model-based, noise-based (did you mean 'model-based'?)",
+        "  training.steps: 0 must be at least 1",
+        "  training.stepz: unknown key (did you mean 'steps'?)",
+    ]
+
+
+def test_numbers_that_yaml_reads_as_text_become_numbers():
+    schema = {
+        "properties": {"a": {"type": "number"}, "b": {"type": ["integer", "null"]}, "c": {"type": "string"}}
+    }
+    assert check_config({"a": "1e-4", "b": "null", "c": "7"}, schema, "x") == {"a": 1e-4, "b": None, "c": "7"}

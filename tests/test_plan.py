@@ -1,0 +1,214 @@
+"""Keys and specs: equal work has one key, an edit changes its own row's keys and no others."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from concept_ablation.concepts import Concept, load_concepts
+from concept_ablation.plan import PATHS, VERSIONS, PlanError, build_plan, canonical, fingerprint, make_key
+from concept_ablation.validation import check_config, load_schema
+
+ROOT = Path(__file__).parents[1]
+CONFIG_SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+CONCEPTS_SCHEMA = load_schema(ROOT / "workflow/schemas/concepts.schema.yaml")
+CAT = Concept("cat-1", "object", "pouting cat", "cat", ("weary cat", "crying cat"), line=2)
+WEARY = Concept("cat-2", "object", "weary cat", "cat", ("pouting cat", "crying cat"), line=3)
+INK = Concept("ink", "style", "ink", "picture", ("neon",), line=4)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """The shipped config in a folder of its own, with stand-ins for the models."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    for name in ("emoji-diffusion", "emoji-clip"):
+        (tmp_path / "embedded" / name).mkdir(parents=True)
+        (tmp_path / "embedded" / name / "weights.safetensors").write_bytes(bytes(1000))
+    monkeypatch.chdir(tmp_path)
+    fingerprint.cache_clear()
+    return yaml.safe_load((ROOT / "config/config.yaml").read_text())
+
+
+def keys(plan):
+    return {row.concept.name: (row.anchors, row.ablation, row.samples, row.scores) for row in plan.rows}
+
+
+def test_the_shipped_config_and_table_follow_their_schemas(config):
+    assert check_config(config, CONFIG_SCHEMA, "config.yaml") == config
+    rows = load_concepts(ROOT / "concepts.csv", CONCEPTS_SCHEMA, CONFIG_SCHEMA)
+    kinds = [row.kind for row in rows]
+    assert kinds.count("style") >= 2 and kinds.count("object") >= 4
+    assert len(build_plan(rows, config).rows) == len(rows)
+
+
+def test_the_overlay_for_stable_diffusion_plans_the_papers_protocol(config):
+    overlay = yaml.safe_load((ROOT / "config/sd14.yaml").read_text())
+    merged = _merge(copy.deepcopy(config), overlay)
+    assert check_config(merged, CONFIG_SCHEMA, "sd14.yaml") == merged
+    rows = load_concepts(ROOT / "config/sd14-concepts.csv", CONCEPTS_SCHEMA, CONFIG_SCHEMA)
+    plan = build_plan(rows, merged)
+    assert len(plan.rows) == 8
+    assert [spec["images"] for spec in plan.specs["generate_anchors"].values()] == [1000] * 5
+    assert {s["target"]: s["training"]["prior_preservation"] for s in plan.specs["ablate_concept"].values()}[
+        "grumpy cat"
+    ]
+    probes = [probe for spec in plan.specs["sample_ablated"].values() for probe in spec["probes"]]
+    assert {(probe["role"], probe["images"], len(probe["prompts"])) for probe in probes} == {
+        ("target", 200, 10),
+        ("anchor", 200, 10),
+        ("neighbor", 50, 10),
+    }
+
+
+def _merge(base, overlay):
+    for key, value in overlay.items():
+        base[key] = _merge(base[key], value) if isinstance(value, dict) and key in base else value
+    return base
+
+
+def test_order_names_and_runtime_settings_leave_keys_alone(config):
+    plan = build_plan([CAT, WEARY, INK], config)
+    other = copy.deepcopy(config)
+    other["runtime"] = {"device": "cpu", "sample_batch_size": 3, "threads": 7}
+    again = build_plan([INK, WEARY, CAT], other)
+    assert keys(plan) == keys(again) and plan.report_spec() == again.report_spec()
+    renamed = build_plan([Concept(**{**vars(CAT), "name": "other", "line": 9})], config).rows[0]
+    assert (renamed.ablation, renamed.samples) == (plan.rows[0].ablation, plan.rows[0].samples)
+
+
+def test_rows_share_anchors_and_base_images(config):
+    plan = build_plan([CAT, WEARY], config)
+    assert len(plan.specs["generate_anchors"]) == len(plan.specs["write_prompts"]) == 1
+    first, second = plan.rows
+    assert first.base["cat"] == second.base["cat"] and first.base["crying cat"] == second.base["crying cat"]
+    assert first.base["weary cat"] != second.base["weary cat"], "another number of images"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": "wry cat"},
+        {"target": "cat", "anchor": "pouting cat"},
+        {"overrides": {"steps": 7}},
+        {"overrides": {"seed": 1}},
+    ],
+)
+def test_an_edited_row_changes_its_own_keys_only(config, change):
+    before = keys(build_plan([CAT, INK], config))
+    after = keys(build_plan([Concept(**{**vars(CAT), **change}), INK], config))
+    assert before["ink"] == after["ink"]
+    assert not set(before["cat-1"][1:]) & set(after["cat-1"][1:])
+
+
+def test_neighbors_change_the_evaluation_and_not_the_ablation(config):
+    before = build_plan([CAT], config).rows[0]
+    after = build_plan([Concept(**{**vars(CAT), "neighbors": ("wry cat",)})], config).rows[0]
+    assert before.ablation == after.ablation and before.samples != after.samples
+
+
+@pytest.mark.parametrize(
+    ("path", "stages"),
+    [
+        (("anchors", "images"), {"generate_anchors", "ablate_concept", "sample_ablated", "score_concept"}),
+        (("training", "steps"), {"ablate_concept", "sample_ablated", "score_concept"}),
+        (("evaluation", "sampler", "steps"), {"sample_base", "sample_ablated", "score_concept"}),
+        (("evaluation", "statistics", "bootstrap"), {"score_concept"}),
+        (("evaluation", "verdict", "target_max"), set()),
+    ],
+)
+def test_a_setting_changes_the_keys_from_its_stage_on(config, path, stages):
+    before = build_plan([CAT], config)
+    *groups, last = path
+    part = config
+    for group in groups:
+        part = part[group]
+    part[last] = part[last] * 2 if last != "target_max" else 0.5
+    after = build_plan([CAT], config)
+    assert {stage for stage in VERSIONS if before.specs[stage].keys() != after.specs[stage].keys()} == stages
+    assert before.report_spec() != after.report_spec()
+
+
+def test_the_stage_version_is_part_of_the_key(config, monkeypatch):
+    before = build_plan([CAT], config).rows[0]
+    monkeypatch.setitem(VERSIONS, "ablate_concept", VERSIONS["ablate_concept"] + 1)
+    after = build_plan([CAT], config).rows[0]
+    assert before.anchors == after.anchors and before.ablation != after.ablation
+
+
+def test_a_prompt_files_content_is_part_of_the_key(config, tmp_path):
+    own = tmp_path / "own.txt"
+    row = Concept(**{**vars(CAT), "prompts": str(own)})
+    found = []
+    for text in ("a {subject}\n", "the {subject}\n"):
+        own.write_text(text)
+        found.append(build_plan([row], config).rows[0].anchors)
+    assert found[0] != found[1]
+
+
+def test_replaced_weights_change_the_fingerprint(tmp_path):
+    weights = bytearray(1_000_000)
+    path = tmp_path / "unet" / "model.safetensors"
+    path.parent.mkdir()
+    found = []
+    for place in (0, 10, 500_000, 999_999):
+        weights[place] = 1
+        path.write_bytes(weights)
+        fingerprint.cache_clear()
+        found.append(fingerprint(str(tmp_path)))
+    assert len(set(found)) == 4
+    (tmp_path / "README.md").write_text("words")
+    fingerprint.cache_clear()
+    assert fingerprint(str(tmp_path)) == found[-1]
+
+
+def test_a_spec_is_canonical_json_that_names_its_stage(config):
+    plan = build_plan([CAT, INK], config)
+    for stage, specs in plan.specs.items():
+        for key, spec in specs.items():
+            text = plan.spec(stage, key)
+            assert json.loads(text) == spec and (spec["stage"], spec["version"]) == (stage, VERSIONS[stage])
+            assert make_key(key.rpartition(".")[0], json.loads(text)) == key
+    assert canonical({"b": 1, "a": "é"}) == '{"a":"é","b":1}'
+
+
+def test_a_row_is_finished_when_all_its_files_exist(config):
+    plan = build_plan([CAT, INK], config)
+    files = plan.files(plan.rows[0])
+    for file in files[:-1]:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    assert [row.concept.name for row in build_plan([CAT, INK], config).pending] == ["cat-1", "ink"]
+    Path(files[-1]).parent.mkdir(parents=True, exist_ok=True)
+    Path(files[-1]).touch()
+    again = build_plan([CAT, INK], config)
+    assert [row.concept.name for row in again.pending] == ["ink"]
+    assert again.summary() == "2 concepts: 1 finished, 1 to do (ink)"
+    assert not set(again.pending_files()) & set(files)
+
+
+def test_problems_name_the_row_and_the_file(config):
+    rows = [
+        Concept(**{**vars(CAT), "prompts": "none.txt"}),
+        Concept(**{**vars(INK), "anchor": "sculpture"}),
+    ]
+    with pytest.raises(PlanError) as caught:
+        build_plan(rows, config)
+    assert "concepts.csv:2: none.txt: can't be read" in str(caught.value)
+    assert "concepts.csv:4: config/prompts/sculpture.txt: can't be read" in str(caught.value)
+    config["model"] = {"path": "nobody/nothing", "revision": None}
+    with pytest.raises(PlanError, match="model.path: 'nobody/nothing' is no folder here"):
+        build_plan([CAT], config)
+
+
+def test_every_stage_has_a_path_of_its_own():
+    assert PATHS.keys() == VERSIONS.keys() and len(set(PATHS.values())) == len(PATHS)
+
+
+def test_planning_imports_neither_torch_nor_pandas():
+    code = "import sys, concept_ablation.plan, concept_ablation.concepts; print({'torch', 'pandas'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

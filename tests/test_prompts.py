@@ -1,0 +1,136 @@
+"""Prompts: whole words, articles, plurals, golden prompts of every kind."""
+
+import json
+
+import pytest
+
+from concept_ablation.prompts import (
+    PromptsError,
+    anchor_prompts,
+    expand,
+    file_source,
+    has_word,
+    probe_prompts,
+    read_templates,
+    replace_word,
+    target_prompts,
+    with_article,
+    write_prompts,
+)
+
+STYLE = ["{prompt} in the style of {target}", "{prompt}, {target} style"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "other", "wanted"),
+    [
+        ("a cat on a mat", "cat", "pouting cat", "a pouting cat on a mat"),
+        ("A Cat, a CAT", "cat", "owl", "An Owl, an OWL"),
+        ("a bird", "bird", "owl", "an owl"),
+        ("an animal", "animal", "cat", "a cat"),
+        ("two cats", "cat", "pouting cat", "two pouting cats"),
+        ("two fruits", "fruit", "strawberry", "two strawberries"),
+        ("a fisherman", "fish", "nemo", "a fisherman"),
+        ("delicate cat", "cat", "grumpy cat", "delicate grumpy cat"),
+        ("a cat-like cat's paw", "cat", "dog", "a cat-like dog's paw"),
+        ("that robot", "robot", "r2d2", "that r2d2"),
+        ("a c++ robot", "robot", r"\1", r"a c++ \1"),
+        ("plain text", "cat", "dog", "plain text"),
+    ],
+)
+def test_whole_words_are_replaced(prompt, word, other, wanted):
+    assert replace_word(prompt, word, other) == wanted
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [("owl", "an "), ("cat", "a "), ("unicorn", "a "), ("hourglass", "an "), ("r2d2", "an "), ("", "a ")],
+)
+def test_articles(word, wanted):
+    assert with_article("a", word) == wanted
+
+
+def test_slots_make_every_combination_once():
+    templates = ["a {subject} on a {colour} {place}", "an {subject}", "a {subject}"]
+    slots = {"colour": ["red", "orange"], "place": ["sofa", "bed"], "unused": ["x"]}
+    assert expand(templates, "owl", slots) == [
+        "an owl on a red sofa",
+        "an owl on a red bed",
+        "an owl on an orange sofa",
+        "an owl on an orange bed",
+        "an owl",
+    ]
+
+
+def test_an_unknown_slot_says_which_are_allowed():
+    with pytest.raises(PromptsError, match=r"unknown slot \{color\} \(allowed: \{subject\}\)"):
+        expand(["a {color} {subject}"], "cat", {"colour": ["red"]})
+
+
+def test_prompts_without_the_anchor_are_left_out_with_a_count(caplog):
+    assert anchor_prompts("object", "cat", ["a cat", "a dog", "two cats"], {}) == ["a cat", "two cats"]
+    assert "1 of 3 prompts hold no 'cat'" in caplog.text
+
+
+def test_no_prompt_with_the_anchor_is_an_error():
+    with pytest.raises(PromptsError, match="none of 2 prompts holds the anchor 'cat'"):
+        anchor_prompts("object", "cat", ["a dog", "a catalogue"], {})
+
+
+def test_a_count_is_spread_over_the_templates():
+    templates = ["a {subject} {n}", "the {subject} {n}"]
+    assert anchor_prompts("object", "cat", templates, {"n": list("1234")}, 4) == [
+        "a cat 1",
+        "a cat 3",
+        "the cat 1",
+        "the cat 3",
+    ]
+
+
+def test_golden_target_prompts():
+    assert target_prompts(["a cat", "two Cats"], "object", "weary cat", "cat", []) == [
+        ("a weary cat",),
+        ("two Weary cats",),
+    ]
+    assert target_prompts(["a picture"], "style", "ink", "picture", STYLE) == [
+        ("a picture in the style of ink", "a picture, ink style")
+    ]
+    with pytest.raises(PromptsError, match="no target prompts yet"):
+        target_prompts(["x"], "nudity", "a", "b", [])
+
+
+def test_golden_probe_prompts():
+    arguments = (["a {subject}", "a picture of a {subject}"], {}, STYLE)
+    assert probe_prompts("object", "owl", "bird", *arguments) == ["an owl", "a picture of an owl"]
+    assert probe_prompts("object", "bird", "bird", *arguments) == ["a bird", "a picture of a bird"]
+    style = (["a picture of a cat"], {}, STYLE)
+    assert probe_prompts("style", "picture", "picture", *style) == ["a picture of a cat"]
+    assert probe_prompts("style", "ink", "picture", *style) == ["a picture of a cat in the style of ink"]
+
+
+def test_has_word():
+    assert has_word("Two CATS", "cat") and has_word("cat.", "cat")
+    assert not has_word("catalogue, bobcat, cat-like", "cat")
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeff# head\n\n a cat \r\na cat\ntwo cats\n".encode())
+    assert read_templates(path) == ["a cat", "two cats"]
+    for content, wanted in [(b"# none\n", "holds no prompt"), (b"caf\xe9", "byte 0xe9 is not UTF-8")]:
+        path.write_bytes(content)
+        with pytest.raises(PromptsError, match=wanted):
+            read_templates(path)
+    with pytest.raises(PromptsError, match="can't be read"):
+        read_templates(tmp_path / "none.txt")
+
+
+def test_the_stage_writes_prompts_and_refuses_a_changed_file(tmp_path):
+    path, out = tmp_path / "p.txt", tmp_path / "out" / "p.json"
+    path.write_text("a {subject}\n")
+    spec = {"kind": "object", "anchor": "owl", "source": file_source(path), "slots": {}, "count": 5}
+    write_prompts(spec, out)
+    assert json.loads(out.read_text()) == {"kind": "object", "anchor": "owl", "prompts": ["an owl"]}
+    path.write_text("the {subject}\n")
+    with pytest.raises(PromptsError, match="was changed after this run was planned"):
+        write_prompts(spec, out)
