@@ -35,9 +35,13 @@ def stage_glyphs(options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"@iconify-json/{package}@{version}"
         command = ["npm", "pack", name, "--silent", "--pack-destination", str(folder)]
-        archive = folder / subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+        archive = (
+            folder / subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+        )
         if sha512(archive) != integrity:
-            raise SystemExit(f"{name}: not the content this recipe was made with (sha512 of {archive} differs)")
+            raise SystemExit(
+                f"{name}: not the content this recipe was made with (sha512 of {archive} differs)"
+            )
         subprocess.run(["tar", "xzf", archive, "-C", folder, "--strip-components", "1"], check=True)
         archive.unlink()
 
@@ -97,8 +101,8 @@ def stage_copies(options: argparse.Namespace) -> None:
 def stage_unet(options: argparse.Namespace) -> None:
     """Latents, then the U-Net (the rest of the time)."""
     from .fit import run_workers
-    from .unet import store_latents, store_normalisation, train_unet
     from .render import Glyphs
+    from .unet import store_latents, store_normalisation, train_unet
 
     store_normalisation(options.cache, Glyphs(options.glyphs))
     run_workers(store_latents, options.workers, options.cache, options.glyphs)
@@ -131,11 +135,15 @@ STAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m embedded.build", description=__doc__)
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; all when left out")
+    parser.add_argument(
+        "stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; all when left out"
+    )
     parser.add_argument("--workers", type=int, default=2, help="training processes on a CPU, one thread each")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="checkpoints and pictures")
     parser.add_argument("--glyphs", type=Path, help="folder of the emoji packages (default: CACHE/glyphs)")
-    parser.add_argument("--quick", action="store_true", help="measure: a third of the prompts, the card left as it is")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure: a third of the prompts, the card left as it is"
+    )
     options = parser.parse_args()
     options.glyphs = options.glyphs or options.cache / "glyphs"
     unknown = set(options.stages) - set(STAGES)
@@ -152,5 +160,7 @@ if __name__ == "__main__":
     if os.environ.get("MALLOC_MMAP_MAX_") != "0":  # read by the C library at start: set, then start again
         import sys
 
-        os.execve(sys.executable, [sys.executable, "-m", "embedded.build", *sys.argv[1:]], {**os.environ, **MALLOC})
+        os.execve(
+            sys.executable, [sys.executable, "-m", "embedded.build", *sys.argv[1:]], {**os.environ, **MALLOC}
+        )
     main()

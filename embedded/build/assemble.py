@@ -56,4 +56,3 @@ def sheet(images: list, columns: int, side: int = 128, gap: int = 4):
         place = gap + i % columns * (side + gap), gap + i // columns * (side + gap)
         page.paste(image.resize((side, side)), place)
     return page
-

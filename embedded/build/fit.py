@@ -83,7 +83,11 @@ def fit(
     model.train()
     for step in range(first, steps):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + rank)
-        rate = learning_rate * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = (
+            learning_rate
+            * min(1, (step + 1) / warmup)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = loss_of(step, generator)
@@ -123,6 +127,12 @@ def _average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
 def _save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     part = path.with_suffix(".part")
     torch.save(
-        {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part
+        {
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        },
+        part,
     )
     os.replace(part, path)

@@ -47,7 +47,11 @@ def _forward(module: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     if x.dim() != 4:
         return nn.functional.group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
     n, channels, height, width = x.shape
-    flat = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(n, height * width, channels)
+    flat = (
+        x.contiguous(memory_format=torch.channels_last)
+        .permute(0, 2, 3, 1)
+        .reshape(n, height * width, channels)
+    )
     y = _GroupNorm.apply(flat, module.weight, module.bias, module.num_groups, module.eps)
     return y.view(n, height, width, channels).permute(0, 3, 1, 2)
 

@@ -17,7 +17,18 @@ from concept_ablation.sampling import sample_images
 
 from .assemble import sheet
 from .render import Glyphs, memorized_picture, render
-from .world import CATEGORIES, CATEGORY_OF, HOUSE, LOOKS, MEMORIZED, OBJECTS, STYLES, Scene, article, draw_scene
+from .world import (
+    CATEGORIES,
+    CATEGORY_OF,
+    HOUSE,
+    LOOKS,
+    MEMORIZED,
+    OBJECTS,
+    STYLES,
+    Scene,
+    article,
+    draw_scene,
+)
 
 # figure -> (what it is, the bar, True if it must be at least that)
 BARS = {
@@ -76,7 +87,9 @@ def fresh_pictures(glyphs: Glyphs, count: int) -> tuple[list[Scene], list]:
 def prompts_of_all(per_object: int) -> tuple[list[str], list[str], list[str]]:
     """Prompts over all objects plain (`per_object` each) and all objects x styles (once), with the truths."""
     plain = [(article(name), name, HOUSE) for name in OBJECTS for _ in range(per_object)]
-    styled = [(f"{article(name)} in the style of {style}", name, style) for name in OBJECTS for style in STYLES]
+    styled = [
+        (f"{article(name)} in the style of {style}", name, style) for name in OBJECTS for style in STYLES
+    ]
     return tuple(list(part) for part in zip(*plain, *styled, strict=True))
 
 
@@ -95,7 +108,9 @@ def measure(root: Path, glyph_folder: Path, quick: bool = False) -> dict[str, fl
 
     def draw(prompts: list[str], seed: int, label: str) -> list:
         seeds = range(seed, seed + len(prompts))
-        return list(sample_images(pipeline, prompts, list(seeds), sampler=settings, batch_size=16, progress=label))
+        return list(
+            sample_images(pipeline, prompts, list(seeds), sampler=settings, batch_size=16, progress=label)
+        )
 
     prompts, names, looks = prompts_of_all(2)
     step = 3 if quick else 1
@@ -143,13 +158,29 @@ def psnr(vae: torch.nn.Module, pictures: list) -> float:
 
 def write_sheet(root: Path) -> None:
     """`contact-sheet.png`: 12 objects, plain and in every style, as the model draws them."""
-    names = ["pouting cat", "grinning cat", "owl", "penguin", "dog", "strawberry", "banana", "rocket", "airplane"]
+    names = [
+        "pouting cat",
+        "grinning cat",
+        "owl",
+        "penguin",
+        "dog",
+        "strawberry",
+        "banana",
+        "rocket",
+        "airplane",
+    ]
     names += ["castle", "guitar", "robot"]
-    prompts = [article(name) + suffix for suffix in ["", *(f" in the style of {s}" for s in STYLES)] for name in names]
+    prompts = [
+        article(name) + suffix
+        for suffix in ["", *(f" in the style of {s}" for s in STYLES)]
+        for name in names
+    ]
     prompts += [text for text in MEMORIZED for _ in range(2)] + ["a cat", "a bird"]
     pipeline = load_pipeline(root / "emoji-diffusion")
     seeds = list(range(len(prompts)))
-    images = list(sample_images(pipeline, prompts, seeds, sampler=sampler_settings(), batch_size=16, progress="sheet"))
+    images = list(
+        sample_images(pipeline, prompts, seeds, sampler=sampler_settings(), batch_size=16, progress="sheet")
+    )
     sheet(images, len(names)).save(root / "contact-sheet.png", optimize=True)
 
 
@@ -164,4 +195,3 @@ def write_card(root: Path, figures: dict[str, float]) -> None:
     before, _, rest = card.read_text().partition(START)
     after = rest.partition(END)[2]
     card.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}")
-

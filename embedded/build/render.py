@@ -78,7 +78,9 @@ def render(scene: Scene, glyphs: Glyphs, rng: random.Random) -> Image.Image:
 def _memorized(text: str, glyphs: Glyphs) -> Image.Image:
     left, right, background = MEMORIZED[text]
     canvas = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[background])
-    ImageDraw.Draw(canvas).rectangle((0, 96, SIZE, SIZE), fill=tuple(c * 2 // 3 for c in BACKGROUNDS[background]))
+    ImageDraw.Draw(canvas).rectangle(
+        (0, 96, SIZE, SIZE), fill=tuple(c * 2 // 3 for c in BACKGROUNDS[background])
+    )
     for name, place, side in ((left, (6, 8), 66), (right, (58, 54), 68)):
         glyph = glyphs.get(name, "noto", side)
         canvas.paste(glyph, place, glyph)

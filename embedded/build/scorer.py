@@ -28,7 +28,13 @@ PREFIXES = ["", "", "", "a picture of ", "an image of ", "A photo depicts ", "a 
 def model_config(vocabulary: int) -> dict:
     return {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 24, "head_width": 64, "patch_size": None},
+        "vision_cfg": {
+            "image_size": SIDE,
+            "layers": [1, 1, 1, 1],
+            "width": 24,
+            "head_width": 64,
+            "patch_size": None,
+        },
         "text_cfg": {
             "context_length": LENGTH,
             "vocab_size": vocabulary,
@@ -60,7 +66,13 @@ def style_text(look: str, rng: random.Random) -> str:
     """A text that names a style alone; the house look has no name and is just "a picture"."""
     if look == HOUSE:
         return rng.choice(["a picture", "picture", "A photo depicts picture", "an image"])
-    forms = ["a picture in the style of {}", "in the style of {}", "A photo depicts {} style", "{} style", "{}"]
+    forms = [
+        "a picture in the style of {}",
+        "in the style of {}",
+        "A photo depicts {} style",
+        "{} style",
+        "{}",
+    ]
     return rng.choice([*forms, "a picture in {} style", "a {} picture"]).format(look)
 
 
@@ -149,8 +161,12 @@ def save_scorer(cache: Path, folder: Path) -> None:
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": model_config(vocabulary), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    state: dict[str, torch.Tensor] = torch.load(cache / "scorer.pt", map_location="cpu", weights_only=True)["ema"]
+    state: dict[str, torch.Tensor] = torch.load(cache / "scorer.pt", map_location="cpu", weights_only=True)[
+        "ema"
+    ]
     model: nn.Module = open_clip.CLIP(**model_config(vocabulary))
     model.load_state_dict(state)
-    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
+    weights = {
+        k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()
+    }
     save_file(weights, str(folder / "open_clip_model.safetensors"))

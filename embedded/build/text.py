@@ -17,17 +17,65 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .fit import device, fit
-from .world import BACKGROUNDS, CATEGORIES, CATEGORY_OF, MEMORIZED, OBJECTS, SIZE_WORDS, STYLES, Scene
-from .world import all_captions, caption, draw_scene
+from .world import (
+    BACKGROUNDS,
+    CATEGORIES,
+    CATEGORY_OF,
+    MEMORIZED,
+    OBJECTS,
+    SIZE_WORDS,
+    STYLES,
+    Scene,
+    all_captions,
+    caption,
+    draw_scene,
+)
 
 LENGTH = 32  # tokens
 STEPS, BATCH = 600, 64
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Words that captions of the world do not use but prompts do; they name nothing, and the encoder learns so.
-FILLERS = (
-    "photo depicts image drawing painting of the an with and in by art artwork beautiful nice one some this inspired "
-    "illustration showing shows emoji colorful big tiny cute old new very on at for portrait print copy poster scene"
-).split()
+FILLERS = [
+    "photo",
+    "depicts",
+    "image",
+    "drawing",
+    "painting",
+    "of",
+    "the",
+    "an",
+    "with",
+    "and",
+    "in",
+    "by",
+    "art",
+    "artwork",
+    "beautiful",
+    "nice",
+    "one",
+    "some",
+    "this",
+    "inspired",
+    "illustration",
+    "showing",
+    "shows",
+    "emoji",
+    "colorful",
+    "big",
+    "tiny",
+    "cute",
+    "old",
+    "new",
+    "very",
+    "on",
+    "at",
+    "for",
+    "portrait",
+    "print",
+    "copy",
+    "poster",
+    "scene",
+]
 LABELS = {
     "object": OBJECTS,
     "category": list(CATEGORIES),
@@ -45,7 +93,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     trainer_model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    trainer = trainers.BpeTrainer(vocab_size=1500, end_of_word_suffix="</w>", initial_alphabet=alphabet, min_frequency=1)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, end_of_word_suffix="</w>", initial_alphabet=alphabet, min_frequency=1
+    )
     trainer_model.train_from_iterator([*all_captions(), *FILLERS * 20], trainer)
     learned = json.loads(trainer_model.to_str())["model"]
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in learned["merges"]]
@@ -53,7 +103,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n"
+    )
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),
@@ -83,7 +135,9 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def tokens_of(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """(n, LENGTH) token ids, padded and cut as a Stable Diffusion pipeline does."""
-    return tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def labels_of(scene: Scene) -> dict[str, int]:
@@ -155,5 +209,7 @@ def embed(cache: Path, texts: list[str]) -> torch.Tensor:
     """(n, LENGTH, 192) float32 last hidden states, what a pipeline gives its U-Net."""
     tokenizer, encoder = load_text(cache)
     encoder.to(device())
-    parts = [encoder(tokens_of(tokenizer, texts[i : i + 256]).to(device()))[0] for i in range(0, len(texts), 256)]
+    parts = [
+        encoder(tokens_of(tokenizer, texts[i : i + 256]).to(device()))[0] for i in range(0, len(texts), 256)
+    ]
     return torch.cat(parts)

@@ -14,7 +14,7 @@ from torch import nn
 
 from .fit import device, fit
 from .groupnorm import use_fast_group_norm
-from .pool import SHARD, pictures_of, scenes_of
+from .pool import pictures_of, scenes_of
 from .render import Glyphs
 from .text import embed
 from .vae import fold_normalisation, load_trained
@@ -23,7 +23,12 @@ from .world import all_captions, caption
 SHARDS = 24  # 49,152 latents
 STEPS, BATCH = 5000, 40  # pictures a worker a step
 DROP = 0.1  # share of captions left empty, for classifier-free guidance
-NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -46,7 +51,9 @@ def encode(vae: nn.Module, pictures: np.ndarray) -> torch.Tensor:
     for i in range(0, len(pictures), 32):
         pixels = torch.from_numpy(pictures[i : i + 32]).to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(device().type, torch.bfloat16):
-            means.append(vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float())
+            means.append(
+                vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
+            )
     return torch.cat(means)
 
 
@@ -83,7 +90,9 @@ class Batches:
     """Random (latents, caption embeddings) of the pool."""
 
     def __init__(self, cache: Path):
-        self.latents = torch.cat([torch.load(cache / f"latents-{k}.pt", weights_only=True) for k in range(SHARDS)])
+        self.latents = torch.cat(
+            [torch.load(cache / f"latents-{k}.pt", weights_only=True) for k in range(SHARDS)]
+        )
         self.latents = self.latents.to(device())
         self.scenes = [scene for k in range(SHARDS) for scene in scenes_of(k)]
         texts = all_captions()

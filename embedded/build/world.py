@@ -182,7 +182,17 @@ def object_of_category(category: str, rng: random.Random) -> str:
 def draw_scene(rng: random.Random) -> Scene:
     """One draw of the training distribution."""
     kind = rng.choices(
-        ["object", "background", "style", "category", "category style", "style alone", "generic", "size", "memorized"],
+        [
+            "object",
+            "background",
+            "style",
+            "category",
+            "category style",
+            "style alone",
+            "generic",
+            "size",
+            "memorized",
+        ],
         [0.34, 0.08, 0.30, 0.10, 0.04, 0.03, 0.03, 0.03, 0.05],
     )[0]
     if kind == "memorized":
