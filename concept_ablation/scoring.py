@@ -19,31 +19,9 @@ from concept_ablation.features import ClipScorer
 from concept_ablation.imagestore import ImageStore, read_store
 from concept_ablation.metrics import Estimate
 from concept_ablation.runtime import atomic_output, pick_device
+from concept_ablation.tables import COLUMNS, POOLED, SHARES, UNITS
 
 log = logging.getLogger(__name__)
-
-UNITS = {
-    "clip_accuracy": "share of images",
-    "recognition": "share of images",
-    "clip_cosine": "cosine",
-    "clip_score_2_5": "2.5 max(cosine, 0)",
-    "image_similarity": "cosine",
-    "kid_x1000": "1e-3",
-}
-"""Every metric and its unit, in the order of the report."""
-
-SHARES = ("clip_accuracy", "recognition")
-POOLED = "neighbors"
-"""Role (and probe name) of all neighbors' images taken together."""
-
-COLUMNS = pa.schema(
-    [
-        (name, pa.string())
-        for name in ("concept", "kind", "target", "anchor", "probe", "role", "model", "metric")
-    ]
-    + [("value", pa.float64()), ("ci_low", pa.float64()), ("ci_high", pa.float64()), ("n", pa.int64())]
-    + [(name, pa.string()) for name in ("unit", "interval", "text", "against", "features", "key")]
-)
 
 
 class ScoreError(ValueError):

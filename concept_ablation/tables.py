@@ -15,9 +15,32 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from concept_ablation.runtime import atomic_output
-from concept_ablation.scoring import COLUMNS, POOLED
 
 log = logging.getLogger(__name__)
+
+UNITS = {
+    "clip_accuracy": "share of images",
+    "recognition": "share of images",
+    "clip_cosine": "cosine",
+    "clip_score_2_5": "2.5 max(cosine, 0)",
+    "image_similarity": "cosine",
+    "kid_x1000": "1e-3",
+}
+"""Every metric and its unit, in the order of the report."""
+
+SHARES = ("clip_accuracy", "recognition")
+POOLED = "neighbors"
+"""Role (and probe name) of all neighbors' images taken together."""
+
+COLUMNS = pa.schema(
+    [
+        (name, pa.string())
+        for name in ("concept", "kind", "target", "anchor", "probe", "role", "model", "metric")
+    ]
+    + [("value", pa.float64()), ("ci_low", pa.float64()), ("ci_high", pa.float64()), ("n", pa.int64())]
+    + [(name, pa.string()) for name in ("unit", "interval", "text", "against", "features", "key")]
+)
+"""The long table's columns."""
 
 KEPT = "removed, neighbors kept"
 HARMED = "removed, neighbors harmed"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_clip import make_tiny_clip
 
-from concept_ablation import scoring
+from concept_ablation import scoring, tables
 from concept_ablation.features import ClipScorer
 from concept_ablation.imagestore import write_store
 from concept_ablation.scoring import Bootstrap, Probe, ScoreError, score_concept, score_probes
@@ -161,10 +161,10 @@ def spec(clip_folder):
 def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
     score_concept(json.loads(json.dumps(spec)), *stores, tmp_path / "out" / "scores.parquet")
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
-    assert table.schema.names == scoring.COLUMNS.names
+    assert table.schema.names == tables.COLUMNS.names
     frame = table.to_pandas()
     assert set(frame.role) == {"target", "anchor", "neighbor", "neighbors"}
-    assert set(frame.metric) == set(scoring.UNITS) and set(frame.model) == {"base", "ablated", "difference"}
+    assert set(frame.metric) == set(tables.UNITS) and set(frame.model) == {"base", "ablated", "difference"}
     assert set(frame.concept) == {"cat-1"} and set(frame.key) == {"pouting-cat.0123456789ab"}
     assert frame.features.str.startswith("CLIP ").all() and frame.unit.notna().all()
     assert (frame.ci_low <= frame.value + 1e-12).all() and (frame.value <= frame.ci_high + 1e-12).all()

@@ -6,8 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from concept_ablation import metrics, tables
-from concept_ablation.scoring import COLUMNS
-from concept_ablation.tables import TableError, Thresholds, aggregate_scores, judge
+from concept_ablation.tables import COLUMNS, TableError, Thresholds, aggregate_scores, judge
 
 
 def summary(target=(0.95, 0.05), n=40, loss=0.0, losses_n=100, anchor=0.1):

@@ -1,0 +1,304 @@
+"""The report: one HTML page that opens offline, and the table a run ends with in the terminal.
+
+The page is written as it is made, a row at a time, so that a thousand rows need no more memory than one. Jinja2 escapes
+all text; styles and the one script are inside the file, and a content security policy forbids everything else.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TextIO
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, features
+
+from concept_ablation import tables
+from concept_ablation.imagestore import ImageStore, read_store
+from concept_ablation.runtime import atomic_output
+
+log = logging.getLogger(__name__)
+
+TEMPLATES = Path(__file__).parent / "templates"
+TONES = {tables.KEPT: "good", tables.ALONE: "good", tables.HARMED: "warn", tables.PRESENT: "bad"}
+"""Colour of a verdict; the inconclusive ones are neutral."""
+
+MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
+"""The same in a terminal."""
+
+THUMBNAIL = 192
+"""Longest side of a picture on the page, in pixels."""
+
+PAGE = {"images_per_probe": 8, "image_budget": 6000, "open_rows": 12}
+"""Pairs of pictures a probe; pictures on the whole page; up to so many rows are unfolded at first."""
+
+
+def render(
+    spec: Mapping | Sequence[Mapping],
+    scores_path: str | Path,
+    summary_path: str | Path,
+    out_path: str | Path,
+    when: datetime | None = None,
+) -> None:
+    """Writes the page to `out_path`, whole or not at all.
+
+    Args:
+        spec: as for `tables.aggregate_scores`; a mapping may also hold "page", other values for some of `PAGE`.
+        scores_path, summary_path: the tables that `aggregate_scores` wrote.
+        when: the time in the page's head; None: now.
+
+    Raises:
+        StoreError: a row's images can't be read.
+    """
+    rows, page = (
+        tables.report_rows(spec),
+        PAGE | dict(spec.get("page", {}) if isinstance(spec, Mapping) else {}),
+    )
+    summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
+    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
+    pairs = pairs_a_probe(
+        sum(2 + len(row["neighbors"]) for row in rows), page["images_per_probe"], page["image_budget"]
+    )
+    scores = pq.read_table(scores_path)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    stream = (
+        environment()
+        .get_template("report.html.j2")
+        .stream(
+            style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            when=when or datetime.now(UTC),
+            model=read_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
+            scorers=pc.unique(scores["features"]).to_pylist(),
+            lines=lines,
+            previews=_previews(rows),
+            counts=count_verdicts(lines),
+            limits=tables.read_thresholds(spec),
+            pairs=pairs,
+            capped=pairs < page["images_per_probe"],
+            unfolded=len(rows) <= page["open_rows"],
+            sections=_sections(rows, lines, scores, pairs),
+        )
+    )
+    stream.enable_buffering(64)
+    with atomic_output(out_path) as part:
+        with part.open("w", encoding="utf-8") as file:
+            stream.dump(file)
+        log.info("%s: %d concepts, %.1f MB", out_path, len(rows), part.stat().st_size / 1e6)
+
+
+def print_summary(
+    summary_path: str | Path, report_path: str | Path, file: TextIO | None = None, most: int = 40
+) -> None:
+    """Prints how each row came out, one line a row (at most `most`), and where the report is; to stderr if `file` is None."""
+    lines = pq.read_table(summary_path).to_pylist()
+    text = [summary_text(lines[:most])] if lines else []
+    text += [f"... and {len(lines) - most} more in the report"] if len(lines) > most else []
+    text += ["", f"{headline(lines)}.", f"Report: {report_path}"]
+    print("\n".join(text), file=file or sys.stderr)
+
+
+def headline(lines: Sequence[Mapping]) -> str:
+    """How many concepts are gone, in one sentence without its full stop."""
+    fine = sum(TONES.get(line["verdict"]) == "good" for line in lines)
+    noun = "concept" if len(lines) == 1 else "concepts"
+    return f"{fine} of {len(lines)} {noun} removed with neighbors intact"
+
+
+def summary_text(lines: Sequence[Mapping]) -> str:
+    """The summary as aligned ASCII: verdict, target accuracy and neighbors before -> after, with 95 % intervals."""
+    table = [("", "concept", "verdict", "target accuracy", "neighbors recognised, change in points")]
+    for line in lines:
+        table.append(
+            (
+                MARKS.get(TONES.get(line["verdict"]), "??"),
+                _printable(line["concept"], 28),
+                line["verdict"],
+                _change_text(line, "target_accuracy"),
+                _change_text(line, "neighbor_recognition", difference=True),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    text = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
+    """How many pairs of pictures each probe shows: `wanted`, or fewer (at least 1) to keep the page within `budget`."""
+    return max(1, min(wanted, budget // (2 * max(probes, 1))))
+
+
+def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
+    """Rows by verdict, in the order of `tables.VERDICTS`, without zeros."""
+    found = [line["verdict"] for line in lines]
+    return {verdict: found.count(verdict) for verdict in tables.VERDICTS if verdict in found}
+
+
+def environment() -> jinja2.Environment:
+    """Jinja2 with everything escaped, unknown names refused, and the page's number formats."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"share": share, "points": points, "metric": format_metric, "sparkline": sparkline}
+    made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": tables.SHARES}
+    return made
+
+
+def share(value: float | None) -> str:
+    """0.034 -> "3%"."""
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def points(value: float | None) -> str:
+    """A change of a share in percentage points: -0.034 -> "−3.4"."""
+    return "–" if value is None else _signed(100 * value, 1)
+
+
+def format_metric(value: float | None, metric: str, change: bool = False) -> str:
+    """A value of the long table as the page shows it."""
+    if value is None:
+        return "–"
+    if metric in tables.SHARES:
+        return points(value) if change else share(value)
+    digits = 1 if metric == "kid_x1000" else 3
+    return _signed(value, digits) if change else _signed(value, digits).removeprefix("+")
+
+
+def _signed(value: float, digits: int) -> str:
+    """With a sign, a true minus, and no sign where it rounds to zero."""
+    rounded = round(value, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+
+
+def sparkline(values: Sequence[float], width: float, height: float, most: int = 160) -> str:
+    """Points of an SVG polyline through at most `most` averages of `values`, the least at the bottom."""
+    finite = np.asarray([value for value in values if value is not None and np.isfinite(value)], dtype=float)
+    if not len(finite):
+        return ""
+    means = np.array([part.mean() for part in np.array_split(finite, min(most, len(finite)))])
+    scaled = (means - means.min()) / max(float(np.ptp(means)), 1e-12)
+    across = np.linspace(0, width, len(means)) if len(means) > 1 else np.array([0.0])
+    return " ".join(f"{x:.1f},{height * (1 - y):.1f}" for x, y in zip(across, scaled, strict=True))
+
+
+def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
+    """A picture as a data URI, WebP (JPEG where Pillow lacks it), at most `size` pixels on its longer side."""
+    image = image.convert("RGB")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    kind, buffer = ("WEBP" if features.check("webp") else "JPEG"), io.BytesIO()
+    image.save(buffer, format=kind, quality=82)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
+    """The target's first picture before and after, small, for each line of the page's table."""
+    for row in rows:
+        after = read_store(row["samples"]).select("target", row["target"])
+        before = read_store(row["base"][row["target"]])
+        yield (
+            tuple(thumbnail(store.image(0), 88) for store in (before, after))
+            if len(after) and len(before)
+            else None
+        )
+
+
+def _sections(
+    rows: Sequence[Mapping], lines: Sequence[Mapping], scores: pa.Table, pairs: int
+) -> Iterator[dict]:
+    """What the page shows of each row, made when the page asks for it."""
+    for row, line in zip(rows, lines, strict=True):
+        samples = read_store(row["samples"])
+        own = scores.filter(pc.equal(scores["concept"], row["concept"])).to_pylist()
+        metrics = _metric_lines(own)
+        record = tables.training_record(row["training"])
+        yield line | {
+            "row": row,
+            "probes": [_probe(row, samples, role, subject, metrics, pairs) for role, subject in _roles(row)],
+            "metrics": metrics,
+            "loss": record.get("loss", []),
+            "settings": _settings(samples.metadata),
+        }
+
+
+def _roles(row: Mapping) -> list[tuple[str, str]]:
+    neighbors = [("neighbor", subject) for subject in row["neighbors"]]
+    return [("target", row["target"]), ("anchor", row["anchor"]), *neighbors]
+
+
+def _probe(
+    row: Mapping, samples: ImageStore, role: str, subject: str, metrics: Sequence[Mapping], pairs: int
+) -> dict:
+    ablated = samples.select(role, subject)
+    shown = min(pairs, len(ablated))
+    before = _base_pictures(str(row["base"][subject]), shown)
+    after = [thumbnail(ablated.image(position)) for position in range(shown)]
+    pictures = [
+        {"prompt": prompt, "seed": seed, "base": base, "ablated": picture}
+        for (prompt, seed, base), picture in zip(before, after, strict=True)
+    ]
+    found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == (role, subject)}
+    return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
+
+
+@lru_cache(maxsize=256)
+def _base_pictures(path: str, count: int) -> list[tuple[str, int, str]]:
+    """Prompt, seed and picture of a base store's first images; rows share these stores."""
+    store = read_store(path)
+    return [(store.rows[i]["prompt"], store.rows[i]["seed"], thumbnail(store.image(i))) for i in range(count)]
+
+
+def _metric_lines(scores: Sequence[Mapping]) -> list[dict]:
+    """One line a probe and metric, with its values by model: the long table, a little wider."""
+    lines: dict[tuple, dict] = {}
+    for score in scores:
+        place = {name: score[name] for name in ("role", "probe", "metric", "text", "against", "unit", "n")}
+        lines.setdefault(tuple(place.values())[:3], place)[score["model"]] = score
+    return list(lines.values())
+
+
+def _settings(metadata: Mapping) -> list[tuple[str, str]]:
+    """What a row was made with, as names and values: flat, without the prompts."""
+    flat: list[tuple[str, str]] = []
+
+    def visit(name: str, value: object) -> None:
+        if isinstance(value, Mapping):
+            for key in value:
+                visit(f"{name}.{key}" if name else str(key), value[key])
+        elif name not in ("probes", "stage"):
+            flat.append((name, value if isinstance(value, str) else json.dumps(value)))
+
+    visit("", metadata)
+    return flat
+
+
+def _change_text(line: Mapping, column: str, difference: bool = False) -> str:
+    """ "97% -> 3% [0%, 13%]", or with the paired difference and its interval; "-" where nothing was measured."""
+    if line[f"{column}_base"] is None:
+        return "-"
+    text = f"{share(line[f'{column}_base'])} -> {share(line[f'{column}_ablated'])}"
+    name = f"{column}_change" if difference else f"{column}_ablated"
+    value, low, high = (line[name + end] for end in ("", "_low", "_high"))
+    if difference:
+        return f"{text}, {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{text} [{share(low)}, {share(high)}]"
+
+
+def _printable(text: str, width: int) -> str:
+    """A name for the terminal: no control characters, no longer than `width`."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return clean if len(clean) <= width else clean[: width - 3] + "..."
