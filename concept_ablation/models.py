@@ -1,0 +1,171 @@
+"""Models: load a pipeline, name the parameters that an ablation trains, save and apply its result.
+
+The result is a *delta*: a safetensors file of the trained parameters' new values (absolute, not differences;
+fp32), named `<component>.<parameter>` as in the pipeline, with JSON metadata. So it loads into any pipeline
+of the same shape.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from concept_ablation.runtime import atomic_output, pick_device
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+log = logging.getLogger(__name__)
+ParameterGroup = Literal["cross-attn", "attn", "full-weight"]
+METADATA_KEY = "concept_ablation"
+# Up to this many latent positions a CPU is faster with attention as plain matrix products (measured at 256:
+# 25 % of a training step); above it their square no longer fits the caches.
+PLAIN_ATTENTION_POSITIONS = 1024
+
+
+class ModelError(ValueError):
+    """A model that can't be loaded or used; the message says which and what to do."""
+
+
+class DeltaError(ValueError):
+    """A delta file that is damaged or made for another model."""
+
+
+def load_pipeline(
+    path: str | Path, revision: str | None = None, device: str = "auto"
+) -> StableDiffusionPipeline:
+    """The pipeline at `path` (a folder, or a hub id with `revision`), in fp32, on `device`, ready to sample.
+
+    A folder is read offline. There is no safety checker and no progress bar. Raises ModelError, DeviceError.
+    """
+    # Its own module: half a second faster than the package, which would look for every other pipeline too.
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    source = _check_source(str(path))
+    place = pick_device(device)
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source,
+            revision=revision,
+            dtype=torch.float32,
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=os.path.isdir(source),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a StableDiffusionPipeline that loads: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(place)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.eval()
+    if place.type == "cpu" and pipeline.unet.config.sample_size**2 <= PLAIN_ATTENTION_POSITIONS:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        pipeline.unet.set_attn_processor(AttnProcessor())
+    return pipeline
+
+
+def _check_source(path: str) -> str:
+    """`path` if it is a model folder or may be a hub id. Raises ModelError."""
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "model_index.json")):
+            raise ModelError(f"{path}: no model_index.json in this folder, so it is no diffusers pipeline")
+        return path
+    owner, _, name = path.partition("/")
+    if (
+        not name
+        or "/" in name
+        or owner in ("", ".", "..", "~")
+        or os.path.exists(owner)
+        or os.path.exists(path)
+    ):
+        raise ModelError(
+            f"{path}: there is no such folder; give the folder of a diffusers pipeline or a hub id"
+        )
+    return path
+
+
+def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """The UNet's cross-attention layers (diffusers' `attn2`), by name."""
+    return {name: layer for name, layer in unet.named_modules() if name.rpartition(".")[2] == "attn2"}
+
+
+def trainable_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
+    """The parameters of `group`, by name, in the UNet's order.
+
+    `cross-attn`: keys and values of the cross-attention layers (the paper's choice for styles and objects);
+    `attn`: queries, keys, values and output projections of all attention layers; `full-weight`: all. Raises
+    ModelError for another group.
+    """
+    if group not in get_args(ParameterGroup):
+        raise ModelError(
+            f"parameter group {group!r} is unknown (allowed: {', '.join(get_args(ParameterGroup))})"
+        )
+    parts = {
+        "cross-attn": (".attn2.to_k.", ".attn2.to_v."),
+        "attn": tuple(
+            f".{layer}.{part}." for layer in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out")
+        ),
+        "full-weight": ("",),
+    }[group]
+    return {name: value for name, value in unet.named_parameters() if any(part in name for part in parts)}
+
+
+def save_delta(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write `tensors` (named `<component>.<parameter>`) in fp32, and `metadata` (what JSON can hold).
+
+    The file is there whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    content = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+    with atomic_output(path) as part:
+        save_file(content, part, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def load_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """A delta's tensors (fp32, CPU) and its metadata. Raises DeltaError if it can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except KeyError:
+        raise DeltaError(f"{path}: no {METADATA_KEY!r} metadata, so it is no delta of this project") from None
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise DeltaError(f"{path}: can't be read ({error}); delete it and run again") from error
+
+
+@torch.no_grad()
+def apply_delta(pipeline: StableDiffusionPipeline, path: str | Path) -> dict[str, object]:
+    """Put a delta's values into `pipeline`, in place, and return its metadata.
+
+    Raises DeltaError, with the pipeline unchanged, if a parameter is missing or has another shape.
+    """
+    tensors, metadata = load_delta(path)
+    own = {}
+    for component in {name.partition(".")[0] for name in tensors}:
+        module = getattr(pipeline, component, None)
+        if isinstance(module, nn.Module):
+            own |= {f"{component}.{name}": value for name, value in module.named_parameters()}
+    wrong = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
+    if wrong:
+        raise DeltaError(
+            f"{path}: {len(wrong)} of {len(tensors)} parameters don't fit this model, first {wrong[0]}; "
+            f"the delta was made for {metadata.get('base_model', 'another model')!r}"
+        )
+    for name, value in tensors.items():
+        own[name].copy_(value)
+    return metadata

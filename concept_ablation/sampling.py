@@ -1,0 +1,183 @@
+"""Sampling: images from prompts and seeds, the same image for a prompt and seed whatever is drawn beside it.
+
+The pipeline itself samples; each image has its own generator on the CPU, so that neither the batch size nor
+the device's random numbers enter. The stages that write image stores are below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from concept_ablation.imagestore import write_store
+from concept_ablation.models import apply_delta, load_pipeline
+from concept_ablation.runtime import autocast, resolve_precision
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+# Name in a config -> diffusers class and what it is told beyond the model's own schedule.
+SCHEDULERS: dict[str, tuple[str, dict]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+}
+
+
+class SamplerError(ValueError):
+    """A sampler setting that isn't known; the message lists what is allowed."""
+
+
+def sample_images(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    sampler: Mapping[str, object],
+    batch_size: int,
+    progress: str | None = None,
+) -> Iterator[Image]:
+    """Yield one RGB image for each prompt and its seed, in order.
+
+    `sampler`: `scheduler` (a name in SCHEDULERS or `default`, the pipeline's own), `steps`, `guidance_scale`
+    (1: none), `eta` (0..1, of ddim), `precision` (auto, fp32, bf16, fp16), `height` and `width` (pixels;
+    None: the model's own). Image i is the same, within one grey level, whatever `batch_size`. `progress`
+    labels a progress bar. Raises SamplerError, DeviceError.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    with tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            images = _sample_batch(pipeline, prompts[batch], seeds[batch], sampler)
+            yield from images
+            bar.update(len(images))
+
+
+def _sample_batch(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Mapping[str, object],
+) -> list[Image]:
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    own_scheduler = pipeline.scheduler
+    pipeline.scheduler = make_scheduler(own_scheduler, str(sampler["scheduler"]))
+    try:
+        with _fp32_outputs(pipeline.unet), autocast(sampler["precision"], pipeline.device):
+            return pipeline(
+                list(prompts),
+                num_inference_steps=sampler["steps"],
+                guidance_scale=sampler["guidance_scale"],
+                eta=sampler["eta"],
+                height=sampler["height"],
+                width=sampler["width"],
+                generator=generators,
+            ).images
+    finally:
+        pipeline.scheduler = own_scheduler
+
+
+def make_scheduler(own: object, name: str) -> object:
+    """A fresh scheduler called `name` with the noise schedule of `own`. Raises SamplerError."""
+    if name == "default":
+        return type(own).from_config(own.config)
+    if name not in SCHEDULERS:
+        raise SamplerError(f"scheduler {name!r} is unknown (allowed: {', '.join(['default', *SCHEDULERS])})")
+    kind, settings = SCHEDULERS[name]
+    return getattr(importlib.import_module("diffusers.schedulers"), kind).from_config(own.config, **settings)
+
+
+@contextlib.contextmanager
+def _fp32_outputs(unet: torch.nn.Module) -> Iterator[None]:
+    """Let guidance and the scheduler compute in fp32: autocast leaves the prediction in half precision."""
+    hook = unet.register_forward_hook(lambda module, inputs, outputs: tuple(part.float() for part in outputs))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def generate_anchors(
+    spec: Mapping,
+    prompts_path: str | Path,
+    out_path: str | Path,
+    *,
+    device: str = "auto",
+    batch_size: int = 16,
+) -> None:
+    """Stage `generate_anchors`: images of the anchor's prompts by the unchanged model."""
+    prompts = json.loads(Path(prompts_path).read_text(encoding="utf-8"))["prompts"]
+    probe = {
+        "role": None,
+        "subject": None,
+        "prompts": prompts,
+        "images": spec["images"],
+        "seed": spec["seed"],
+    }
+    _sample_probes(spec, [probe], out_path, device=device, batch_size=batch_size)
+
+
+def sample_base(spec: Mapping, out_path: str | Path, *, device: str = "auto", batch_size: int = 16) -> None:
+    """Stage `sample_base`: one probe's images by the unchanged model, without a role: rows share them."""
+    _sample_probes(spec, [{"role": None, **spec["probe"]}], out_path, device=device, batch_size=batch_size)
+
+
+def sample_ablated(
+    spec: Mapping, delta_path: str | Path, out_path: str | Path, *, device: str = "auto", batch_size: int = 16
+) -> None:
+    """Stage `sample_ablated`: all probes of a row by the model with its delta, one after the other."""
+    _sample_probes(
+        spec, spec["probes"], out_path, delta_path=delta_path, device=device, batch_size=batch_size
+    )
+
+
+def _sample_probes(
+    spec: Mapping,
+    probes: Sequence[Mapping],
+    out_path: str | Path,
+    *,
+    delta_path: str | Path | None = None,
+    device: str,
+    batch_size: int,
+) -> None:
+    """Sample `probes` into one store; image i of a probe has prompt i (modulo their number), seed + i."""
+    pipeline = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device)
+    delta = None if delta_path is None else apply_delta(pipeline, delta_path)
+    rows = list(_probe_rows(probes))
+    images = sample_images(
+        pipeline,
+        [row["prompt"] for row in rows],
+        [row["seed"] for row in rows],
+        sampler=spec["sampler"],
+        batch_size=batch_size,
+        progress=Path(out_path).stem,
+    )
+    precision = resolve_precision(spec["sampler"]["precision"], pipeline.device)
+    metadata = {**spec, "device": pipeline.device.type, "precision": precision, "delta_metadata": delta}
+    count = write_store(out_path, _with_images(rows, images), metadata)
+    log.info("wrote %d images to %s (%s, %s)", count, out_path, pipeline.device, precision)
+
+
+def _probe_rows(probes: Sequence[Mapping]) -> Iterator[dict]:
+    for probe in probes:
+        for index in range(probe["images"]):
+            prompt = probe["prompts"][index % len(probe["prompts"])]
+            named = {"role": probe["role"], "subject": probe["subject"]}
+            yield {"prompt": prompt, "seed": probe["seed"] + index, "index": index, **named}
+
+
+def _with_images(rows: Iterable[dict], images: Iterable[Image]) -> Iterator[dict]:
+    for row, image in zip(rows, images, strict=True):
+        yield {**row, "image": image}
