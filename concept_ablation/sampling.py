@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from concept_ablation.imagestore import write_store
 from concept_ablation.models import apply_delta, load_pipeline
-from concept_ablation.runtime import autocast, resolve_precision
+from concept_ablation.runtime import Precision, autocast, resolve_precision
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -75,7 +75,7 @@ def _sample_batch(
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = make_scheduler(own_scheduler, str(sampler["scheduler"]))
     try:
-        with _fp32_outputs(pipeline.unet), autocast(sampler["precision"], pipeline.device):
+        with _mixed_precision(pipeline.unet, sampler["precision"], pipeline.device):
             return pipeline(
                 list(prompts),
                 num_inference_steps=sampler["steps"],
@@ -100,13 +100,23 @@ def make_scheduler(own: object, name: str) -> object:
 
 
 @contextlib.contextmanager
-def _fp32_outputs(unet: torch.nn.Module) -> Iterator[None]:
-    """Let guidance and the scheduler compute in fp32: autocast leaves the prediction in half precision."""
-    hook = unet.register_forward_hook(lambda module, inputs, outputs: tuple(part.float() for part in outputs))
+def _mixed_precision(unet: torch.nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
+    """Let `unet` compute in `precision` and answer in fp32.
+
+    Guidance and the scheduler then compute in fp32, and so does the VAE, whose steps of half precision would
+    show as grey levels that depend on the batch.
+    """
+    forward = unet.forward
+
+    def mixed(*inputs, **named) -> tuple[torch.Tensor, ...]:
+        with autocast(precision, device):
+            return tuple(part.float() for part in forward(*inputs, **named))
+
+    unet.forward = mixed
     try:
         yield
     finally:
-        hook.remove()
+        unet.forward = forward
 
 
 def generate_anchors(

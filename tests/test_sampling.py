@@ -89,9 +89,9 @@ def test_prediction_reaches_the_scheduler_in_fp32(pipeline, monkeypatch):
 
 
 def test_sampling_leaves_the_pipeline_as_it_was(pipeline):
-    scheduler, hooks = pipeline.scheduler, len(pipeline.unet._forward_hooks)
+    scheduler, forward = pipeline.scheduler, pipeline.unet.forward
     draw(pipeline, PROMPTS[:1], SEEDS[:1], scheduler="euler", precision="bf16")
-    assert pipeline.scheduler is scheduler and len(pipeline.unet._forward_hooks) == hooks
+    assert pipeline.scheduler is scheduler and pipeline.unet.forward == forward
     assert {value.dtype for value in pipeline.unet.parameters()} == {torch.float32}
 
 
