@@ -201,7 +201,7 @@ def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
     image = image.convert("RGB")
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     kind, buffer = ("WEBP" if features.check("webp") else "JPEG"), io.BytesIO()
-    image.save(buffer, format=kind, quality=82)
+    image.save(buffer, format=kind, quality=82, method=2)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

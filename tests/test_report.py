@@ -1,0 +1,279 @@
+"""The page: complete, offline, escaped, of bounded size; and the terminal's summary."""
+
+import base64
+import hashlib
+import io
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from concept_ablation import report
+from concept_ablation.imagestore import StoreError, write_store
+from concept_ablation.metrics import Estimate
+from concept_ablation.tables import COLUMNS, SHARES, UNITS, aggregate_scores
+
+WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+HOSTILE = '"><script>alert(1)</script>{{ 7*7 }}<img src=x onerror=alert(2)>'
+
+
+def images(role, subject, count, colour, prompt):
+    for index in range(count):
+        picture = Image.new("RGB", (300, 200), colour)
+        names = {"role": role, "subject": subject, "prompt": prompt}
+        yield {"image": picture, "seed": 100 + index, "index": index, **names}
+
+
+def scores(row):
+    """A long table with plausible numbers for each probe of a row."""
+    roles = [("target", row["target"]), ("anchor", row["anchor"])]
+    roles += [("neighbor", neighbor) for neighbor in row["neighbors"]] + [("neighbors", "neighbors")]
+    for role, probe in roles if row["neighbors"] else roles[:-1]:
+        for metric, unit in UNITS.items():
+            if metric == "recognition" and role == "anchor":
+                continue
+            models = (
+                ("ablated",)
+                if metric in ("kid_x1000", "image_similarity")
+                else ("base", "ablated", "difference")
+            )
+            for model in models:
+                gone = role in ("target", "anchor") and model == "ablated"
+                value = {"base": 0.9, "ablated": 0.05 if gone else 0.88, "difference": -0.02}[model]
+                value = 0.1 if role == "anchor" and model == "base" else value
+                made = Estimate(
+                    value, value - 0.01, value + 0.01, 12, "wilson" if metric in SHARES else "bootstrap"
+                )
+                place = {
+                    "probe": probe,
+                    "role": role,
+                    "model": model,
+                    "metric": metric,
+                    "text": probe,
+                    "against": "x",
+                }
+                line = {name: row[name] for name in ("concept", "kind", "target", "anchor")} | place
+                line |= {"value": made.value, "ci_low": made.low, "ci_high": made.high, "n": made.n}
+                yield line | {"unit": unit, "interval": made.interval, "features": "CLIP tiny", "key": "k"}
+
+
+def make_row(
+    folder, concept, target="pouting cat", neighbors=("owl", "duck"), kind="object", prompt="a picture"
+):
+    row = {"concept": concept, "kind": kind, "target": target, "anchor": "cat", "neighbors": list(neighbors)}
+    where = folder / hashlib.sha256(concept.encode()).hexdigest()[:8]
+    where.mkdir()
+    for name, file in (("scores", "scores"), ("samples", "samples"), ("training", "training")):
+        row[name] = str(where / f"{file}.parquet")
+    row["delta"] = str(where / "delta.safetensors")
+    (where / "delta.safetensors").write_bytes(b"0" * 1000)
+    probes = [("target", target), ("anchor", "cat"), *(("neighbor", neighbor) for neighbor in neighbors)]
+    row["base"] = {
+        subject: str(where / f"base-{number}.parquet") for number, (_, subject) in enumerate(probes)
+    }
+    for _role, subject in probes:
+        write_store(row["base"][subject], images(None, subject, 12, "red", prompt), {})
+    after = (image for role, subject in probes for image in images(role, subject, 12, "blue", prompt))
+    settings = {"model": {"path": "some/model", "revision": None}, "sampler": {"steps": 20}, "probes": [1, 2]}
+    write_store(row["samples"], after, settings)
+    pq.write_table(pa.Table.from_pylist(list(scores(row)), schema=COLUMNS), row["scores"])
+    record = {"step": range(1, 4), "loss": [0.3, 0.2, 0.1], "seconds": [1.0] * 3, "memory": [2 * 10**9] * 3}
+    pq.write_table(pa.table({name: list(values) for name, values in record.items()}), row["training"])
+    return row
+
+
+def make_page(folder, rows, **page):
+    spec = {"rows": rows, "page": page}
+    long, wide, out = (
+        folder / "report" / name for name in ("scores.parquet", "summary.parquet", "index.html")
+    )
+    aggregate_scores(spec, long, wide)
+    report.render(spec, long, wide, out, WHEN)
+    return out.read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """All elements of a page, and whether every one that opens closes in order."""
+
+    EMPTY = ("meta", "img", "line", "circle", "rect", "polyline", "input", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.stack = [], []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.EMPTY:
+            assert self.stack.pop() == tag
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    return make_page(folder, [make_row(folder, "weary"), make_row(folder, "alone", neighbors=())])
+
+
+def test_the_page_shows_every_row_with_its_verdict_and_pictures(page):
+    elements = Elements(page)
+    assert "2 of 2 concepts removed with neighbors intact" in page
+    assert [e["id"] for e in elements.of("section") if e.get("class") == "row"] == ["row-1", "row-2"]
+    assert page.count("removed, neighbors kept</span>") == 2  # in the table and in the section
+    assert page.count("removed, no neighbors measured</span>") == 2
+    alts = [image["alt"] for image in elements.of("img")]
+    assert alts.count("before: a picture, seed 100") == alts.count("after: a picture, seed 100") == 6
+    assert "first 8 of 12 seeds" in page and "before: a picture, seed 108" not in alts
+    assert "2026-01-02 03:04 UTC" in page and "some/model" in page and "CLIP tiny" in page
+    assert "sampler.steps" in page and "load_pipeline(&#39;some/model&#39;)" in page
+
+
+def test_pictures_of_a_seed_stand_together(page):
+    """Each figure holds the base model's picture, then the ablated one's."""
+    figure = re.search(r"<figure>(.*?)</figure>", page, re.DOTALL).group(1)
+    sources = re.findall(r'src="data:image/\w+;base64,([^"]+)" alt="(before|after)', figure)
+    assert [when for _, when in sources] == ["before", "after"]
+    colours = []
+    for data, _ in sources:
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert max(picture.size) == report.THUMBNAIL
+        colours.append(np.asarray(picture.convert("RGB")).mean((0, 1)).argmax())
+    assert colours == [0, 2]  # red before, blue after
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    elements = Elements(page)
+    assert all(image["src"].startswith("data:image/") for image in elements.of("img"))
+    assert not elements.of("link") and not elements.of("iframe") and not re.search(r"url\(|@import", page)
+    assert not re.search(r"https?://", page)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(e["content"] for e in elements.of("meta") if "http-equiv" in e)
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def test_the_table_sorts_by_plain_numbers(page):
+    keys = [
+        float(cell["data-sort"])
+        for cell in Elements(page).of("td")
+        if cell.get("data-sort", "").startswith("0.")
+    ]
+    assert 0.05 in keys and 0.88 in keys
+    assert all("button" in part for part in re.findall(r"<th scope=\"col\".*?</th>", page)[:7])
+
+
+def test_hostile_names_stay_text(tmp_path):
+    row = make_row(tmp_path, HOSTILE, target=HOSTILE + "t", neighbors=(HOSTILE + "n",), prompt=HOSTILE)
+    text = make_page(tmp_path, [row])
+    elements = Elements(text)
+    assert len(elements.of("script")) == 1 and "49" not in re.findall(r"<h2[^>]*>(.*?)</h2>", text)[1]
+    assert all("onerror" not in image for image in elements.of("img"))
+    assert all(not name.startswith("on") for _, attributes in elements.found for name in attributes)
+
+
+def test_many_rows_are_folded_and_the_page_stays_small(tmp_path):
+    rows = [make_row(tmp_path, f"row {number:02}", neighbors=("owl",)) for number in range(4)]
+    text = make_page(tmp_path, rows, image_budget=24, open_rows=3)
+    assert text.count("<figure>") == 12 and "first 1 pair of images" in text
+    assert not [e for e in Elements(text).of("details") if e.get("class") == "fold" and "open" in e]
+
+
+def test_a_page_is_made_row_by_row(tmp_path, monkeypatch):
+    """A row's pictures are read only when the page gets there: nothing holds all rows."""
+    rows = [make_row(tmp_path, f"row {number}", neighbors=()) for number in range(3)]
+    order = []
+    monkeypatch.setattr(report, "_settings", lambda metadata: order.append("made") or [])
+    original = report.jinja2.environment.TemplateStream.__next__
+
+    def watched(stream):
+        order.append("written")
+        return original(stream)
+
+    monkeypatch.setattr(report.jinja2.environment.TemplateStream, "__next__", watched)
+    make_page(tmp_path, rows)
+    first, last = order.index("made"), len(order) - 1 - order[::-1].index("made")
+    assert "written" in order[first:last]
+
+
+def test_no_rows_make_a_page_too(tmp_path):
+    text = make_page(tmp_path, [])
+    Elements(text)
+    assert "No concept is finished yet" in text
+
+
+def test_a_damaged_store_is_named_and_the_old_page_stays(tmp_path):
+    row = make_row(tmp_path, "weary")
+    make_page(tmp_path, [row])
+    (tmp_path / "report" / "index.html").write_text("old")
+    with open(row["samples"], "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(StoreError, match="damaged"):
+        make_page(tmp_path, [row])
+    assert (tmp_path / "report" / "index.html").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("probes", "wanted", "budget", "pairs"),
+    [(10, 8, 6000, 8), (1000, 8, 6000, 3), (9000, 8, 6000, 1), (0, 8, 6000, 8)],
+)
+def test_pairs_a_probe(probes, wanted, budget, pairs):
+    assert report.pairs_a_probe(probes, wanted, budget) == pairs
+
+
+def test_number_formats():
+    assert [report.share(value) for value in (None, 0, 0.034, 1)] == ["–", "0%", "3%", "100%"]
+    assert [report.points(value) for value in (None, -0.034, 0.05, -0.0001)] == ["–", "−3.4", "+5.0", "0.0"]
+    assert report.format_metric(-1.26, "kid_x1000") == "−1.3"
+    assert report.format_metric(0.12345, "clip_cosine") == "0.123"
+    assert report.format_metric(0.12345, "clip_cosine", change=True) == "+0.123"
+    assert report.format_metric(-0.02, "recognition", change=True) == "−2.0"
+
+
+def test_sparkline():
+    assert report.sparkline([0.0, 1.0, 0.5], 100, 10) == "0.0,10.0 50.0,0.0 100.0,5.0"
+    assert report.sparkline([2.0] * 4, 100, 10, most=2) == "0.0,10.0 100.0,10.0"
+    assert report.sparkline([float("nan"), None], 100, 10) == ""
+    assert len(report.sparkline(list(range(5000)), 100, 10).split()) == 160
+
+
+def test_terminal_summary(tmp_path, capsys):
+    rows = [make_row(tmp_path, "weary"), make_row(tmp_path, "al\x1b[31mone" + "x" * 50, neighbors=())]
+    make_page(tmp_path, rows)
+    report.print_summary(tmp_path / "report" / "summary.parquet", "results/report/index.html")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert captured.err.isascii() and "\x1b" not in captured.err
+    assert lines[-2:] == [
+        "2 of 2 concepts removed with neighbors intact.",
+        "Report: results/report/index.html",
+    ]
+    assert re.match(
+        r"ok  al\?\[31mone\w+\.\.\.  +removed, no neighbors measured +90% -> 5% \[4%, 6%\] +-$", lines[2]
+    )
+    assert "90% -> 88%, -2.0 [-3.0, -1.0]" in lines[3]
+    assert len({line.index("removed") for line in lines[2:4]}) == 1
+    report.print_summary(tmp_path / "report" / "summary.parquet", "x", most=1)
+    assert "... and 1 more in the report" in capsys.readouterr().err
+
+
+def test_the_report_needs_no_torch():
+    code = (
+        "import sys, concept_ablation.report; sys.exit('torch' in sys.modules or 'snakemake' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
