@@ -7,10 +7,11 @@ of the same shape.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -99,6 +100,26 @@ def _check_source(path: str) -> str:
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     """The UNet's cross-attention layers (diffusers' `attn2`), by name."""
     return {name: layer for name, layer in unet.named_modules() if name.rpartition(".")[2] == "attn2"}
+
+
+@contextlib.contextmanager
+def detach_bos(unet: nn.Module) -> Iterator[None]:
+    """Inside, no gradient flows through the keys and values of the first token of any cross-attention layer.
+
+    That token is the same for every prompt and draws most of the attention: moving its keys and values would
+    change what all prompts give (reference: its attention processors). Predictions are unchanged.
+    """
+
+    def detach_first(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return torch.cat((output[:, :1].detach(), output[:, 1:]), dim=1)
+
+    layers = [part for layer in cross_attentions(unet).values() for part in (layer.to_k, layer.to_v)]
+    hooks = [layer.register_forward_hook(detach_first) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def trainable_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn.Parameter]:
