@@ -38,6 +38,8 @@ def test_ties_are_shared_so_that_a_text_against_itself_is_undecided():
     assert metrics.recognised(image, np.vstack([same, other]), 1) == 0.5
     assert metrics.recognised(image, np.vstack([same, other]), 2) == 0
     assert metrics.recognised(image, np.vstack([same, same[:1]]), 0) == pytest.approx(1 / 3)
+    rounded = same * [[1.0], [1 - 1e-8]]  # the same text, encoded in another batch
+    assert metrics.recognised(image, rounded, 1) == 0.5
 
 
 def test_wilson_interval_against_scipy_and_at_the_ends():
