@@ -228,7 +228,7 @@ def training_record(path: str | Path) -> dict[str, list]:
 def _cost(row: Mapping) -> dict:
     """What the row cost: steps, seconds and memory of its training, size of its delta. None where not recorded."""
     record, delta = training_record(row["training"]), Path(row["delta"])
-    memory = [value for value in record.get("memory", []) if value is not None]
+    memory = [value for value in record.get("peak_memory_bytes", []) if value is not None]
     return {
         "steps": len(record["step"]) if record else None,
         "training_seconds": float(sum(record["seconds"])) if "seconds" in record else None,

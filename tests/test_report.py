@@ -84,7 +84,12 @@ def make_row(
     settings = {"model": {"path": "some/model", "revision": None}, "sampler": {"steps": 20}, "probes": [1, 2]}
     write_store(row["samples"], after, settings)
     pq.write_table(pa.Table.from_pylist(list(scores(row)), schema=COLUMNS), row["scores"])
-    record = {"step": range(1, 4), "loss": [0.3, 0.2, 0.1], "seconds": [1.0] * 3, "memory": [2 * 10**9] * 3}
+    record = {
+        "step": range(1, 4),
+        "loss": [0.3, 0.2, 0.1],
+        "seconds": [1.0] * 3,
+        "peak_memory_bytes": [2 * 10**9] * 3,
+    }
     pq.write_table(pa.table({name: list(values) for name, values in record.items()}), row["training"])
     return row
 

@@ -7,6 +7,7 @@ import pytest
 
 from concept_ablation import metrics, tables
 from concept_ablation.tables import COLUMNS, TableError, Thresholds, aggregate_scores, judge
+from concept_ablation.training import StepRecord, write_records
 
 
 def summary(target=(0.95, 0.05), n=40, loss=0.0, losses_n=100, anchor=0.1):
@@ -95,8 +96,9 @@ def write_row(folder, concept, kind="object"):
     ]
     scores, training, delta = (folder / f"{concept}.{end}" for end in ("scores", "training", "delta"))
     pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), scores)
-    record = {"step": [1, 2], "loss": [0.2, 0.1], "seconds": [0.5, 0.25], "memory": [10_000_000, 12_000_000]}
-    pq.write_table(pa.table(record), training)
+    write_records(
+        training, [StepRecord(i, 0.2, np.nan, 1e-4, 1.0, 0.5 / i, 6_000_000 * i) for i in (1, 2)], {}
+    )
     delta.write_bytes(b"0" * 2_000_000)
     names = {
         "concept": concept,
