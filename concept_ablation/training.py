@@ -178,9 +178,13 @@ def _make_optimizer(
         weight_decay=adam["weight_decay"],
         eps=adam["epsilon"],
     )
-    return optimizer, get_scheduler(
-        settings.lr_scheduler, optimizer, settings.lr_warmup_steps, settings.steps
+    name = settings.lr_scheduler
+    if name == "constant" and settings.lr_warmup_steps:
+        name = "constant_with_warmup"  # diffusers' "constant" would ignore the warm-up without a word
+    lr_scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=settings.steps
     )
+    return optimizer, lr_scheduler
 
 
 def _backward(
@@ -246,19 +250,21 @@ def _predictors(
 ) -> tuple[Predict, Predict]:
     """The network's prediction and the teacher's: the same, or by the trained parameters as they are now."""
 
-    def predict(
-        noisy: Tensor, timesteps: Tensor, text: Tensor, weights: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def predict(noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         # One autocast a prediction: it caches half-precision weights, and the teacher's have no gradient.
         with accelerator.autocast():
-            inputs = {"timestep": timesteps, "encoder_hidden_states": text}
-            return torch.func.functional_call(unet, weights or {}, (noisy,), inputs).sample
+            return unet(noisy, timesteps, text).sample
 
     if settings.teacher == "current":
         return predict, predict
     parameters = trainable_parameters(unet, settings.group)
     frozen = {name: value.detach().clone() for name, value in parameters.items()}
-    return predict, lambda noisy, timesteps, text: predict(noisy, timesteps, text, frozen)
+
+    def predict_frozen(noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return torch.func.functional_call(unet, frozen, (noisy, timesteps, text)).sample
+
+    return predict, predict_frozen
 
 
 def ablate_concept(
