@@ -19,7 +19,7 @@ from .render import Glyphs, render
 from .scorer import degrade
 from .world import MEMORIZED, Scene, draw_scene
 
-STEPS, GROUPS, PER_GROUP, SIDE = 1500, 16, 4, 64
+STEPS, GROUPS, PER_GROUP, SIDE = 700, 16, 4, 64
 POOL = 6000  # groups rendered once
 
 
