@@ -185,7 +185,7 @@ class _Table:
             words = [word.strip() for word in values["neighbors"].split(";")]
             values["neighbors"] = [word for word in words if word]
         for problem in find_problems(values, {"properties": self.columns}):
-            column, _, index = problem.path.partition(".")
+            column, _, _index = problem.path.partition(".")
             self.complain(line, problem.message, self._allowed(column, problem.message), column)
         self._check_words(line, values)
         if name := values.get("concept"):

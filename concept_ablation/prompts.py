@@ -111,7 +111,7 @@ def replace_word(prompt: str, word: str, other: str) -> str:
 def has_word(prompt: str, word: str) -> bool:
     """Whether `prompt` holds `word` or its plural as a whole word, in any case."""
     return (
-        re.search(rf"(?<![\w-])({re.escape(word)}|{re.escape(plural(word))})(?![\w-])", prompt, re.I)
+        re.search(rf"(?<![\w-])({re.escape(word)}|{re.escape(plural(word))})(?![\w-])", prompt, re.IGNORECASE)
         is not None
     )
 

@@ -2,8 +2,6 @@
 
 import json
 
-from snakemake.script import snakemake
-
 from concept_ablation.runtime import setup_logging
 from concept_ablation.sampling import sample_base
 

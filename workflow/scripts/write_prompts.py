@@ -2,8 +2,6 @@
 
 import json
 
-from snakemake.script import snakemake
-
 from concept_ablation.prompts import write_prompts
 from concept_ablation.runtime import setup_logging
 
