@@ -12,12 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from concept_ablation.concepts import load_concepts  # noqa: E402
-from concept_ablation.imagestore import read_store  # noqa: E402
-from concept_ablation.plan import Plan, Row, build_plan  # noqa: E402
-from concept_ablation.validation import check_config, load_schema  # noqa: E402
+from concept_ablation.concepts import load_concepts
+from concept_ablation.imagestore import read_store
+from concept_ablation.plan import Plan, Row, build_plan
+from concept_ablation.validation import check_config, load_schema
 
-SHOWN = {"neon": "blueprint", "pouting cat": "weary cat", "owl": "penguin"}  # target -> the neighbor beside it
+SHOWN = {
+    "neon": "blueprint",
+    "pouting cat": "weary cat",
+    "owl": "penguin",
+}  # target -> the neighbor beside it
 IMAGES, SIDE, GAP, LABEL, TITLE = 5, 88, 4, 92, 26  # images a group; pixels
 INK, GREY = (24, 26, 32), (110, 114, 124)
 
@@ -58,7 +62,9 @@ def draw(plan: Plan) -> Image.Image:
                 y = top + TITLE + line * (SIDE + GAP)
                 pen.text((8, y + SIDE // 2 - 8), ("before", "after")[line], GREY, plain)
                 for i, image in enumerate(images):
-                    page.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + i * (SIDE + GAP), y))
+                    page.paste(
+                        image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + i * (SIDE + GAP), y)
+                    )
     return page
 
 
