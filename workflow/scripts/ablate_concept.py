@@ -11,5 +11,5 @@ ablate_concept(
     snakemake.input.anchors,
     snakemake.output.delta,
     snakemake.output.training,
-    runtime={"device": snakemake.resources.device},
+    device=snakemake.resources.device,
 )
