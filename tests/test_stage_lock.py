@@ -1,0 +1,204 @@
+"""The lock on the stages' code: an edit that may change a stage's output forces a decision about its version.
+
+Results are named by their specs, and a spec holds its stage's version, not its code. So the code that each
+stage runs is hashed here, comments, formatting and docstrings aside, and compared with `stage_lock.json`.
+`python -m tests.test_stage_lock` writes that file anew.
+"""
+
+import ast
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from concept_ablation.plan import VERSIONS
+
+ROOT = Path(__file__).parents[1]
+LOCK = Path(__file__).with_name("stage_lock.json")
+ACCEPT = "python -m tests.test_stage_lock"
+PACKAGE = "concept_ablation"
+
+
+class Module:
+    """One module of the package: its top-level definitions and what it imports from the package."""
+
+    def __init__(self, path: Path) -> None:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.definitions: dict[str, list[ast.stmt]] = defaultdict(list)
+        for statement in tree.body:
+            for name in _bound(statement):
+                self.definitions[name].append(statement)
+        # The name used here -> module and name there; the name is None if the module itself is imported.
+        self.imports: dict[str, tuple[str, str | None]] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+                source = node.module.partition(".")[2]
+                for alias in node.names:
+                    found = (source, alias.name) if source else (alias.name, None)
+                    self.imports[alias.asname or alias.name] = found
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that a top-level definition or assignment binds."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return [statement.name]
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        return [
+            node.id
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ]
+    return []
+
+
+def _plain(node: object) -> object:
+    """A syntax tree as lists, without positions, docstrings and empty fields: the same in every Python."""
+    if isinstance(node, list):
+        return [_plain(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = fields["body"][1:]
+    return [
+        type(node).__name__,
+        *([name, _plain(value)] for name, value in sorted(fields.items()) if value not in (None, [])),
+    ]
+
+
+class Package:
+    """The package below `root`: what each stage runs, found by following the names that its code uses."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.modules = {path.stem: Module(path) for path in (root / PACKAGE).glob("*.py")}
+
+    def code(self, stage: str) -> dict[str, str]:
+        """Module -> 12 hex of the code that `stage` runs there."""
+        script = Module(self.root / "workflow" / "scripts" / f"{stage}.py")
+        reached: set[tuple[str, str]] = set()
+        self._follow(*script.imports[stage], reached)
+        parts = defaultdict(list)
+        for module, name in sorted(reached):
+            parts[module].append([name, _plain(self.modules[module].definitions[name])])
+        return {
+            module: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12]
+            for module, part in parts.items()
+        }
+
+    def _follow(self, module: str, name: str, reached: set[tuple[str, str]]) -> None:
+        """Add a definition, and those of the package that it uses, to `reached`."""
+        if (module, name) in reached or module not in self.modules:
+            return
+        here = self.modules[module]
+        if name in here.definitions:
+            reached.add((module, name))
+        for statement in here.definitions.get(name, ()):
+            for used in self._used(here, module, statement):
+                self._follow(*used, reached)
+
+    def _used(self, here: Module, module: str, statement: ast.stmt) -> Iterator[tuple[str, str]]:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                source, name = here.imports.get(node.value.id, ("", ""))
+                if name is None:
+                    yield source, node.attr
+            elif isinstance(node, ast.Name):
+                source, name = here.imports.get(node.id, (module, node.id))
+                if name is not None:
+                    yield source, name
+
+
+def current(root: Path = ROOT, versions: dict[str, int] = VERSIONS) -> dict[str, dict]:
+    """What the lock file should hold now."""
+    package = Package(root)
+    return {stage: {"version": versions[stage], "code": package.code(stage)} for stage in sorted(versions)}
+
+
+def complaints(lock: dict[str, dict], now: dict[str, dict]) -> list[str]:
+    """One message for each stage that differs from the lock: what changed and what to do."""
+    found = []
+    for stage in sorted(lock.keys() | now.keys()):
+        old, new = lock.get(stage), now.get(stage)
+        if old == new:
+            continue
+        if old is None or new is None:
+            found.append(f"{stage}: the stage is {'new' if old is None else 'gone'}. Run `{ACCEPT}`.")
+        elif new["version"] != old["version"]:
+            fault = " A version is only ever raised." if new["version"] < old["version"] else ""
+            found.append(
+                f"{stage}: version {old['version']} is now {new['version']}.{fault} Run `{ACCEPT}` to record it."
+            )
+        else:
+            parts = [
+                name
+                for name in sorted(old["code"] | new["code"])
+                if old["code"].get(name) != new["code"].get(name)
+            ]
+            found.append(
+                f"{stage}: its code in {', '.join(f'{PACKAGE}/{name}.py' for name in parts)} changed. If its output "
+                f"changes for the same spec, raise VERSIONS[{stage!r}] in {PACKAGE}/plan.py, so that old results "
+                f"are made anew. Then, or at once if the output stays the same, run `{ACCEPT}`."
+            )
+    return found
+
+
+def test_the_stages_code_is_as_the_lock_file_has_it():
+    found = complaints(json.loads(LOCK.read_text(encoding="utf-8")), current())
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package and the scripts, to be edited; `edit(module, old, new)` gives what changed."""
+    shutil.copytree(ROOT / PACKAGE, tmp_path / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "workflow" / "scripts", tmp_path / "workflow" / "scripts")
+    before = current(tmp_path)
+
+    def edit(module: str, old: str, new: str) -> set[str]:
+        path = tmp_path / PACKAGE / f"{module}.py"
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        now = current(tmp_path)
+        return {stage for stage in VERSIONS if before[stage] != now[stage]}
+
+    return edit
+
+
+def test_an_edit_asks_for_the_stages_that_run_it_and_no_others(copy):
+    assert copy("prompts", 'noun[:-1] + "ies"', 'noun[:-1] + "ys"') == {"write_prompts", "ablate_concept"}
+
+
+def test_code_that_stages_share_asks_for_all_of_them(copy):
+    torch_stages = {"generate_anchors", "ablate_concept", "sample_base", "sample_ablated"}
+    assert copy("models", "class ModelError(ValueError)", "class ModelError(RuntimeError)") == torch_stages
+
+
+def test_comments_docstrings_and_blank_lines_ask_for_nothing(copy):
+    assert (
+        copy("prompts", "def plural(noun: str) -> str:\n", "# The plural.\n\n\ndef plural(noun: str)->str:\n")
+        == set()
+    )
+    assert copy("prompts", '"""The regular English plural', '"""One plural') == set()
+
+
+def test_the_message_says_what_to_do():
+    old = {"sample_base": {"version": 1, "code": {"models": "a", "sampling": "b"}}}
+    edited = {"sample_base": {"version": 1, "code": {"models": "a", "sampling": "c"}}}
+    (message,) = complaints(old, edited)
+    for part in ("sample_base", "concept_ablation/sampling.py", "VERSIONS['sample_base']", ACCEPT):
+        assert part in message
+    assert "models.py" not in message
+    raised = {"sample_base": {"version": 2, "code": {"models": "a", "sampling": "c"}}}
+    assert "version 1 is now 2" in complaints(old, raised)[0] and not complaints(raised, raised)
+    assert "only ever raised" in complaints(raised, old)[0]
+
+
+if __name__ == "__main__":
+    LOCK.write_text(json.dumps(current(), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {LOCK.relative_to(ROOT)}")
