@@ -1,0 +1,104 @@
+"""A checkout of its own for tests that start Snakemake: the workflow's files, tiny models, a small config."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+HEADER = "concept,kind,target,anchor,neighbors,steps\n"
+CAT = "cat,object,pouting cat,cat,weary cat,\n"
+INK = "ink,style,ink,picture,neon,\n"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+SAMPLER = {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0, "eta": 0.0, "precision": "fp32"}
+SMALL = {
+    "model": {"path": "models/pipeline", "revision": None},
+    "prompts": {"count": 4},
+    "anchors": {"images": 4, "sampler": SAMPLER},
+    "training": {"steps": 2, "batch_size": 2, "precision": "fp32"},
+    "evaluation": {
+        "images": {"target": 4, "anchor": 4, "neighbor": 4},
+        "sampler": SAMPLER,
+        "scorer": {"model": "models/clip", "pretrained": None},
+        "statistics": {"bootstrap": 20},
+    },
+    "runtime": {"device": "cpu", "sample_batch_size": 4, "threads": 1},
+}
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A folder that Snakemake runs in, as a user's checkout."""
+
+    folder: Path
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
+        """Run Snakemake here; stdout and stderr together are in `.stdout`. There is no network."""
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", *arguments],
+            check=False,
+            cwd=self.folder,
+            env={**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def write(self, table: str, name: str = "concepts.csv") -> None:
+        """Write the table of concepts."""
+        (self.folder / name).write_text(table, encoding="utf-8")
+
+    def jobs(self, *configfiles: str) -> dict[str, int]:
+        """Rule -> number of jobs that a run would start now, `all` aside."""
+        done = self.snakemake("--dry-run", "--configfile", *configfiles)
+        assert done.returncode == 0, done.stdout
+        _, _, table = done.stdout.partition("Job stats:")
+        found = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+        assert found or "Nothing to be done" in done.stdout, done.stdout
+        return {rule: count for rule, count in found.items() if rule not in ("all", "total")}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with a tiny pipeline and a tiny CLIP, random weights."""
+    from tests.tiny import make_tiny_pipeline
+    from tests.tiny_clip import make_tiny_clip
+
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_pipeline(folder / "pipeline", size=32)
+    make_tiny_clip(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_checkout(models, tmp_path_factory):
+    """`make_checkout()` gives a new checkout with the tiny models in `models/` and the config `small.yaml`."""
+
+    def make() -> Checkout:
+        folder = tmp_path_factory.mktemp("checkout")
+        shutil.copy(ROOT / "Snakefile", folder)
+        for name in ("workflow", "profiles", "config"):
+            shutil.copytree(ROOT / name, folder / name)
+        (folder / "concept_ablation").symlink_to(ROOT / "concept_ablation")
+        (folder / "models").symlink_to(models)
+        (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+        return Checkout(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(make_checkout) -> Checkout:
+    """A checkout in which the rows CAT and INK have been run."""
+    checkout = make_checkout()
+    checkout.write(HEADER + CAT + INK)
+    done = checkout.snakemake("--cores", "2", "--configfile", "small.yaml")
+    assert done.returncode == 0, done.stdout
+    (checkout.folder / "run.txt").write_text(done.stdout, encoding="utf-8")
+    return checkout

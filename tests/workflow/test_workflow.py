@@ -1,0 +1,132 @@
+"""The workflow as a user runs it: one real run of two rows, what a change reruns, how mistakes are told."""
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.workflow.conftest import CAT, HEADER, INK
+
+pytestmark = pytest.mark.workflow
+REPORT = {"aggregate_scores": 1, "render_report": 1}
+ROW = {"ablate_concept": 1, "sample_ablated": 1, "score_concept": 1, **REPORT}
+
+
+@pytest.fixture
+def plan(finished):
+    """`plan(table)` gives the jobs that a run of `table` would start after the run of CAT and INK."""
+
+    def count(table: str) -> dict[str, int]:
+        finished.write(table)
+        return finished.jobs("small.yaml")
+
+    yield count
+    finished.write(HEADER + CAT + INK)
+
+
+def test_a_run_makes_the_report_of_every_row(finished):
+    report = finished.folder / "results" / "report"
+    for name in ("scores", "summary"):
+        table = pq.read_table(report / f"{name}.parquet")
+        assert set(table["concept"].to_pylist()) == {"cat", "ink"}
+        assert len((report / f"{name}.csv").read_text().splitlines()) == len(table) + 1
+    page = (report / "index.html").read_text()
+    assert "pouting cat" in page and "ink" in page
+    said = (finished.folder / "run.txt").read_text()
+    assert "results/report/index.html" in said and "2 concepts: 0 finished, 2 to do (cat, ink)" in said
+
+
+def test_running_again_does_nothing(finished):
+    done = finished.snakemake("--cores", "2", "--configfile", "small.yaml")
+    assert done.returncode == 0 and "Nothing to be done" in done.stdout, done.stdout
+
+
+def test_a_new_row_runs_its_own_jobs_and_no_work_that_exists(plan):
+    new = "new,object,grinning cat,cat,weary cat,\n"
+    assert plan(HEADER + CAT + INK + new) == {"sample_base": 1, **ROW}
+
+
+def test_an_edited_row_reruns_alone(plan):
+    assert plan(HEADER + CAT.replace(",\n", ",3\n") + INK) == ROW
+
+
+def test_order_comments_and_blank_lines_rerun_nothing(plan):
+    assert plan("# A comment.\n" + HEADER + "\n" + INK + "# Another.\n" + CAT) == {}
+
+
+@pytest.mark.parametrize("rest", ["", "# " + INK], ids=["deleted", "commented out"])
+def test_a_row_less_makes_the_report_again_and_nothing_else(plan, rest):
+    assert plan(HEADER + CAT + rest) == REPORT
+
+
+def test_swapping_target_and_anchor_reruns_the_row(plan):
+    jobs = plan(HEADER + CAT.replace("pouting cat,cat", "cat,pouting cat") + INK)
+    base = jobs.pop("sample_base", 0)
+    assert jobs == {"write_prompts": 1, "generate_anchors": 1, **ROW} and base <= 3
+
+
+def test_a_touched_script_reruns_nothing(plan, finished):
+    for script in (finished.folder / "workflow" / "scripts").glob("*.py"):
+        script.touch()
+    assert plan(HEADER + CAT + INK) == {}
+
+
+@pytest.fixture(scope="module")
+def broken(make_checkout):
+    """`broken(content, config)` gives what Snakemake says of a table, and of a config, that it must refuse."""
+    checkout = make_checkout()
+
+    def run(content: bytes, config: dict | None = None) -> str:
+        (checkout.folder / "concepts.csv").write_bytes(content)
+        own = yaml.safe_load((checkout.folder / "small.yaml").read_text())
+        (checkout.folder / "own.yaml").write_text(yaml.safe_dump({**own, **(config or {})}))
+        done = checkout.snakemake("--cores", "1", "--configfile", "own.yaml")
+        assert done.returncode != 0 and "Traceback" not in done.stdout, done.stdout
+        assert not (checkout.folder / "results").exists()
+        return done.stdout
+
+    return run
+
+
+def test_one_message_lists_every_mistake_of_the_table(broken):
+    table = """concept,kind,target,anchor,neigbors,neighbors,steps
+a,styel,ink,picture,,neon,
+b,object,,cat,,weary cat,
+b,object,owl,bird,,duck,
+c,object,rocket,vehicle,,bus;rocket,
+d,object,apple,fruit,,pear,many
+"""
+    said = broken(table.encode())
+    assert said.count("concepts.csv: 6 errors") == 1
+    for line, *parts in (
+        (1, "'neigbors'", "did you mean 'neighbors'?", "allowed: concept, kind, target, anchor, neighbors"),
+        (2, "column 'kind'", "'styel' is not one of style, object", "did you mean 'style'?"),
+        (3, "column 'target'", "is empty", "allowed"),
+        (4, "column 'concept'", "'b' is the name of line 3", "allowed"),
+        (5, "column 'neighbors'", "'rocket' is the target", "allowed"),
+        (6, "column 'steps'", "'many' is not a whole number", "allowed: a whole number from 1"),
+    ):
+        (message,) = [text for text in said.splitlines() if f"concepts.csv:{line}:" in text]
+        assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "concepts.csv:1: has no header line"),
+        (
+            (HEADER + CAT + "caf\xe9,object,owl,bird,duck,\n").encode("latin-1"),
+            "concepts.csv:3: byte 0xe9 is not UTF-8",
+        ),
+    ],
+    ids=["empty", "latin-1"],
+)
+def test_a_file_that_is_no_table_is_refused_plainly(broken, content, message):
+    said = broken(content)
+    assert message in said and "allowed" in said
+
+
+def test_one_message_lists_every_mistake_of_the_config(broken):
+    said = broken((HEADER + CAT).encode(), {"trainig": {"steps": 2}, "evaluation": {"seed": -1}})
+    assert "2 errors" in said
+    assert "trainig: unknown key (did you mean 'training'?)" in said
+    assert "evaluation.seed: -1 must be at least 0" in said
