@@ -1,0 +1,55 @@
+"""Stable Diffusion's overlay: it plans without weights or a network, and its settings pass through every stage."""
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.workflow.conftest import SMALL
+
+pytestmark = pytest.mark.workflow
+FEW = {"steps": 2}
+# The overlay's own settings but for the models, the counts and the number of denoising steps.
+TINY = {
+    "concepts": "two.csv",
+    "model": SMALL["model"],
+    "prompts": {"count": 4},
+    "anchors": {"images": 4, "sampler": FEW},
+    "training": {"steps": 2, "batch_size": 2},
+    "evaluation": {
+        "images": {"target": 4, "anchor": 4, "neighbor": 2},
+        "sampler": FEW,
+        "scorer": SMALL["evaluation"]["scorer"],
+        "statistics": {"bootstrap": 20},
+    },
+    "runtime": {"threads": 1, "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(make_checkout):
+    return make_checkout()
+
+
+def test_it_plans_as_shipped_without_weights(checkout):
+    table = (checkout.folder / "config" / "sd14-concepts.csv").read_text()
+    rows = [line for line in table.splitlines() if line and not line.startswith("#")][1:]
+    jobs = checkout.jobs("config/sd14.yaml")
+    assert len(rows) >= 8
+    assert jobs["ablate_concept"] == jobs["sample_ablated"] == jobs["score_concept"] == len(rows)
+    assert jobs["generate_anchors"] < len(rows)  # rows with one anchor share its images
+
+
+def test_its_settings_take_a_style_and_an_object_through_every_stage(checkout):
+    table = (checkout.folder / "config" / "sd14-concepts.csv").read_text().splitlines()
+    kept = [line for line in table if line.startswith(("concept,", "van-gogh,", "grumpy-cat,"))]
+    checkout.write("\n".join(kept) + "\n", "two.csv")
+    (checkout.folder / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    done = checkout.snakemake("--cores", "2", "--configfile", "config/sd14.yaml", "tiny.yaml")
+    assert done.returncode == 0, done.stdout
+    results = checkout.folder / "results" / "sd14"
+    summary = pq.read_table(results / "report" / "summary.parquet").to_pylist()
+    assert {row["concept"] for row in summary} == {"van-gogh", "grumpy-cat"}
+    assert all((checkout.folder / row["delta"]).is_file() for row in summary)
+    for record in results.glob("concepts/*/training.parquet"):
+        steps = pq.read_table(record).to_pydict()
+        assert steps["learning_rate"] == [4e-6, 4e-6]  # 2e-6 x the batch of 2: the overlay's scale_lr
