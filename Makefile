@@ -30,13 +30,13 @@ test: .venv/.installed
 lint: .venv/.installed
 	ruff check .
 	ruff format --check .
-	snakefmt --check --quiet Snakefile workflow
+	snakefmt --check Snakefile workflow
 	snakemake --lint
 
 format: .venv/.installed
 	ruff check --fix .
 	ruff format .
-	snakefmt --quiet Snakefile workflow
+	snakefmt Snakefile workflow
 
 embedded: .venv/.installed
 	$(BIN)/pip install --quiet '.[embedded]'
