@@ -175,7 +175,7 @@ def format_metric(value: float | None, metric: str, change: bool = False) -> str
         return "–"
     if metric in tables.SHARES:
         return points(value) if change else share(value)
-    digits = 1 if metric == "kid_x1000" else 3
+    digits = 3 if metric != "kid_x1000" else 0 if abs(value) >= 100 else 1
     return _signed(value, digits) if change else _signed(value, digits).removeprefix("+")
 
 

@@ -243,7 +243,7 @@ def test_pairs_a_probe(probes, wanted, budget, pairs):
 def test_number_formats():
     assert [report.share(value) for value in (None, 0, 0.034, 1)] == ["–", "0%", "3%", "100%"]
     assert [report.points(value) for value in (None, -0.034, 0.05, -0.0001)] == ["–", "−3.4", "+5.0", "0.0"]
-    assert report.format_metric(-1.26, "kid_x1000") == "−1.3"
+    assert [report.format_metric(value, "kid_x1000") for value in (-1.26, 1234.5)] == ["−1.3", "1234"]
     assert report.format_metric(0.12345, "clip_cosine") == "0.123"
     assert report.format_metric(0.12345, "clip_cosine", change=True) == "+0.123"
     assert report.format_metric(-0.02, "recognition", change=True) == "−2.0"
