@@ -25,7 +25,7 @@ report: .venv/.installed
 	snakemake --cores $(CORES) --forcerun render_report --until render_report
 
 test: .venv/.installed
-	pytest
+	OMP_NUM_THREADS=1 pytest
 
 lint: .venv/.installed
 	ruff check .

@@ -40,6 +40,10 @@ def save_pipeline(cache: Path, folder: Path, glyph_folder: Path) -> None:
     fresh = folder.with_suffix(".part")
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.save_pretrained(fresh, safe_serialization=True)
+    config = (
+        fresh / "text_encoder" / "config.json"
+    )  # else transformers loads it in fp16, diffusers the rest in fp32
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     for file in ("vocab.json", "merges.txt"):  # newer transformers save tokenizer.json alone
         shutil.copy(cache / "tokenizer" / file, fresh / "tokenizer" / file)
     shutil.rmtree(folder, ignore_errors=True)
