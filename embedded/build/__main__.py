@@ -123,8 +123,7 @@ def stage_measure(options: argparse.Namespace) -> None:
     figures = measure(ROOT, options.glyphs, quick=options.quick)
     for name, value in figures.items():
         log.info("%s: %.4f", name, value)
-    if not options.quick:
-        write_card(ROOT, figures)
+    write_card(ROOT, figures)
     write_sheet(ROOT)
 
 
@@ -141,9 +140,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="training processes on a CPU, one thread each")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="checkpoints and pictures")
     parser.add_argument("--glyphs", type=Path, help="folder of the emoji packages (default: CACHE/glyphs)")
-    parser.add_argument(
-        "--quick", action="store_true", help="measure: a third of the prompts, the card left as it is"
-    )
+    parser.add_argument("--quick", action="store_true", help="measure: a third of the prompts")
     options = parser.parse_args()
     options.glyphs = options.glyphs or options.cache / "glyphs"
     unknown = set(options.stages) - set(STAGES)
