@@ -45,7 +45,8 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """The pipeline at `path` (a folder, or a hub id with `revision`), in fp32, on `device`, ready to sample.
 
-    A folder is read offline. There is no safety checker and no progress bar. Raises ModelError, DeviceError.
+    Nothing is downloaded: a hub id must be in this machine's cache. There is no safety checker and no
+    progress bar. Raises ModelError, DeviceError.
     """
     # Here, not at the top: it takes about three seconds, which scripts that load no pipeline needn't wait
     # for.
@@ -64,10 +65,13 @@ def load_pipeline(
             dtype=torch.float32,
             safety_checker=None,
             requires_safety_checker=False,
-            local_files_only=os.path.isdir(source),
+            local_files_only=True,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a StableDiffusionPipeline that loads: {error}") from error
+        cure = (
+            "" if os.path.isdir(source) else f" (nothing is downloaded in a run: `hf download {path}` once)"
+        )
+        raise ModelError(f"{path}: not a StableDiffusionPipeline that loads{cure}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(place)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):

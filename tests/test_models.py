@@ -133,3 +133,9 @@ def test_damaged_deltas_are_named(tmp_path):
     save_file({"a": torch.ones(1)}, path, {"concept_ablation": json.dumps({})[:-1]})
     with pytest.raises(DeltaError, match="can't be read"):
         load_delta(path)
+
+
+def test_a_hub_id_is_never_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="hf download someone/some-model"):
+        load_pipeline("someone/some-model", "0" * 40, "cpu")
