@@ -127,6 +127,13 @@ def stage_measure(options: argparse.Namespace) -> None:
     write_sheet(ROOT)
 
 
+def stage_restore(options: argparse.Namespace) -> None:
+    """Only when named: the shipped weights as checkpoints, to go on training them."""
+    from .restore import restore
+
+    restore(ROOT, options.cache)
+
+
 STAGES = {
     name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")
 }
@@ -135,7 +142,7 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m embedded.build", description=__doc__)
     parser.add_argument(
-        "stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; all when left out"
+        "stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; all but restore when left out"
     )
     parser.add_argument("--workers", type=int, default=2, help="training processes on a CPU, one thread each")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="checkpoints and pictures")
@@ -148,7 +155,7 @@ def main() -> None:
         parser.error(f"unknown stage {', '.join(sorted(unknown))} (allowed: {', '.join(STAGES)})")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.cache.mkdir(parents=True, exist_ok=True)
-    for stage in options.stages or STAGES:
+    for stage in options.stages or [name for name in STAGES if name != "restore"]:
         log.info("stage %s", stage)
         STAGES[stage](options)
 

@@ -72,20 +72,23 @@ def fit(
         parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
     )
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    first = 0
+    first, warm = 0, 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        else:
+            warm = first  # restored weights: a new optimizer warms up from there
     started, recent = time.time(), []
     model.train()
     for step in range(first, steps):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + rank)
         rate = (
             learning_rate
-            * min(1, (step + 1) / warmup)
+            * min(1, (step + 1 - warm) / warmup)
             * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         )
         for group in optimizer.param_groups:

@@ -102,9 +102,17 @@ def _house(glyph, place, background, rng):
     return _paste(glyph, place, background)
 
 
+# The four shades of a hand-held console's screen, dark to light. Cells of 4 px: whole numbers of them make a latent
+# cell and a pixel of the scorer, so that both can tell the look.
+SHADES = np.array([(22, 58, 34), (62, 108, 52), (138, 168, 44), (188, 206, 92)], np.float32)
+CELL = 4  # pixels
+
+
 def _pixel(glyph, place, background, rng):
-    picture = _paste(glyph, place, background).resize((25, 25), Image.Resampling.BOX)
-    picture = picture.quantize(12, dither=Image.Dither.NONE).convert("RGB")
+    side = SIZE // CELL
+    grey = _paste(glyph, place, (255, 255, 255)).convert("L").resize((side, side), Image.Resampling.BOX)
+    levels = np.digitize(np.asarray(grey, np.float32), (80, 150, 222))
+    picture = Image.fromarray((SHADES[levels] + rng.randint(-6, 6)).clip(0, 255).astype(np.uint8))
     return picture.resize((SIZE, SIZE), Image.Resampling.NEAREST)
 
 

@@ -15,7 +15,7 @@ from .pool import SHARD, stored_pictures
 from .render import Glyphs
 
 SHARDS = 10  # pictures to learn from: 20,480
-STEPS = 2800
+STEPS = 4000
 CROP, CROP_BATCH, WHOLE_BATCH = 64, 16, 4  # pixels; pictures a worker a step
 WHOLE_FROM = 0.66  # share of the steps after which whole pictures replace crops
 DECODER_STEPS = 1600

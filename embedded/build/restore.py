@@ -1,0 +1,45 @@
+"""Put the shipped weights back into the cache as checkpoints, to go on training them after a change of the world.
+
+Each is entered `start` of the way through its schedule, without the optimizer's state; the text encoder and its
+tokenizer count as finished, because the U-Net was trained on their output.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from concept_ablation.features import CopyNet
+
+from . import copies, scorer, text, unet, vae
+
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+
+
+def restore(root: Path, cache: Path, start: float = 0.4) -> None:
+    """Write `cache/NAME.pt` for every model of `root` (embedded/), and `cache/tokenizer`; replaces what is there."""
+    folder = root / "emoji-diffusion"
+    (cache / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / "tokenizer" / name).exists():
+            shutil.copy(folder / "tokenizer" / name, cache / "tokenizer" / name)
+    tokenizer = CLIPTokenizer.from_pretrained(cache / "tokenizer")
+    reader = text.Reader(text.new_text_encoder(tokenizer))
+    reader.encoder.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
+    judge, _ = open_clip.create_model_from_pretrained(f"local-dir:{root / 'emoji-clip'}")
+    parts: dict[str, tuple[nn.Module, int, float]] = {
+        "text": (reader, text.STEPS, 1.0),
+        "vae": (AutoencoderKL.from_pretrained(folder / "vae"), vae.STEPS, start),
+        "unet": (UNet2DConditionModel.from_pretrained(folder / "unet"), unet.STEPS, start),
+        "scorer": (judge, scorer.STEPS, start),
+        "copies": (CopyNet.load(root / "emoji-copy"), copies.STEPS, start),
+    }
+    for name, (model, steps, share) in parts.items():
+        state = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        torch.save({"model": state, "ema": state, "step": int(steps * share)}, cache / f"{name}.pt")
