@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from concept_ablation.features import CopyNet
+from concept_ablation.runtime import autocast
 
 from .fit import device, fit
 from .groupnorm import use_fast_group_norm
@@ -71,7 +72,7 @@ def train_copies(cache: Path, glyph_folder: Path) -> None:
         picks = torch.randint(len(pool), (GROUPS,), generator=generator)
         pixels = pool[picks].flatten(0, 1).to(device()).float() / 127.5 - 1
         views = torch.cat([nudge(pixels, generator), nudge(pixels, generator)])
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast("auto", device()):
             vectors = net(views.contiguous(memory_format=torch.channels_last))
         return copy_loss(F.normalize(vectors.float(), dim=1), len(pixels))
 

@@ -1,6 +1,6 @@
 """Put the shipped weights back into the cache as checkpoints, to go on training them after a change of the world.
 
-Each is entered `start` of the way through its schedule, without the optimizer's state; the text encoder and its
+Each is entered `START` of the way through its schedule, without the optimizer's state; the text encoder and its
 tokenizer count as finished, because the U-Net was trained on their output.
 """
 
@@ -19,10 +19,11 @@ from concept_ablation.features import CopyNet
 
 from . import copies, scorer, text, unet, vae
 
+START = {"vae": 0.62, "unet": 0.7, "scorer": 0.6, "copies": 0.5}  # share of the schedule that counts as done
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
-def restore(root: Path, cache: Path, start: float = 0.4) -> None:
+def restore(root: Path, cache: Path) -> None:
     """Write `cache/NAME.pt` for every model of `root` (embedded/), and `cache/tokenizer`; replaces what is there."""
     folder = root / "emoji-diffusion"
     (cache / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -33,13 +34,15 @@ def restore(root: Path, cache: Path, start: float = 0.4) -> None:
     reader = text.Reader(text.new_text_encoder(tokenizer))
     reader.encoder.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
     judge, _ = open_clip.create_model_from_pretrained(f"local-dir:{root / 'emoji-clip'}")
-    parts: dict[str, tuple[nn.Module, int, float]] = {
-        "text": (reader, text.STEPS, 1.0),
-        "vae": (AutoencoderKL.from_pretrained(folder / "vae"), vae.STEPS, start),
-        "unet": (UNet2DConditionModel.from_pretrained(folder / "unet"), unet.STEPS, start),
-        "scorer": (judge, scorer.STEPS, start),
-        "copies": (CopyNet.load(root / "emoji-copy"), copies.STEPS, start),
+    parts: dict[str, tuple[nn.Module, int]] = {
+        "text": (reader, text.STEPS),
+        "vae": (AutoencoderKL.from_pretrained(folder / "vae"), vae.STEPS),
+        "unet": (UNet2DConditionModel.from_pretrained(folder / "unet"), unet.STEPS),
+        "scorer": (judge, scorer.STEPS),
+        "copies": (CopyNet.load(root / "emoji-copy"), copies.STEPS),
     }
-    for name, (model, steps, share) in parts.items():
+    for name, (model, steps) in parts.items():
         state = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        torch.save({"model": state, "ema": state, "step": int(steps * share)}, cache / f"{name}.pt")
+        torch.save(
+            {"model": state, "ema": state, "step": int(steps * START.get(name, 1.0))}, cache / f"{name}.pt"
+        )

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from concept_ablation.runtime import autocast
+
 from .fit import device, fit
 from .pool import SHARD, scenes_of, stored_pictures
 from .render import Glyphs
@@ -133,7 +135,7 @@ def train_scorer(cache: Path, glyph_folder: Path) -> None:
         rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
         texts = [description(pictures.scenes[i], rng) for i in picks.tolist()]
         batch = degrade(pictures.batch(picks), generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast("auto", device()):
             image, text = model.encode_image(batch), model.encode_text(tokens(texts))
         image, text = F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
         logits = model.logit_scale.exp().clamp(max=100) * image @ text.T

@@ -12,6 +12,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from concept_ablation.runtime import autocast
+
 from .fit import device, fit
 from .groupnorm import use_fast_group_norm
 from .pool import pictures_of, scenes_of
@@ -50,7 +52,7 @@ def encode(vae: nn.Module, pictures: np.ndarray) -> torch.Tensor:
     means = []
     for i in range(0, len(pictures), 32):
         pixels = torch.from_numpy(pictures[i : i + 32]).to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast("auto", device()):
             means.append(
                 vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
             )
@@ -97,7 +99,7 @@ class Batches:
         self.scenes = [scene for k in range(SHARDS) for scene in scenes_of(k)]
         texts = all_captions()
         self.index = {text: i for i, text in enumerate(texts)}
-        self.table = embed(cache, texts).to(torch.bfloat16)
+        self.table = embed(cache, texts)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         picks = torch.randint(len(self.scenes), (count,), generator=generator)
@@ -123,7 +125,7 @@ def train_unet(rank: int, workers: int, cache: Path, steps: int = STEPS) -> None
         noise = torch.randn(latents.shape, generator=generator).to(device())
         times = torch.randint(1000, (len(latents),), generator=generator).to(device())
         noisy = schedule.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast("auto", device()):
             predicted = unet(noisy, times, states).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))
         return (weight[times] * error).mean()

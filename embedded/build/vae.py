@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from concept_ablation.runtime import autocast
+
 from .fit import device, fit
 from .groupnorm import use_fast_group_norm
 from .pool import SHARD, stored_pictures
@@ -68,7 +70,7 @@ def train_vae(rank: int, workers: int, cache: Path, glyph_folder: Path) -> None:
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         crops = step < WHOLE_FROM * STEPS
         batch = pictures.batch(CROP_BATCH if crops else WHOLE_BATCH, CROP if crops else 128, generator)
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast("auto", device()):
             posterior = vae.encode(batch).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device())
             output = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -89,7 +91,7 @@ def train_decoder(rank: int, workers: int, cache: Path, glyph_folder: Path) -> N
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         batch = pictures.batch(WHOLE_BATCH, 128, generator)
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast("auto", device()):
             with torch.no_grad():
                 mean = vae.encode(batch).latent_dist.mean
             noise = 0.05 * torch.randn(mean.shape, generator=generator).to(device())
