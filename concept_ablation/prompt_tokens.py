@@ -1,0 +1,128 @@
+"""How a text-to-image model's tokenizer reads prompts, by the `tokenizers` library alone: no torch, no transformers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class Tokens:
+    """A model's tokenizer. `limit`: the tokens that the model reads, those of begin and end included."""
+
+    def __init__(self, tokenizer, limit: int, ends: int, unknown: int | None, merges: bool) -> None:
+        self.limit, self._ends = limit, ends
+        self._tokenizer, self._unknown_token, self._merges = tokenizer, unknown, merges
+        self._counts = _Counts(lambda word: len(self._ids(word)))
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def count(self, prompt: str) -> int:
+        """How many tokens `prompt` has, begin and end included."""
+        return len(self._ids(prompt)) + self._ends
+
+    def read(self, prompt: str) -> list[int]:
+        """The tokens of `prompt` that the model reads."""
+        return self._ids(prompt)[: self.limit - self._ends]
+
+    def too_many(self, prompt: str) -> bool:
+        """Whether the model reads `prompt` in part only.
+
+        A token has a character at least, and no token spans two words: both settle most prompts without
+        encoding them.
+        """
+        room = self.limit - self._ends
+        if len(prompt) <= room and prompt.isascii():
+            return False
+        return sum(map(self._counts.__getitem__, prompt.split())) > room and self.count(prompt) > self.limit
+
+    def unknown(self, phrase: str) -> list[tuple[str, int]]:
+        """The words of `phrase` that the tokenizer doesn't know, each with its number of tokens.
+
+        A byte-level tokenizer has a token for everything, but a word that it met in its own training is one
+        piece, or a few long ones. A word counts as unknown if its pieces have fewer than two letters on
+        average, or if it holds the token for the unknown. Digits always stand alone, and one or two ASCII
+        letters are initials: neither says anything.
+        """
+        words = []
+        for word in re.findall(r"[^\W\d_]+", phrase):
+            ids = self._ids(word)
+            spelled = self._merges and 1 < len(ids) and len(word) < 2 * len(ids)
+            if self._unknown_token in ids or (spelled and not (word.isascii() and len(word) < 3)):
+                words.append((word, len(ids)))
+        return words
+
+
+class _Counts(dict):
+    """Word -> its number of tokens, counted when first asked for."""
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        super().__init__()
+        self._count = count
+
+    def __missing__(self, word: str) -> int:
+        self[word] = count = self._count(word)
+        return count
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokens(folder: str) -> Tokens | None:
+    """The tokenizer in `folder`, or in its folder `tokenizer`; None, with a warning, if none can be read.
+
+    Reads `tokenizer.json`, or the `vocab.json` and `merges.txt` of a CLIP tokenizer.
+    """
+    model = Path(folder)
+    place = model / "tokenizer" if (model / "tokenizer").is_dir() else model
+    try:
+        settings = _json(place / "tokenizer_config.json")
+        tokenizer, ends = _tokenizer(place, settings)
+        kind = json.loads(tokenizer.to_str())["model"]
+        unknown = kind.get("unk_token")
+        unknown = kind.get("unk_id") if unknown is None else tokenizer.token_to_id(str(unknown))
+        limit = settings.get("model_max_length") or 0
+        if not 0 < limit < 10**6:  # transformers writes 10^30 for "not known"
+            limit = _json(model / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    except Exception as error:  # noqa: BLE001 - the library raises no other for a broken file
+        log.warning("%s: its tokenizer can't be read (%s): lengths and words aren't checked", folder, error)
+        return None
+    return Tokens(tokenizer, int(limit), ends, unknown, bool(kind.get("merges", True)))
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _tokenizer(place: Path, settings: Mapping):
+    """The tokenizer in the folder `place`, and how many tokens it adds at the ends of a text."""
+    from tokenizers import Tokenizer
+
+    if (place / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer, tokenizer.num_special_tokens_to_add(False)
+    from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+    vocabulary, merges = models.BPE.read_file(str(place / "vocab.json"), str(place / "merges.txt"))
+    unknown = settings.get("unk_token", "<|endoftext|>")
+    unknown = unknown if isinstance(unknown, str) else unknown["content"]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer, 2
