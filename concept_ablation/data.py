@@ -6,8 +6,9 @@ target prompt ("a far away ", "zoomed in "), and masks the latent cells that see
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -22,6 +23,8 @@ from concept_ablation.runtime import Precision, autocast
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    from concept_ablation.tokens import TokenRows
 
 Augmentation = Literal["compvis", "diffusers", "none"]
 FAR_PREFIXES = ("a far away ", "very small ")
@@ -79,48 +82,94 @@ class AnchorData:
         return cls(list(store.images()), store.column("prompt"))
 
     def batches(
-        self, batch_size: int, augmentation: Augmentation, hflip: float, vae_factor: int, rng: random.Random
-    ) -> Iterator[Batch]:
+        self,
+        batch_size: int,
+        augmentation: Augmentation,
+        hflip: float,
+        vae_factor: int,
+        rng: random.Random,
+        mask_border: bool = False,
+    ) -> Batches:
         """Batches without end: every image once in a random order, then again in another one.
 
         `hflip` is the probability of mirroring, `vae_factor` the side of a latent cell in pixels.
         """
-        order = _endless_shuffle(len(self.images), rng)
-        while True:
-            positions = [next(order) for _ in range(batch_size)]
-            flipped = [rng.random() < hflip for _ in positions]
-            views = []
-            for position, flip in zip(positions, flipped, strict=True):
-                image = self.images[position]
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-                views.append(augment(image, augmentation, vae_factor, rng))
-            yield Batch(positions, flipped, views)
+        return Batches(self, batch_size, hflip, rng, (augmentation, vae_factor, rng, mask_border))
 
 
-def augment(image: Image.Image, form: Augmentation, vae_factor: int, rng: random.Random) -> View:
+class Batches:
+    """Batches of views without end. `remaining`: the positions still to come before the next shuffle.
+
+    With `remaining` and its random generator's state put back, it goes on exactly where it was.
+    """
+
+    def __init__(
+        self, data: AnchorData, batch_size: int, hflip: float, rng: random.Random, augmentation: tuple
+    ) -> None:
+        self.data, self.batch_size, self.hflip, self.rng = data, batch_size, hflip, rng
+        self.augmentation = augmentation
+        self.remaining: list[int] = []
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        positions = [self._next_position() for _ in range(self.batch_size)]
+        flipped = [self.rng.random() < self.hflip for _ in positions]
+        views = []
+        for position, flip in zip(positions, flipped, strict=True):
+            image = self.data.images[position]
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+            views.append(augment(image, *self.augmentation))
+        return Batch(positions, flipped, views)
+
+    def _next_position(self) -> int:
+        if not self.remaining:
+            count = len(self.data.images)
+            self.remaining = self.rng.sample(range(count), count)
+        return self.remaining.pop(0)
+
+
+def augment(
+    image: Image.Image,
+    form: Augmentation,
+    vae_factor: int,
+    rng: random.Random,
+    mask_border: bool = False,
+) -> View:
     """A view of a square RGB image at its own size, by one of the published forms.
 
     Two thirds of the draws scale to size/3 .. size, one third to 1.2 .. 1.4 x size. `compvis` leaves images
-    from 0.6 to 1 x size as they are, `diffusers` pastes and masks them too; `none` never scales, and masks
-    nothing.
+    from 0.6 to 1 x size as they are, `diffusers` pastes and masks them too; `none` never scales.
+    `mask_border` masks the cells at the border of an unscaled image, as the diffusers code does.
     """
     if form not in get_args(Augmentation):
         raise DataError(f"augmentation {form!r} is unknown (allowed: {', '.join(get_args(Augmentation))})")
     size = image.width
-    mask = torch.ones(1, size // vae_factor, size // vae_factor)
     scale = size if form == "none" else _draw_scale(form, size, rng)
-    if form == "none" or (form == "compvis" and FAR * size <= scale <= size):
-        return View(_to_tensor(image), mask, "", whole=True)
+    if scale == size or (form == "compvis" and FAR * size <= scale <= size):
+        border = (0, 0, size) if mask_border else None
+        return View(_to_tensor(image), _mask(size, vae_factor, border), "", whole=True)
     pixels = _to_tensor(image.resize((scale, scale), RESAMPLING[form]))
     top, left = (rng.randrange(abs(size - scale) + 1) for _ in range(2))
     if scale > size:
         pixels = pixels[:, top : top + size, left : left + size]
-        return View(pixels, mask, rng.choice(NEAR_PREFIXES), whole=False)
+        return View(pixels, _mask(size, vae_factor), rng.choice(NEAR_PREFIXES), whole=False)
     canvas = torch.zeros(3, size, size)
     canvas[:, top : top + scale, left : left + scale] = pixels
-    mask = torch.zeros_like(mask)
-    mask[:, _inner_cells(top, scale, vae_factor), _inner_cells(left, scale, vae_factor)] = 1
-    return View(canvas, mask, rng.choice(FAR_PREFIXES) if scale < FAR * size else "", whole=False)
+    prefix = rng.choice(FAR_PREFIXES) if scale < FAR * size else ""
+    return View(canvas, _mask(size, vae_factor, (top, left, scale)), prefix, whole=False)
+
+
+def _mask(size: int, vae_factor: int, pasted: tuple[int, int, int] | None = None) -> Tensor:
+    """(1, cells, cells): ones inside a square pasted at (top, left, side) in pixels; all ones if there's none."""
+    shape = (1, size // vae_factor, size // vae_factor)
+    if pasted is None:
+        return torch.ones(shape)
+    top, left, side = pasted
+    mask = torch.zeros(shape)
+    mask[:, _inner_cells(top, side, vae_factor), _inner_cells(left, side, vae_factor)] = 1
+    return mask
 
 
 def _draw_scale(form: Augmentation, size: int, rng: random.Random) -> int:
@@ -139,11 +188,6 @@ def _inner_cells(start: int, extent: int, vae_factor: int) -> slice:
     return slice(middle, middle + 1)
 
 
-def _endless_shuffle(count: int, rng: random.Random) -> Iterator[int]:
-    while True:
-        yield from rng.sample(range(count), count)
-
-
 def _square(image: Image.Image) -> Image.Image:
     """The middle square of an image, RGB."""
     side, (width, height) = min(image.size), image.size
@@ -157,39 +201,55 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 class Encoder:
-    """The pipeline's text encoder and VAE encoder, without gradient, each distinct input encoded once.
+    """A pipeline's text encoder and VAE encoder; what isn't trained is encoded once for each distinct input.
 
-    That holds because neither is trained by the parameter groups of the UNet.
+    Each input alone: so its encoding doesn't depend, in the last bits, on what came in the same batch.
+    `rows`: the rows of the token embedding that are trained, if they are.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, precision: Precision = "fp32") -> None:
-        self.pipeline, self.precision = pipeline, precision
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, precision: Precision = "fp32", rows: TokenRows | None = None
+    ) -> None:
+        self.pipeline, self.precision, self.rows = pipeline, precision, rows
         self._texts: dict[str, Tensor] = {}
         self._moments: dict[tuple[int, bool], Tensor] = {}
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Encodings of prompts, (n, tokens, width), as the pipeline makes them when it samples."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if new:
-            encoded, _ = self.pipeline.encode_prompt(new, self.pipeline.device, 1, False)
-            self._texts.update(zip(new, encoded, strict=True))
+        """Encodings of prompts, (n, tokens, width), by the text encoder as it was before training."""
+        for prompt in prompts:
+            if prompt not in self._texts:
+                with self.rows.active(original=True) if self.rows else contextlib.nullcontext():
+                    self._texts[prompt] = self._encode([prompt])[0]
         return torch.stack([self._texts[prompt] for prompt in prompts])
+
+    def current_text(self, prompts: Sequence[str]) -> Tensor:
+        """The same by the text encoder as it is now, with gradient if it is trained."""
+        if self.rows is None:
+            return self.text(prompts)
+        with self.rows.active():
+            return self._encode(prompts)
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        return self.pipeline.encode_prompt(list(prompts), self.pipeline.device, 1, False)[0]
 
     @torch.no_grad()
     def latents(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Latents of a batch's views, (n, channels, cells, cells), drawn from the VAE's posterior, scaled."""
         described = zip(batch.positions, batch.flipped, batch.views, strict=True)
-        keys = [(position, flip) if view.whole else None for position, flip, view in described]
-        moments = {i: self._moments[key] for i, key in enumerate(keys) if key in self._moments}
-        new = [i for i in range(len(keys)) if i not in moments]
-        if new:
-            vae, device = self.pipeline.vae, self.pipeline.device
-            pixels = torch.stack([batch.views[i].pixels for i in new]).to(device)
-            with autocast(self.precision, device):
-                moments.update(zip(new, vae.encode(pixels).latent_dist.parameters.float(), strict=True))
-        self._moments.update({keys[i]: moments[i] for i in new if keys[i] is not None})
-        mean, log_variance = torch.stack([moments[i] for i in range(len(keys))]).chunk(2, dim=1)
+        moments = torch.stack([self._moments_of(*parts) for parts in described])
+        mean, log_variance = moments.chunk(2, dim=1)
         spread = (0.5 * log_variance.clamp(-30, 20)).exp()
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         return (mean + spread * noise) * self.pipeline.vae.config.scaling_factor
+
+    def _moments_of(self, position: int, flip: bool, view: View) -> Tensor:
+        """Mean and log variance of a view's posterior; those of whole images are kept."""
+        if view.whole and (position, flip) in self._moments:
+            return self._moments[position, flip]
+        vae, device = self.pipeline.vae, self.pipeline.device
+        with autocast(self.precision, device):
+            moments = vae.encode(view.pixels[None].to(device)).latent_dist.parameters[0].float()
+        if view.whole:
+            self._moments[position, flip] = moments
+        return moments

@@ -75,7 +75,10 @@ def noise_based_loss(
 def prior_loss(
     predict: Predict, scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor
 ) -> Tensor:
-    """The plain denoising loss of images under their own prompts: mean over all elements, no mask."""
+    """The plain denoising loss of images under their own prompts: mean over all elements, no mask.
+
+    The diffusers code's prior term. The CompVis code's is `noise_based_loss` of the images' own prompts.
+    """
     noisy = scheduler.add_noise(latents, noise, timesteps)
     goal = denoising_target(scheduler, latents, noise, timesteps)
     return (predict(noisy, timesteps, text).float() - goal.float()).square().mean()

@@ -2,7 +2,7 @@
 
 The result is a *delta*: a safetensors file of the trained parameters' new values (absolute, not differences;
 fp32), named `<component>.<parameter>` as in the pipeline, with JSON metadata. So it loads into any pipeline
-of the same shape.
+of the same shape. Of the text encoder's token embedding it holds rows, `text_encoder.token_embedding.<token>`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 log = logging.getLogger(__name__)
-ParameterGroup = Literal["cross-attn", "attn", "full-weight"]
+ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding"]
 METADATA_KEY = "concept_ablation"
+TOKEN_ROW = "text_encoder.token_embedding."  # and a token's id: the name of that row in a delta
 # Up to this many latent positions a CPU computes attention as plain matrix products: a training step of 16
 # took 23 % less at 256 positions (bf16). Larger ones weren't measured; there the products' memory grows with
 # the square.
@@ -132,9 +133,12 @@ def trainable_parameters(unet: nn.Module, group: ParameterGroup) -> dict[str, nn
     """The parameters of `group`, by name, in the UNet's order.
 
     `cross-attn`: keys and values of the cross-attention layers (the paper's choice for styles and objects);
-    `attn`: queries, keys, values and output projections of all attention layers; `full-weight`: all. Raises
-    ModelError for another group.
+    `attn`: queries, keys, values and output projections of all attention layers; `full-weight`: all;
+    `embedding`: none, what it trains is in the text encoder (`tokens.TokenRows`). Raises ModelError for
+    another group.
     """
+    if group == "embedding":
+        return {}
     if group not in get_args(ParameterGroup):
         raise ModelError(
             f"parameter group {group!r} is unknown (allowed: {', '.join(get_args(ParameterGroup))})"
@@ -187,6 +191,9 @@ def apply_delta(pipeline: StableDiffusionPipeline, path: str | Path) -> dict[str
         module = getattr(pipeline, component, None)
         if isinstance(module, nn.Module):
             own |= {f"{component}.{name}": value for name, value in module.named_parameters()}
+    if any(name.startswith(TOKEN_ROW) for name in tensors):
+        rows = pipeline.text_encoder.get_input_embeddings().weight
+        own |= {f"{TOKEN_ROW}{token}": row for token, row in enumerate(rows)}
     wrong = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
     if wrong:
         raise DeltaError(

@@ -1,8 +1,9 @@
 """Training: make a network predict for a target prompt what it predicts for the anchor prompt.
 
-`train` changes a pipeline's UNet in place and yields a record after each optimizer step; whoever iterates
-logs, shows progress, or stops. All random numbers come from its own generators, on the CPU: two runs on a CPU
-are equal bit for bit, and the draws don't depend on the device.
+`Training` changes a pipeline in place and yields a record after each optimizer step; whoever iterates logs,
+shows progress, saves its state, or stops. All random numbers come from its own generators, on the CPU: two
+runs on a CPU are equal bit for bit, also if one was stopped and went on, and the draws don't depend on the
+device.
 """
 
 from __future__ import annotations
@@ -11,89 +12,38 @@ import contextlib
 import json
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from concept_ablation.data import AnchorData, Augmentation, Batch, Encoder
-from concept_ablation.losses import Predict, model_based_loss, noise_based_loss, prior_loss
-from concept_ablation.models import (
-    METADATA_KEY,
-    ParameterGroup,
-    detach_bos,
-    load_pipeline,
-    save_delta,
-    trainable_parameters,
-)
+from concept_ablation.checkpoints import load_checkpoint, save_checkpoint
+from concept_ablation.data import AnchorData
+from concept_ablation.draws import Losses
+from concept_ablation.imagestore import read_store
+from concept_ablation.models import METADATA_KEY, detach_bos, load_pipeline, save_delta, trainable_parameters
 from concept_ablation.prompts import target_prompts
 from concept_ablation.runtime import Precision, atomic_output, peak_memory, resolve_precision
+from concept_ablation.tokens import TokenRows, target_tokens
+from concept_ablation.training_settings import (
+    TrainingError,
+    TrainingSettings,
+    make_lr_scheduler,
+    make_optimizer,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 log = logging.getLogger(__name__)
-
-
-class TrainingError(ValueError):
-    """Settings that are unknown, or a training that diverged; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How to train; `config/config.yaml` explains each and gives the paper's value. Raises TrainingError."""
-
-    group: ParameterGroup
-    loss: Literal["model-based", "noise-based"]
-    steps: int
-    learning_rate: float
-    scale_lr: Literal["none", "compvis", "diffusers"]
-    batch_size: int
-    gradient_accumulation: int
-    optimizer: Mapping[str, float]
-    lr_scheduler: str
-    lr_warmup_steps: int
-    augmentation: Augmentation
-    hflip: float
-    prior_preservation: bool
-    prior_weight: float
-    max_grad_norm: float | None
-    precision: Precision
-    teacher: Literal["current", "frozen"]
-    detach_bos: bool
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(TrainingSettings).items():
-            allowed = [choice for choice in get_args(hint) if isinstance(choice, str)]
-            if allowed and getattr(self, name) not in allowed:
-                value = getattr(self, name)
-                raise TrainingError(f"training.{name} {value!r} is unknown (allowed: {', '.join(allowed)})")
-
-    @classmethod
-    def from_spec(cls, settings: Mapping[str, object]) -> TrainingSettings:
-        """The settings in a spec's `training`, in which other stages' keys may be too."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls)})
-
-    @property
-    def scaled_learning_rate(self) -> float:
-        """The learning rate after `scale_lr`.
-
-        `compvis`: times accumulation and batch size; `diffusers`: the same, and doubled with prior
-        preservation.
-        """
-        if self.scale_lr == "none":
-            return self.learning_rate
-        doubled = 2 if self.scale_lr == "diffusers" and self.prior_preservation else 1
-        return self.learning_rate * self.gradient_accumulation * self.batch_size * doubled
 
 
 @dataclass(frozen=True)
@@ -113,45 +63,106 @@ class StepRecord:
     peak_memory_bytes: int
 
 
-def train(
-    pipeline: StableDiffusionPipeline,
-    data: AnchorData,
-    targets: Sequence[Sequence[str]],
-    settings: TrainingSettings,
-    *,
-    seed: int,
-) -> Iterator[StepRecord]:
-    """Train `pipeline.unet` in place on `data`; yields a record after each of `settings.steps` steps.
+class Training:
+    """The training of `pipeline` on `data`, in place: iterating it takes the steps that are left.
 
-    `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. Raises
-    TrainingError if the loss is no number any more.
+    `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. `tokens`: the
+    ids of the tokens that group `embedding` trains. `parameters`: what is trained, named as in a delta.
     """
-    parameters = trainable_parameters(pipeline.unet, settings.group)
-    pipeline.unet.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    accelerator = _make_accelerator(settings.precision, pipeline.device)
-    optimizer, lr_scheduler = _make_optimizer(list(parameters.values()), settings)
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    losses = _draw_losses(pipeline, data, targets, settings, accelerator, seed)
-    limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    with detach_bos(pipeline.unet) if settings.detach_bos else contextlib.nullcontext():
-        for step in range(1, settings.steps + 1):
-            started = time.perf_counter()
-            loss, prior = _backward(losses, settings, accelerator)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {step}: lower the learning rate, or use fp32"
-                )
-            grad_norm = float(accelerator.clip_grad_norm_(parameters.values(), limit))
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - started
-            yield StepRecord(
-                step, loss, prior, learning_rate, grad_norm, seconds, peak_memory(pipeline.device)
-            )
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        data: AnchorData,
+        targets: Sequence[Sequence[str]],
+        settings: TrainingSettings,
+        *,
+        seed: int,
+        tokens: Sequence[int] = (),
+    ) -> None:
+        self.pipeline, self.settings, self.step = pipeline, settings, 0
+        pipeline.unet.requires_grad_(False)
+        pipeline.text_encoder.requires_grad_(False)
+        self.rows = TokenRows(pipeline, tokens) if settings.group == "embedding" else None
+        own = trainable_parameters(pipeline.unet, settings.group)
+        self.parameters: dict[str, nn.Parameter] = {f"unet.{name}": value for name, value in own.items()}
+        if self.rows:
+            self.parameters = self.rows.named_parameters
+        if not self.parameters:
+            raise TrainingError(f"group {settings.group!r}: there is nothing to train")
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self._accelerator = _make_accelerator(settings.precision, pipeline.device)
+        optimizer = make_optimizer(list(self.parameters.values()), settings)
+        self._lr_scheduler = make_lr_scheduler(optimizer, settings)
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+        self._losses = Losses(pipeline, data, targets, settings, self._accelerator, seed, self.rows)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """Take the steps up to `settings.steps`. Raises TrainingError if the loss is no number any more."""
+        unet = self.pipeline.unet
+        if self.settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        try:
+            with detach_bos(unet) if self.settings.detach_bos else contextlib.nullcontext():
+                while self.step < self.settings.steps:
+                    yield self._take_step()
+        finally:
+            unet.disable_gradient_checkpointing()
+
+    def _take_step(self) -> StepRecord:
+        started, step = time.perf_counter(), self.step + 1
+        loss, prior = self._backward()
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}: lower the learning rate, or use fp32")
+        limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        grad_norm = float(self._accelerator.clip_grad_norm_(self.parameters.values(), limit))
+        learning_rate = self._lr_scheduler.get_last_lr()[0]
+        self._optimizer.step()
+        self._lr_scheduler.step()
+        self._optimizer.zero_grad()
+        if self.rows:
+            self.rows.write()
+        self.step = step
+        seconds = time.perf_counter() - started
+        memory = peak_memory(self.pipeline.device)
+        return StepRecord(step, loss, prior, learning_rate, grad_norm, seconds, memory)
+
+    def _backward(self) -> tuple[float, float]:
+        """Gradients of one optimizer step; the means over its batches of the loss and the prior loss."""
+        settings, means = self.settings, torch.zeros(2)
+        for _ in range(settings.gradient_accumulation):
+            loss, prior = next(self._losses)
+            total = loss + settings.prior_weight * prior if settings.prior_preservation else loss
+            self._accelerator.backward(total / settings.gradient_accumulation)
+            means += torch.stack([loss, prior]).detach().cpu() / settings.gradient_accumulation
+        return means[0].item(), means[1].item()
+
+    def state(self) -> dict[str, object]:
+        """All that the steps to come depend on: tensors, and what JSON can hold."""
+        scaler = self._accelerator.scaler
+        return {
+            "step": self.step,
+            "parameters": {name: value.detach() for name, value in self.parameters.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "lr_scheduler": self._lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "draws": self._losses.state(),
+        }
+
+    def restore(self, state: Mapping) -> None:
+        """Go on from what `state()` gave in a training of the same pipeline, data, settings and seed."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        if self.rows:
+            self.rows.write()
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self._accelerator.scaler:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self._losses.restore(state["draws"])
+        self.step = state["step"]
 
 
 def _make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
@@ -165,108 +176,6 @@ def _make_accelerator(precision: Precision, device: torch.device) -> Accelerator
     return Accelerator(mixed_precision="no" if resolved == "fp32" else resolved, cpu=device.type == "cpu")
 
 
-def _make_optimizer(
-    parameters: list[nn.Parameter], settings: TrainingSettings
-) -> tuple[torch.optim.AdamW, Any]:
-    from diffusers.optimization import get_scheduler
-
-    adam = settings.optimizer
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.scaled_learning_rate,
-        betas=(adam["beta1"], adam["beta2"]),
-        weight_decay=adam["weight_decay"],
-        eps=adam["epsilon"],
-    )
-    name = settings.lr_scheduler
-    if name == "constant" and settings.lr_warmup_steps:
-        name = "constant_with_warmup"  # diffusers' "constant" would ignore the warm-up without a word
-    lr_scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=settings.steps
-    )
-    return optimizer, lr_scheduler
-
-
-def _backward(
-    losses: Iterator[tuple[Tensor, Tensor]], settings: TrainingSettings, accelerator: Accelerator
-) -> tuple[float, float]:
-    """Gradients of one optimizer step; returns the means over its batches of the loss and the prior loss."""
-    means = torch.zeros(2)
-    for _ in range(settings.gradient_accumulation):
-        loss, prior = next(losses)
-        total = loss + settings.prior_weight * prior if settings.prior_preservation else loss
-        accelerator.backward(total / settings.gradient_accumulation)
-        means += torch.stack([loss, prior]).detach().cpu() / settings.gradient_accumulation
-    return means[0].item(), means[1].item()
-
-
-def _draw_losses(
-    pipeline: StableDiffusionPipeline,
-    data: AnchorData,
-    targets: Sequence[Sequence[str]],
-    settings: TrainingSettings,
-    accelerator: Accelerator,
-    seed: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw batches, noise, timesteps and prompts; yield each batch's loss and prior loss (NaN: none)."""
-    from diffusers.schedulers import DDPMScheduler
-
-    rng, generator = random.Random(seed), torch.Generator("cpu").manual_seed(seed)
-    encoder = Encoder(pipeline, settings.precision)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    predict, teacher = _predictors(pipeline.unet, settings, accelerator)
-    views = (settings.hflip, pipeline.vae_scale_factor, rng)
-    batches = data.batches(settings.batch_size, settings.augmentation, *views)
-    prior_batches = data.batches(settings.batch_size, "none", *views)
-
-    def draw(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        latents = encoder.latents(batch, generator)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
-        return latents, noise, timesteps.to(latents.device)
-
-    for batch in batches:
-        prompts = [
-            view.prefix + rng.choice(targets[i]) for i, view in zip(batch.positions, batch.views, strict=True)
-        ]
-        latents, noise, timesteps = draw(batch)
-        text, mask = encoder.text(prompts), batch.mask.to(latents)
-        if settings.loss == "model-based":
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            anchor_text = encoder.text([data.prompts[i] for i in batch.positions])
-            loss = model_based_loss(predict, teacher, noisy, timesteps, text, anchor_text, mask)
-        else:
-            loss = noise_based_loss(predict, scheduler, latents, noise, timesteps, text, mask)
-        prior = torch.full_like(loss, math.nan)
-        if settings.prior_preservation:
-            batch = next(prior_batches)
-            own_text = encoder.text([data.prompts[i] for i in batch.positions])
-            prior = prior_loss(predict, scheduler, *draw(batch), own_text)
-        yield loss, prior
-
-
-def _predictors(
-    unet: nn.Module, settings: TrainingSettings, accelerator: Accelerator
-) -> tuple[Predict, Predict]:
-    """The network's prediction and the teacher's: the same, or by the trained parameters as they are now."""
-
-    def predict(noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        # One autocast a prediction: it caches half-precision weights, and the teacher's have no gradient.
-        with accelerator.autocast():
-            return unet(noisy, timesteps, text).sample
-
-    if settings.teacher == "current":
-        return predict, predict
-    parameters = trainable_parameters(unet, settings.group)
-    frozen = {name: value.detach().clone() for name, value in parameters.items()}
-
-    def predict_frozen(noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return torch.func.functional_call(unet, frozen, (noisy, timesteps, text)).sample
-
-    return predict, predict_frozen
-
-
 def ablate_concept(
     spec: Mapping,
     anchors_path: str | Path,
@@ -274,25 +183,60 @@ def ablate_concept(
     training_path: str | Path,
     *,
     device: str = "auto",
+    checkpoint_path: str | Path | None = None,
+    checkpoint_steps: int = 0,
 ) -> None:
     """Stage `ablate_concept`: train on the anchor's images, write the delta and the table of steps.
 
-    Raises TrainingError, StoreError, ModelError, PromptsError.
+    Every `checkpoint_steps` steps (0: never) a checkpoint is written to `checkpoint_path`, from which a killed
+    run goes on; it is removed at the end. Raises TrainingError, StoreError, ModelError, PromptsError.
     """
     pipeline = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device)
-    data = AnchorData.from_store(anchors_path)
-    settings = TrainingSettings.from_spec(spec["training"])
-    templates = spec["training"]["style_templates"]
-    targets = target_prompts(data.prompts, spec["kind"], spec["target"], spec["anchor"], templates)
-    records = train(pipeline, data, targets, settings, seed=spec["seed"])
-    steps = list(
-        tqdm(records, desc=f"{spec['target']} -> {spec['anchor']}", total=settings.steps, unit="step")
-    )
+    settings, data = TrainingSettings.from_spec(spec["training"]), AnchorData.from_store(anchors_path)
+    targets, tokens = _target_prompts(spec, data, anchors_path), []
+    if settings.group == "embedding":
+        tokens = target_tokens(pipeline.tokenizer, spec["targets"], spec["anchor"])
+    training = Training(pipeline, data, targets, settings, seed=spec["seed"], tokens=tokens)
+    checkpoint = Path(checkpoint_path) if checkpoint_path is not None and checkpoint_steps else None
+    records = _train(training, spec, checkpoint, checkpoint_steps)
     metadata = _describe(spec, settings, pipeline.device)
-    parameters = trainable_parameters(pipeline.unet, settings.group)
-    write_records(training_path, steps, metadata)
-    save_delta(delta_path, {f"unet.{name}": value for name, value in parameters.items()}, metadata)
-    log.info("trained %d tensors in %d steps: %s", len(parameters), len(steps), delta_path)
+    if tokens:
+        metadata["tokens"] = pipeline.tokenizer.convert_ids_to_tokens(tokens)
+    write_records(training_path, records, metadata)
+    save_delta(delta_path, training.parameters, metadata)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    log.info("trained %d tensors in %d steps: %s", len(training.parameters), len(records), delta_path)
+
+
+def _target_prompts(spec: Mapping, data: AnchorData, anchors_path: str | Path) -> list[tuple[str, ...]]:
+    """Each image's target prompts: made from its own, or those that were searched for, the same for all."""
+    if spec["kind"] == "memorization":
+        searched = read_store(anchors_path).metadata.get("target_prompts")
+        if not searched:
+            raise TrainingError(f"{anchors_path}: no target_prompts in its metadata; make the images again")
+        return [tuple(searched)] * len(data.prompts)
+    templates = spec["training"]["style_templates"]
+    return target_prompts(data.prompts, spec["kind"], spec["targets"], spec["anchor"], templates)
+
+
+def _train(
+    training: Training, spec: Mapping, checkpoint: Path | None, checkpoint_steps: int
+) -> list[StepRecord]:
+    """All steps of a training, those before `checkpoint` among them."""
+    records: list[StepRecord] = []
+    state = load_checkpoint(checkpoint, spec) if checkpoint else None
+    if state:
+        records = [StepRecord(**record) for record in state["records"]]
+        training.restore(state)
+        log.info("%s: going on after step %d", checkpoint, training.step)
+    label, steps = f"{'; '.join(spec['targets'])} -> {spec['anchor']}", training.settings.steps
+    for record in tqdm(training, desc=label, initial=training.step, total=steps, unit="step"):
+        records.append(record)
+        if checkpoint and record.step % checkpoint_steps == 0 and record.step < steps:
+            done = {"records": [asdict(record) for record in records]}
+            save_checkpoint(checkpoint, spec, training.state() | done)
+    return records
 
 
 def _describe(spec: Mapping, settings: TrainingSettings, device: torch.device) -> dict[str, object]:
@@ -303,10 +247,11 @@ def _describe(spec: Mapping, settings: TrainingSettings, device: torch.device) -
         "base_fingerprint": spec["model"].get("fingerprint"),
         **{
             name: spec.get(name)
-            for name in ("kind", "target", "anchor", "anchors", "seed", "stage", "version")
+            for name in ("kind", "targets", "anchor", "anchors", "seed", "stage", "version")
         },
         "group": settings.group,
         "settings": spec["training"],
+        "scale_lr": settings.scale_lr,
         "scaled_learning_rate": settings.scaled_learning_rate,
         "device": device.type,
         "precision": resolve_precision(settings.precision, device),

@@ -13,7 +13,8 @@ from tiny import make_tiny_pipeline
 from concept_ablation.data import FAR_PREFIXES, NEAR_PREFIXES, AnchorData, Encoder
 from concept_ablation.imagestore import StoreError, write_store
 from concept_ablation.models import apply_delta, cross_attentions, load_pipeline, trainable_parameters
-from concept_ablation.training import TrainingError, TrainingSettings, ablate_concept, detach_bos, train
+from concept_ablation.training import Training, ablate_concept, detach_bos
+from concept_ablation.training_settings import TrainingError, TrainingSettings
 
 SETTINGS = TrainingSettings(
     group="cross-attn",
@@ -23,12 +24,15 @@ SETTINGS = TrainingSettings(
     scale_lr="none",
     batch_size=4,
     gradient_accumulation=1,
-    optimizer={"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "epsilon": 1e-8},
+    gradient_checkpointing=False,
+    optimizer={"name": "adamw", "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "epsilon": 1e-8},
     lr_scheduler="constant",
     lr_warmup_steps=0,
     augmentation="none",
+    mask_border=False,
     hflip=0.5,
     prior_preservation=False,
+    prior_form="doubled",
     prior_weight=1.0,
     max_grad_norm=1.0,
     precision="fp32",
@@ -58,7 +62,7 @@ def weights(pipeline):
 
 
 def run(pipeline, seed=0, **changes):
-    return list(train(pipeline, DATA, TARGETS, dataclasses.replace(SETTINGS, **changes), seed=seed))
+    return list(Training(pipeline, DATA, TARGETS, dataclasses.replace(SETTINGS, **changes), seed=seed))
 
 
 def changed(before, pipeline):
@@ -184,7 +188,7 @@ def test_detach_bos_enters_training_only_if_asked(folder):
 
 
 def test_a_training_that_is_stopped_leaves_no_hooks(pipeline):
-    records = train(pipeline, DATA, TARGETS, SETTINGS, seed=0)
+    records = iter(Training(pipeline, DATA, TARGETS, SETTINGS, seed=0))
     next(records)
     records.close()
     assert sum(len(module._forward_hooks) for module in pipeline.unet.modules()) == 0
@@ -350,7 +354,7 @@ def test_ablate_concept_writes_a_delta_and_a_record(folder, tmp_path):
 
     trained = load_pipeline(folder, device="cpu")
     targets = [("an owl",), ("a red owl",), ("two owls",), ("an owl on a mat",)]
-    records = list(train(trained, DATA, targets, SETTINGS, seed=3))
+    records = list(Training(trained, DATA, targets, SETTINGS, seed=3))
     pipeline = load_pipeline(folder, device="cpu")
     metadata = apply_delta(pipeline, tmp_path / "d.safetensors")
     assert not changed(weights(trained), pipeline)

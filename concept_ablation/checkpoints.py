@@ -1,0 +1,53 @@
+"""Checkpoints: one file from which a killed training goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from concept_ablation.runtime import atomic_output
+
+log = logging.getLogger(__name__)
+FORMAT = 1  # raise it when a checkpoint's content changes
+
+
+def fingerprint(spec: Mapping) -> str:
+    """What a checkpoint's training is known by: equal for equal specs only."""
+    content = json.dumps([FORMAT, spec], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def save_checkpoint(path: str | Path, spec: Mapping, state: Mapping) -> None:
+    """Write `state` (tensors, and what JSON can hold) for the training of `spec`: whole, or not at all."""
+    with atomic_output(path) as part:
+        torch.save({"fingerprint": fingerprint(spec), "state": dict(state)}, part)
+
+
+def load_checkpoint(path: str | Path, spec: Mapping) -> dict | None:
+    """The state at `path`, on the CPU; None if there is none for `spec`, with a warning that says why."""
+    if not Path(path).exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found, state = content["fingerprint"], content["state"]
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        log.warning("%s: a damaged checkpoint, training starts afresh (%s)", path, str(error).split("\n")[0])
+        return None
+    if found != fingerprint(spec):
+        log.warning("%s: a checkpoint of another training (other settings), training starts afresh", path)
+        return None
+    return state
