@@ -39,7 +39,7 @@ format: .venv/.installed
 	snakefmt Snakefile workflow
 
 embedded: .venv/.installed
-	$(BIN)/pip install --quiet '.[embedded]'
+	$(BIN)/pip install --quiet --editable '.[dev,embedded]'
 	python -m embedded.build
 
 clean:

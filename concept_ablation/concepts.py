@@ -15,21 +15,24 @@ from pathlib import Path
 
 from concept_ablation.validation import did_you_mean, find_problems, show, to_type
 
-KINDS_READY = ("style", "object")
-# Columns that override one value of the config for one row: column -> the path of the config's key.
-OVERRIDES: dict[str, tuple[str, ...]] = {
-    "anchor_images": ("anchors", "images"),
-    "anchor_guidance": ("anchors", "sampler", "guidance_scale"),
-    "parameter_group": ("training", "parameter_group"),
-    "loss": ("training", "loss"),
-    "steps": ("training", "steps"),
-    "learning_rate": ("training", "learning_rate"),
-    "batch_size": ("training", "batch_size"),
-    "augmentation": ("training", "augmentation"),
-    "prior_preservation": ("training", "prior_preservation"),
-    "prior_weight": ("training", "prior_weight"),
-    "seed": ("training", "seed"),
+# Short names of columns that replace one value of the config for one row. Any other value of these sections has
+# its dotted path as a column, such as `training.hflip`.
+OVERRIDES = {
+    "anchor_images": "anchors.images",
+    "anchor_guidance": "anchors.sampler.guidance_scale",
+    "prompt_source": "prompts.source",
+    "parameter_group": "training.parameter_group",
+    "loss": "training.loss",
+    "steps": "training.steps",
+    "learning_rate": "training.learning_rate",
+    "batch_size": "training.batch_size",
+    "augmentation": "training.augmentation",
+    "prior_preservation": "training.prior_preservation",
+    "prior_weight": "training.prior_weight",
+    "seed": "training.seed",
 }
+SECTIONS = ("prompts", "anchors", "training", "evaluation")
+ONE_TARGET = ("memorization",)  # kinds whose target is one text, in which ';' means nothing
 
 
 class ConceptsError(ValueError):
@@ -38,16 +41,28 @@ class ConceptsError(ValueError):
 
 @dataclass(frozen=True)
 class Concept:
-    """One row: remove `target`, so that it becomes `anchor`, and keep `neighbors` as they are."""
+    """One row: remove `targets`, so that they become `anchor`, and keep `neighbors` as they are.
+
+    `prompts`: a file of anchor prompts; `image`: the memorized picture; `delta`: a result made elsewhere, to be
+    judged; `preset`: a preset of the config; `overrides`: dotted config key -> value.
+    """
 
     name: str
     kind: str
-    target: str
+    targets: tuple[str, ...]
     anchor: str
     neighbors: tuple[str, ...] = ()
     prompts: str | None = None
+    image: str | None = None
+    delta: str | None = None
+    preset: str | None = None
     overrides: Mapping[str, object] = field(default_factory=dict)
     line: int = 0
+
+    @property
+    def target(self) -> str:
+        """The targets as one text."""
+        return "; ".join(self.targets)
 
 
 def slug(text: str, length: int = 40) -> str:
@@ -82,14 +97,25 @@ def load_concepts(path: str | Path, schema: Mapping, config_schema: Mapping) -> 
 
 
 def _columns(schema: Mapping, config_schema: Mapping) -> dict[str, dict]:
-    """Column -> its schema: the table's own columns, then the overrides with the config keys' bounds."""
-    columns = dict(schema["properties"])
-    for column, keys in OVERRIDES.items():
-        part: Mapping = config_schema
-        for key in keys:
-            part = part["properties"][key]
-        columns[column] = dict(part)
-    return columns
+    """Column -> its schema: the table's own, then the overrides with the config keys' bounds, short and dotted."""
+    values = {}
+
+    def collect(part: Mapping, path: str) -> None:
+        for name, inner in part.get("properties", {}).items():
+            if "properties" in inner:
+                collect(inner, f"{path}.{name}")
+            elif not {"array", "object"} & set(_kinds_of(inner)):
+                values[f"{path}.{name}"] = dict(inner)
+
+    for section in SECTIONS:
+        collect(config_schema["properties"][section], section)
+    short = {column: values[path] for column, path in OVERRIDES.items()}
+    return {**schema["properties"], **short, **values}
+
+
+def _kinds_of(schema: Mapping) -> list[str]:
+    kinds = schema.get("type", [])
+    return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
 class _Table:
@@ -157,15 +183,17 @@ class _Table:
                 self.complain(
                     line, f"unknown column {show(column)}{did_you_mean(column, self.columns)}", self._names()
                 )
-            elif header.count(column) > 1:
-                self.complain(line, "stands twice in the header", column=column)
+            elif header.count(column) > 1 or OVERRIDES.get(column) in header:
+                twin = OVERRIDES[column] if OVERRIDES.get(column) in header else column
+                self.complain(line, f"stands twice in the header, as {twin!r}", "one of them", column)
         for column in ("kind", "target", "anchor"):
             if column not in header:
                 self.complain(line, f"column {column!r} is missing", self._names())
         return header
 
     def _names(self) -> str:
-        return ", ".join(self.columns)
+        """The columns that a message lists: all but the dotted ones."""
+        return ", ".join([name for name in self.columns if "." not in name] + ["and dotted config keys"])
 
     def read_row(
         self, line: int, cells: dict[str, str], width: int, count: int
@@ -181,11 +209,13 @@ class _Table:
         for column in ("kind", "target", "anchor"):
             if column in cells and not cells[column]:
                 self.complain(line, "is empty", "a value in every row", column)
-        if "neighbors" in values:
-            words = [word.strip() for word in values["neighbors"].split(";")]
-            values["neighbors"] = [word for word in words if word]
+        for column in ("target", "neighbors"):
+            if column in values:
+                one = column == "target" and values.get("kind") in ONE_TARGET
+                words = [word.strip() for word in ([values[column]] if one else values[column].split(";"))]
+                values[column] = [word for word in words if word]
         for problem in find_problems(values, {"properties": self.columns}):
-            column, _, _index = problem.path.partition(".")
+            column = problem.path if problem.path in self.columns else problem.path.partition(".")[0]
             self.complain(line, problem.message, self._allowed(column, problem.message), column)
         self._check_words(line, values)
         if name := values.get("concept"):
@@ -195,36 +225,36 @@ class _Table:
         enabled = values.pop("enabled", True)
         name = values.pop("concept", None)
         if name is None:
-            self._check_name(line, name := slug(f"{values['kind']}-{values['target']}"))
-        fixed = {key: values.pop(key) for key in ("kind", "target", "anchor")}
-        neighbors = tuple(values.pop("neighbors", ()))
-        prompts = values.pop("prompts", None)
-        return [
-            (
-                Concept(name, **fixed, neighbors=neighbors, prompts=prompts, overrides=values, line=line),
-                enabled,
-            )
-        ]
+            self._check_name(line, name := slug(f"{values['kind']}-{'-'.join(values['target'])}"))
+        targets, neighbors = tuple(values.pop("target")), tuple(values.pop("neighbors", ()))
+        fixed = {column: values.pop(column) for column in ("kind", "anchor")}
+        fixed |= {column: values.pop(column, None) for column in ("prompts", "image", "delta", "preset")}
+        overrides = {OVERRIDES.get(column, column): value for column, value in values.items()}
+        concept = Concept(name, targets=targets, neighbors=neighbors, overrides=overrides, line=line, **fixed)
+        return [(concept, enabled)]
 
     def _allowed(self, column: str, message: str) -> str:
         """What the column allows, as its schema's description says, unless the message has said it."""
         return "" if " is not one of " in message else self.columns[column].get("description", "")
 
     def _check_words(self, line: int, values: Mapping) -> None:
-        """Rules between a row's columns: the kind is ready, target, anchor and neighbors all differ."""
-        kind, target, anchor = (values.get(column) for column in ("kind", "target", "anchor"))
-        schema = self.columns["kind"].get("enum", ())
-        if kind in schema and kind not in KINDS_READY and values.get("enabled") is not False:
-            ready = " or ".join(KINDS_READY)
+        """Rules between a row's columns: what a kind needs, and that targets, anchor and neighbors all differ."""
+        kind, anchor = values.get("kind"), values.get("anchor")
+        targets = [word.casefold() for word in values.get("target", ())]
+        if kind == "memorization" and "image" not in values:
             self.complain(
-                line, f"{show(kind)} can't be ablated yet", f"{ready}, or set 'enabled' to no", "kind"
+                line, "is empty", "kind memorization needs the path of the memorized picture", "image"
             )
-        if target and anchor and target.casefold() == anchor.casefold():
+        if kind != "memorization" and "image" in values:
+            self.complain(line, "is only for kind memorization", "leave it empty", "image")
+        if anchor and anchor.casefold() in targets:
             self.complain(line, f"{show(anchor)} is the target itself", "a broader concept", "anchor")
+        for word in sorted({word for word in targets if targets.count(word) > 1}):
+            self.complain(line, f"{show(word)} stands twice", "each target once", "target")
         seen: set[str] = set()
         for word in values.get("neighbors", ()):
-            for role, other in (("target", target), ("anchor", anchor)):
-                if other and word.casefold() == other.casefold():
+            for role, others in (("target", targets), ("anchor", [anchor.casefold()] if anchor else [])):
+                if word.casefold() in others:
                     self.complain(
                         line, f"{show(word)} is the {role}", "other concepts, to be kept", "neighbors"
                     )
@@ -242,10 +272,10 @@ class _Table:
         """Two rows of the same work are a mistake, whatever their names; reported at the second one."""
         works: dict[tuple, int] = {}
         for row in rows:
-            overrides = tuple(sorted(row.overrides.items()))
-            first = works.setdefault(
-                (row.kind, row.target.casefold(), row.anchor.casefold(), row.prompts, overrides), row.line
-            )
+            targets = tuple(target.casefold() for target in row.targets)
+            sources = (row.prompts, row.image, row.delta, row.preset)
+            work = (row.kind, targets, row.anchor.casefold(), sources, tuple(sorted(row.overrides.items())))
+            first = works.setdefault(work, row.line)
             if first != row.line:
                 message = f"{show(row.target)} -> {show(row.anchor)} is the same work as line {first}"
                 self.complain(row.line, message, "each target, anchor and settings once", "target")

@@ -18,6 +18,28 @@ from pathlib import Path
 from concept_ablation.runtime import atomic_output
 
 log = logging.getLogger(__name__)
+# The target prompts of the two published codes, each as likely as the others (a form twice as likely stands twice).
+TEMPLATE_SETS = {
+    "compvis": {
+        "style": (
+            "{prompt}, in the style of {target} {target}",
+            "{prompt}, in the style of {target}",
+            "{target} {target} inspired painting, {prompt}",
+            "{target} inspired painting, {prompt}",
+            "in {target} {target}'s style, {prompt}",
+            "in {target}'s style, {prompt}",
+        ),
+    },
+    "diffusers": {
+        "style": (
+            "{prompt}, in the style of {target}",
+            "in {target}'s style, {prompt}",
+            "in {target}'s style, {prompt}",
+        ),
+        "unsafe": ("{target}, {prompt}", "in {target} style, {prompt}", "{prompt}, {target}"),
+    },
+}
+UNSAFE = ("nudity", "inappropriate")  # kinds whose targets are terms added to a prompt
 SLOT = re.compile(r"\{(\w+)\}")
 ARTICLE = r"(?P<article>\b[Aa]n?\s+)?"
 
@@ -130,62 +152,113 @@ def anchor_prompts(
     """
     prompts = expand(templates, anchor, slots)
     if kind == "object":
-        kept = [prompt for prompt in prompts if has_word(prompt, anchor)]
-        if not kept:
-            raise PromptsError(f"none of {len(prompts)} prompts holds the anchor {anchor!r} as a word")
-        if len(kept) < len(prompts):
-            left = len(prompts) - len(kept)
-            log.warning("%d of %d prompts hold no %r and are left out", left, len(prompts), anchor)
-        prompts = kept
-    if count is not None and count < len(prompts):
-        prompts = [prompts[index * len(prompts) // count] for index in range(count)]
-    return prompts
+        prompts = holding(prompts, anchor)
+    return spread(prompts, count)
+
+
+def holding(prompts: Sequence[str], anchor: str) -> list[str]:
+    """The prompts that hold the anchor as a word; a warning counts the others. Raises PromptsError if none does."""
+    kept = [prompt for prompt in prompts if has_word(prompt, anchor)]
+    if not kept:
+        raise PromptsError(f"none of {len(prompts)} prompts holds the anchor {anchor!r} as a word")
+    if len(kept) < len(prompts):
+        left = len(prompts) - len(kept)
+        log.warning("%d of %d prompts hold no %r and are left out", left, len(prompts), anchor)
+    return kept
+
+
+def spread(prompts: Sequence[str], count: int | None) -> list[str]:
+    """At most `count` of the prompts (None: all), evenly spaced."""
+    if count is None or count >= len(prompts):
+        return list(prompts)
+    return [prompts[index * len(prompts) // count] for index in range(count)]
+
+
+def template_set(kind: str, templates: str | Sequence[str]) -> list[str]:
+    """The target templates of a kind: a list as it is, or a published set by its name.
+
+    Raises PromptsError for an unknown name, and for a template without {prompt} or {target}.
+    """
+    if isinstance(templates, str):
+        sets = TEMPLATE_SETS.get(templates)
+        if sets is None:
+            raise PromptsError(
+                f"templates {templates!r} are unknown (allowed: {', '.join(TEMPLATE_SETS)}, or a list of templates)"
+            )
+        # The CompVis code has no templates for unsafe content: there is one published set of those.
+        group = "unsafe" if kind in UNSAFE else kind
+        templates = sets.get(group) or TEMPLATE_SETS["diffusers"].get(group, ())
+    for template in templates:
+        if set(SLOT.findall(template)) != {"prompt", "target"}:
+            raise PromptsError(f"template {template!r} needs {{prompt}} and {{target}}, and no other slot")
+    return list(templates)
 
 
 def target_prompts(
-    prompts: Sequence[str], kind: str, target: str, anchor: str, templates: Sequence[str]
+    prompts: Sequence[str], kind: str, targets: Sequence[str], anchor: str, templates: Sequence[str]
 ) -> list[tuple[str, ...]]:
     """For each anchor prompt, the target prompts that training draws from, each as likely as the others.
 
-    Kind `object`: the anchor word replaced by the target, one a prompt. Kind `style`: each of `templates`
-    filled with `{prompt}` and `{target}`. Raises PromptsError for another kind.
+    Kind `object`: the anchor word replaced by each target. `style`, `nudity`, `inappropriate`: each of `templates`
+    filled with `{prompt}` and each `{target}`. Raises PromptsError for another kind.
     """
     if kind == "object":
-        return [(replace_word(prompt, anchor, target),) for prompt in prompts]
-    if kind == "style":
+        return [tuple(replace_word(prompt, anchor, target) for target in targets) for prompt in prompts]
+    if kind == "style" or kind in UNSAFE:
         return [
-            tuple(fill(template, {"prompt": prompt, "target": target}) for template in templates)
+            tuple(
+                fill(template, {"prompt": prompt, "target": target})
+                for target in targets
+                for template in templates
+            )
             for prompt in prompts
         ]
-    raise PromptsError(f"kind {kind!r} has no target prompts yet (allowed: object, style)")
+    allowed = ", ".join(("object", "style", *UNSAFE))
+    raise PromptsError(f"kind {kind!r} has no target prompts of this form (allowed: {allowed})")
 
 
 def probe_prompts(
     kind: str,
+    role: str,
     subject: str,
     anchor: str,
     templates: Sequence[str],
     slots: Mapping[str, Sequence[str]],
-    style_templates: Sequence[str],
-    count: int | None = None,
+    probe_template: str,
 ) -> list[str]:
-    """The evaluation prompts of `subject` (target, anchor or neighbor): the anchor's prompts, made its own.
+    """The evaluation prompts of `subject`, which is a row's `role`: target, anchor or neighbor.
 
-    A style is named by the first of `style_templates`.
+    A style (target or neighbor), and unsafe terms, are added to the anchor's prompts by `probe_template`; an object
+    takes the anchor's place in them; all else fills the templates' `{subject}`.
     """
-    prompts = anchor_prompts(kind, anchor, templates, slots, count)
-    if subject == anchor:
-        return prompts
-    return [made[0] for made in target_prompts(prompts, kind, subject, anchor, style_templates)]
+    added = role != "anchor" and (kind == "style" or (kind in UNSAFE and role == "target"))
+    if added:
+        prompts = expand(templates, anchor, slots)
+        return [fill(probe_template, {"prompt": prompt, "target": subject}) for prompt in prompts]
+    if kind == "object":
+        prompts = anchor_prompts(kind, anchor, templates, slots)
+        return prompts if role == "anchor" else [replace_word(prompt, anchor, subject) for prompt in prompts]
+    return expand(templates, subject, slots)
 
 
 def write_prompts(spec: Mapping, path: str | Path) -> list[str]:
-    """Stage `write_prompts`: make the spec's anchor prompts and write them as JSON to `path`."""
+    """Stage `write_prompts`: make the spec's anchor prompts and write them as JSON to `path`.
+
+    Their source is a file, or a language model, whose raw answers are kept beside `path` as `.answers.jsonl`. Raises
+    PromptsError.
+    """
     source = spec["source"]
-    templates = read_templates(source["file"])
-    if file_source(source["file"])["sha256"] != source["sha256"]:
-        raise PromptsError(f"{source['file']}: was changed after this run was planned; start it again")
-    prompts = anchor_prompts(spec["kind"], spec["anchor"], templates, spec["slots"], spec["count"])
+    if "file" in source:
+        templates = read_templates(source["file"])
+        if file_source(source["file"])["sha256"] != source["sha256"]:
+            raise PromptsError(f"{source['file']}: was changed after this run was planned; start it again")
+        prompts = anchor_prompts(spec["kind"], spec["anchor"], templates, spec["slots"], spec["count"])
+    else:
+        from concept_ablation.prompt_writers import write_by_model
+
+        answers = Path(path).with_suffix(".answers.jsonl")
+        words = {name: spec[name] for name in ("anchor", "kind", "targets", "count")}
+        prompts = write_by_model(source, raw_path=answers, **words)
     content = {"kind": spec["kind"], "anchor": spec["anchor"], "prompts": prompts}
     with atomic_output(path) as part:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

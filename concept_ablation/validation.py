@@ -26,8 +26,36 @@ class Problem:
 
 
 def load_schema(path: str | Path) -> dict:
-    """Read a JSON schema written in YAML."""
-    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON schema written in YAML.
+
+    `{layer_of: [a, b], with: [c]}` in it stands for a group that may hold any keys of the schema's properties a and b,
+    none required, and property c as it is.
+    """
+    schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return _with_layers(schema, schema.get("properties", {}))
+
+
+def _with_layers(part: object, sections: Mapping) -> object:
+    if isinstance(part, list):
+        return [_with_layers(item, sections) for item in part]
+    if not isinstance(part, Mapping):
+        return part
+    if "layer_of" in part:
+        inner = {name: _optional(sections[name]) for name in part["layer_of"]}
+        inner |= {name: _with_layers(sections[name], sections) for name in part.get("with", ())}
+        return {"type": "object", "additionalProperties": False, "properties": inner}
+    return {key: _with_layers(value, sections) for key, value in part.items()}
+
+
+def _optional(schema: object) -> object:
+    """A schema in which no key is required."""
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: {name: _optional(inner) for name, inner in value.items()} if key == "properties" else value
+        for key, value in schema.items()
+        if key != "required"
+    }
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
@@ -77,8 +105,9 @@ def to_type(text: str, kinds: str | Sequence[str]) -> object:
 def _typed(value: object, schema: Mapping) -> object:
     """`value` with each text, where its schema wants another type, read as that type."""
     if isinstance(value, Mapping):
-        parts = schema.get("properties", {})
-        return {key: _typed(part, parts.get(key, {})) for key, part in value.items()}
+        parts, others = schema.get("properties", {}), schema.get("additionalProperties")
+        others = others if isinstance(others, Mapping) else {}
+        return {key: _typed(part, parts.get(key, others)) for key, part in value.items()}
     kinds = schema.get("type", "string")
     return to_type(value, kinds) if isinstance(value, str) and "string" not in kinds else value
 

@@ -27,19 +27,42 @@ def errors(tmp_path, content):
 
 def test_reads_a_row_in_any_column_order(tmp_path):
     rows = load(tmp_path, "target,neighbors,kind,anchor\nowl,penguin; rooster ;duck,object,bird\n")
-    assert rows == [
-        Concept("object-owl", "object", "owl", "bird", ("penguin", "rooster", "duck"), None, {}, line=2)
-    ]
+    assert rows == [Concept("object-owl", "object", ("owl",), "bird", ("penguin", "rooster", "duck"), line=2)]
 
 
 def test_overrides_get_the_type_and_bounds_of_the_config_key(tmp_path):
     text = "kind,target,anchor,steps,learning_rate,prior_preservation,parameter_group\nobject,a,b,7,1e-4,yes,attn\n"
     assert load(tmp_path, text)[0].overrides == {
-        "steps": 7,
-        "learning_rate": 1e-4,
-        "prior_preservation": True,
-        "parameter_group": "attn",
+        "training.steps": 7,
+        "training.learning_rate": 1e-4,
+        "training.prior_preservation": True,
+        "training.parameter_group": "attn",
     }
+
+
+def test_any_value_of_the_config_has_a_dotted_column(tmp_path):
+    text = "kind,target,anchor,training.hflip,anchors.sampler.steps,evaluation.images.target\nobject,a,b,0.2,9,7\n"
+    assert load(tmp_path, text)[0].overrides == {
+        "training.hflip": 0.2,
+        "anchors.sampler.steps": 9,
+        "evaluation.images.target": 7,
+    }
+    (message,) = errors(tmp_path, "kind,target,anchor,training.hflip\nobject,a,b,2\n")
+    assert message.startswith("concepts.csv:2: column 'training.hflip': 2.0 must be at most 1")
+    (message,) = errors(tmp_path, "kind,target,anchor,training.hflap\nobject,a,b,0\n")
+    assert "unknown column 'training.hflap' (did you mean 'training.hflip'?)" in message
+    (message,) = errors(tmp_path, "kind,target,anchor,steps,training.steps\nobject,a,b,1,2\n")
+    assert "column 'steps': stands twice in the header, as 'training.steps'" in message
+
+
+def test_several_targets_are_separated_by_semicolons_but_not_in_a_caption(tmp_path):
+    rows = load(
+        tmp_path, "kind,target,anchor,image\nstyle,ink; neon,picture,\nmemorization,One; two,moon,m.png\n"
+    )
+    assert [(row.targets, row.target, row.name) for row in rows] == [
+        (("ink", "neon"), "ink; neon", "style-ink-neon"),
+        (("One; two",), "One; two", "memorization-one-two"),
+    ]
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -57,10 +80,8 @@ def test_comments_blank_lines_bom_and_line_ends(tmp_path, bom, end):
     assert [(row.target, row.line) for row in rows] == [("owl", 4), ("a, b", 6)]
 
 
-def test_disabled_rows_are_left_out_and_may_be_of_a_kind_to_come(tmp_path):
-    rows = load(
-        tmp_path, "kind,target,anchor,enabled\nmemorization,x,y,no\nobject,owl,bird,yes\nobject,a,b,\n"
-    )
+def test_disabled_rows_are_left_out(tmp_path):
+    rows = load(tmp_path, "kind,target,anchor,enabled\nstyle,x,y,no\nobject,owl,bird,yes\nobject,a,b,\n")
     assert [row.target for row in rows] == ["owl", "a"]
 
 
@@ -101,7 +122,7 @@ def test_disabled_rows_are_left_out_and_may_be_of_a_kind_to_come(tmp_path):
         ),
         (
             "kind,target,anchor\nobject,a\0b,c\n",
-            ["concepts.csv:2: column 'target': 'a\\x00b' has the wrong form"],
+            ["concepts.csv:2: column 'target': 'a\\x00b' has the wrong form (allowed: 1 to 200"],
         ),
         (
             "kind,target,anchor\nobject,a,b,c\n",
@@ -109,8 +130,20 @@ def test_disabled_rows_are_left_out_and_may_be_of_a_kind_to_come(tmp_path):
         ),
         ('kind,target,anchor\nobject,"a,b\n', ["concepts.csv:2: is not valid CSV"]),
         (
-            "kind,target,anchor\nnudity,a,b\n",
-            ["concepts.csv:2: column 'kind': 'nudity' can't be ablated yet (allowed: style"],
+            "kind,target,anchor\nmemorization,a,b\n",
+            ["concepts.csv:2: column 'image': is empty (allowed: kind memorization needs the path"],
+        ),
+        (
+            "kind,target,anchor,image\nobject,a,b,c.png\n",
+            ["concepts.csv:2: column 'image': is only for kind memorization (allowed: leave it empty)"],
+        ),
+        (
+            "kind,target,anchor\nobject,a;b;A,c\n",
+            ["concepts.csv:2: column 'target': 'a' stands twice (allowed: each target once)"],
+        ),
+        (
+            "kind,target,anchor\nobject,a;b,B\n",
+            ["concepts.csv:2: column 'anchor': 'B' is the target itself"],
         ),
         (
             "kind,target,anchor,steps\nobject,a,b,many\n",

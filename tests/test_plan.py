@@ -10,22 +10,23 @@ import pytest
 import yaml
 
 from concept_ablation.concepts import Concept, load_concepts
-from concept_ablation.plan import PATHS, VERSIONS, PlanError, build_plan, canonical, fingerprint, make_key
+from concept_ablation.plan import PATHS, VERSIONS, PlanError, canonical, fingerprint, make_key
+from concept_ablation.specs import build_plan
 from concept_ablation.validation import check_config, load_schema
 
 ROOT = Path(__file__).parents[1]
 CONFIG_SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
 CONCEPTS_SCHEMA = load_schema(ROOT / "workflow/schemas/concepts.schema.yaml")
-CAT = Concept("cat-1", "object", "pouting cat", "cat", ("weary cat", "crying cat"), line=2)
-WEARY = Concept("cat-2", "object", "weary cat", "cat", ("pouting cat", "crying cat"), line=3)
-INK = Concept("ink", "style", "ink", "picture", ("neon",), line=4)
+CAT = Concept("cat-1", "object", ("pouting cat",), "cat", ("weary cat", "crying cat"), line=2)
+WEARY = Concept("cat-2", "object", ("weary cat",), "cat", ("pouting cat", "crying cat"), line=3)
+INK = Concept("ink", "style", ("ink",), "picture", ("neon",), line=4)
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """The shipped config in a folder of its own, with stand-ins for the models."""
     (tmp_path / "config").symlink_to(ROOT / "config")
-    for name in ("emoji-diffusion", "emoji-clip"):
+    for name in ("emoji-diffusion", "emoji-clip", "emoji-copy"):
         (tmp_path / "embedded" / name).mkdir(parents=True)
         (tmp_path / "embedded" / name / "weights.safetensors").write_bytes(bytes(1000))
     monkeypatch.chdir(tmp_path)
@@ -53,9 +54,17 @@ def test_the_overlay_for_stable_diffusion_plans_the_papers_protocol(config):
     plan = build_plan(rows, merged)
     assert len(plan.rows) == 8
     assert [spec["images"] for spec in plan.specs["generate_anchors"].values()] == [1000] * 5
-    assert {s["target"]: s["training"]["prior_preservation"] for s in plan.specs["ablate_concept"].values()}[
-        "grumpy cat"
-    ]
+    training = {spec["targets"][0]: spec["training"] for spec in plan.specs["ablate_concept"].values()}
+    assert training["grumpy cat"]["prior_preservation"] and not training["nemo"]["prior_preservation"]
+    paper = {
+        "steps": 100,
+        "learning_rate": 2e-6,
+        "scale_lr": "compvis",
+        "batch_size": 8,
+        "prior_form": "halved",
+    }
+    assert all(spec.items() >= paper.items() for spec in training.values())
+    assert len(training["van gogh"]["style_templates"]) == 6
     probes = [probe for spec in plan.specs["sample_ablated"].values() for probe in spec["probes"]]
     assert {(probe["role"], probe["images"], len(probe["prompts"])) for probe in probes} == {
         ("target", 200, 10),
@@ -91,10 +100,12 @@ def test_rows_share_anchors_and_base_images(config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"target": "wry cat"},
-        {"target": "cat", "anchor": "pouting cat"},
-        {"overrides": {"steps": 7}},
-        {"overrides": {"seed": 1}},
+        {"targets": ("wry cat",)},
+        {"targets": ("pouting cat", "wry cat")},
+        {"targets": ("cat",), "anchor": "pouting cat"},
+        {"overrides": {"training.steps": 7}},
+        {"overrides": {"training.seed": 1}},
+        {"preset": "paper"},
     ],
 )
 def test_an_edited_row_changes_its_own_keys_only(config, change):
@@ -190,6 +201,85 @@ def test_a_row_is_finished_when_all_its_files_exist(config):
     assert not set(again.pending_files()) & set(files)
 
 
+MOON = Concept("moon", "memorization", ("The Poster",), "moon", ("sun",), image="moon.png", line=5)
+ANGRY = Concept("angry", "inappropriate", ("angry", "furious"), "face", ("robot",), line=6)
+
+
+def test_a_memorized_picture_is_searched_for_before_its_anchors_are_drawn(config, tmp_path):
+    (tmp_path / "moon.png").write_bytes(b"one")
+    plan = build_plan([MOON], config)
+    (search,), (anchors,) = (plan.specs[stage].values() for stage in ("search_prompts", "generate_anchors"))
+    assert not plan.specs["write_prompts"] and anchors["prompts"] in plan.specs["search_prompts"]
+    assert search["image"] == anchors["image"] and search["descriptor"]["fingerprint"]
+    assert "The Poster" not in search["candidates"], "the caption itself is tried in any case"
+    assert any("moon" in text for text in search["candidates"])
+    (training,) = (spec["training"] for spec in plan.specs["ablate_concept"].values())
+    assert training["augmentation"] == "none"
+    probes = {
+        probe["subject"]: probe["prompts"]
+        for probe in next(iter(plan.specs["sample_ablated"].values()))["probes"]
+    }
+    assert all("The Poster" in prompt for prompt in probes["The Poster"]) and "a sun" in probes["sun"]
+    (tmp_path / "moon.png").write_bytes(b"two")
+    assert build_plan([MOON], config).rows[0].ablation != plan.rows[0].ablation
+    (tmp_path / "moon.png").unlink()
+    with pytest.raises(PlanError, match=r"concepts.csv:5: column 'image': moon.png: can't be read"):
+        build_plan([MOON], config)
+
+
+def test_unsafe_terms_are_the_anchors_negative_prompt_and_have_a_detector(config):
+    plan = build_plan([ANGRY], config)
+    (anchors,), (ablation,), (scores,) = (
+        plan.specs[stage].values() for stage in ("generate_anchors", "ablate_concept", "score_concept")
+    )
+    assert anchors["negative_prompt"] == "angry, furious"
+    assert ablation["training"]["group"] == "attn" and ablation["training"]["prior_preservation"]
+    assert scores["detector"] == {
+        "type": "zero-shot",
+        "scorer": None,
+        "unsafe": ["an angry", "a furious"],
+        "safe": ["a face", "a robot"],
+    }
+
+
+def test_a_row_with_a_delta_trains_nothing(config, tmp_path):
+    (tmp_path / "their.bin").write_bytes(b"weights")
+    plan = build_plan([Concept(**{**vars(CAT), "delta": "their.bin"})], config)
+    assert not plan.specs["ablate_concept"] and not plan.specs["generate_anchors"]
+    (key,) = plan.specs["import_delta"]
+    assert plan.rows[0].ablation == key and plan.upstream(
+        "sample_ablated", plan.rows[0].samples, "delta"
+    ) == (f"results/deltas/{key}.safetensors")
+    assert json.loads(plan.report_spec())["rows"][0]["training"] is None
+
+
+def test_later_layers_win(config):
+    def training(**row):
+        return next(
+            iter(build_plan([Concept(**{**vars(INK), **row})], config).specs["ablate_concept"].values())
+        )["training"]
+
+    config["kinds"]["style"]["training"] = {"steps": 11, "batch_size": 3}
+    assert (training()["steps"], training()["batch_size"]) == (11, 3)
+    assert training(preset="paper")["steps"] == 100
+    config["presets"]["paper"]["kinds"]["style"]["training"] = {"steps": 12}
+    assert training(preset="paper")["steps"] == 12
+    assert training(preset="paper", overrides={"training.steps": 13})["steps"] == 13
+    config["preset"] = "paper"
+    assert training()["steps"] == 12 and training(preset="default")["steps"] == 11
+    with pytest.raises(PlanError, match="concepts.csv:4: preset 'papper' is unknown .did you mean 'paper'"):
+        training(preset="papper")
+
+
+def test_prompts_of_a_language_model_are_a_rows_own(config):
+    row = Concept(**{**vars(CAT), "overrides": {"prompts.source": "endpoint"}})
+    with pytest.raises(PlanError, match="needs prompts.endpoint.model in the config"):
+        build_plan([row], config)
+    config["prompts"]["endpoint"] |= {"model": "m", "base_url": "http://localhost:1/v1"}
+    (spec,) = build_plan([row], config).specs["write_prompts"].values()
+    assert spec["source"]["endpoint"]["model"] == "m" and spec["targets"] == ["pouting cat"]
+
+
 def test_problems_name_the_row_and_the_file(config):
     rows = [
         Concept(**{**vars(CAT), "prompts": "none.txt"}),
@@ -199,7 +289,7 @@ def test_problems_name_the_row_and_the_file(config):
         build_plan(rows, config)
     assert "concepts.csv:2: none.txt: can't be read" in str(caught.value)
     assert "concepts.csv:4: config/prompts/sculpture.txt: can't be read" in str(caught.value)
-    config["model"] = {"path": "nobody/nothing", "revision": None}
+    config["model"] = {"path": "nobody/nothing", "revision": None, "config": None}
     with pytest.raises(PlanError, match="model.path: 'nobody/nothing' is no folder here"):
         build_plan([CAT], config)
 
@@ -209,6 +299,6 @@ def test_every_stage_has_a_path_of_its_own():
 
 
 def test_planning_imports_neither_torch_nor_pandas():
-    code = "import sys, concept_ablation.plan, concept_ablation.concepts; print({'torch', 'pandas'} & set(sys.modules))"
+    code = "import sys, concept_ablation.specs, concept_ablation.concepts; print({'torch', 'pandas'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

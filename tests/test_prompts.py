@@ -14,6 +14,7 @@ from concept_ablation.prompts import (
     read_templates,
     replace_word,
     target_prompts,
+    template_set,
     with_article,
     write_prompts,
 )
@@ -88,24 +89,56 @@ def test_a_count_is_spread_over_the_templates():
 
 
 def test_golden_target_prompts():
-    assert target_prompts(["a cat", "two Cats"], "object", "weary cat", "cat", []) == [
+    assert target_prompts(["a cat", "two Cats"], "object", ["weary cat"], "cat", []) == [
         ("a weary cat",),
         ("two Weary cats",),
     ]
-    assert target_prompts(["a picture"], "style", "ink", "picture", STYLE) == [
+    assert target_prompts(["a picture"], "style", ["ink"], "picture", STYLE) == [
         ("a picture in the style of ink", "a picture, ink style")
     ]
-    with pytest.raises(PromptsError, match="no target prompts yet"):
-        target_prompts(["x"], "nudity", "a", "b", [])
+    assert target_prompts(["a man"], "nudity", ["nude", "naked"], "man", ["{target}, {prompt}"]) == [
+        ("nude, a man", "naked, a man")
+    ]
+    with pytest.raises(PromptsError, match="no target prompts of this form"):
+        target_prompts(["x"], "memorization", ["a"], "b", [])
+
+
+def test_each_of_several_targets_has_its_prompts():
+    assert target_prompts(["a cat"], "object", ["weary cat", "owl"], "cat", []) == [("a weary cat", "an owl")]
+    (styled,) = target_prompts(["x"], "style", ["ink", "neon"], "picture", STYLE)
+    assert styled == ("x in the style of ink", "x, ink style", "x in the style of neon", "x, neon style")
 
 
 def test_golden_probe_prompts():
-    arguments = (["a {subject}", "a picture of a {subject}"], {}, STYLE)
-    assert probe_prompts("object", "owl", "bird", *arguments) == ["an owl", "a picture of an owl"]
-    assert probe_prompts("object", "bird", "bird", *arguments) == ["a bird", "a picture of a bird"]
-    style = (["a picture of a cat"], {}, STYLE)
-    assert probe_prompts("style", "picture", "picture", *style) == ["a picture of a cat"]
-    assert probe_prompts("style", "ink", "picture", *style) == ["a picture of a cat in the style of ink"]
+    def made(kind, role, subject, anchor, template):
+        return probe_prompts(kind, role, subject, anchor, [template], {}, "{prompt} in the style of {target}")
+
+    assert made("object", "target", "owl", "bird", "a {subject}") == ["an owl"]
+    assert made("object", "anchor", "bird", "bird", "a {subject}") == ["a bird"]
+    assert made("style", "anchor", "picture", "picture", "a picture of a cat") == ["a picture of a cat"]
+    styled = ["a picture of a cat in the style of ink"]
+    assert made("style", "target", "ink", "picture", "a picture of a cat") == styled
+    assert made("style", "neighbor", "ink", "picture", "a picture of a cat") == styled
+    assert made("memorization", "target", "The Poster", "moon", "print of {subject}") == [
+        "print of The Poster"
+    ]
+    assert made("memorization", "neighbor", "sun", "moon", "a {subject}") == ["a sun"]
+    assert made("nudity", "target", "nude", "man", "a {subject}") == ["a man in the style of nude"]
+    assert made("nudity", "neighbor", "woman", "man", "a {subject}") == ["a woman"]
+
+
+def test_the_published_templates_have_names():
+    compvis, diffusers = template_set("style", "compvis"), template_set("style", "diffusers")
+    assert (
+        len(compvis) == 6 and sum("{target} {target}" in form for form in compvis) == 3
+    )  # doubled half of the time
+    assert len(diffusers) == 3 and len(set(diffusers)) == 2  # two branches of it are identical
+    assert template_set("nudity", "compvis") == template_set("inappropriate", "diffusers")
+    assert len(set(template_set("nudity", "diffusers"))) == 3
+    assert template_set("style", ["{prompt} by {target}"]) == ["{prompt} by {target}"]
+    for wrong in ("paper", ["no slots"], ["{prompt} {targets}"]):
+        with pytest.raises(PromptsError, match="allowed|needs"):
+            template_set("style", wrong)
 
 
 def test_has_word():

@@ -1,12 +1,13 @@
 # The ablation itself.
 # Reads anchors/{key}.parquet, writes concepts/{key}/delta.safetensors and the record of its training.
-# Steps: train the chosen parameters until the target's prompt is predicted as the anchor's; save the changed weights.
+# Steps: train the chosen parameters until the target's prompt is predicted as the anchor's; save the changed weights. A row
+# that brings its delta (made elsewhere) has it read and checked into deltas/{key}.safetensors instead.
 
 
 rule ablate_concept:
     """Remove one concept from the model."""
     input:
-        anchors=lambda wildcards: plan.upstream("ablate_concept", wildcards.key, "generate_anchors"),
+        anchors=lambda wildcards: plan.upstream("ablate_concept", wildcards.key, "anchors"),
     output:
         delta="<results>/concepts/{key}/delta.safetensors",
         training="<results>/concepts/{key}/training.parquet",
@@ -20,7 +21,24 @@ rule ablate_concept:
     resources:
         gpu=1,
         device=config["runtime"]["device"],
+        checkpoint_steps=config["runtime"]["checkpoint_steps"],
     params:
         spec=lambda wildcards: plan.spec("ablate_concept", wildcards.key),
     script:
         "../scripts/ablate_concept.py"
+
+
+rule import_delta:
+    """Read a delta that was made elsewhere, in any of the published forms."""
+    output:
+        "<results>/deltas/{key}.safetensors",
+    log:
+        "<logs>/import_delta/{key}.log",
+    benchmark:
+        "<benchmarks>/import_delta/{key}.tsv"
+    conda:
+        "../envs/python.yaml"
+    params:
+        spec=lambda wildcards: plan.spec("import_delta", wildcards.key),
+    script:
+        "../scripts/import_delta.py"

@@ -1,12 +1,12 @@
 # The anchors' pictures: what the ablation trains on.
-# Reads prompts/{key}.json, writes anchors/{key}.parquet.
+# Reads prompts/{key}.json (of a memorized picture searches/{key}.json), writes anchors/{key}.parquet.
 # Steps: the unchanged model draws image i from prompt i (in turn) with seed + i. Rows with one anchor share them.
 
 
 rule generate_anchors:
     """Draw the pictures of one anchor with the unchanged model."""
     input:
-        prompts=lambda wildcards: plan.upstream("generate_anchors", wildcards.key, "write_prompts"),
+        prompts=lambda wildcards: plan.upstream("generate_anchors", wildcards.key, "prompts"),
     output:
         "<results>/anchors/{key}.parquet",
     log:

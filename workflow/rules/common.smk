@@ -3,7 +3,8 @@ import sys
 from pathlib import Path
 
 from concept_ablation.concepts import ConceptsError, load_concepts
-from concept_ablation.plan import PlanError, build_plan
+from concept_ablation.plan import PlanError
+from concept_ablation.specs import build_plan
 from concept_ablation.validation import ConfigError, check_config, load_schema
 
 

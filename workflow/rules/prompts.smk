@@ -1,10 +1,11 @@
 # The anchors' prompts.
-# Reads a prompt file (config/prompts/), writes prompts/{key}.json.
-# Steps: fill the file's templates with the anchor and the slots; leave out what doesn't hold the anchor.
+# Reads a prompt file (config/prompts/) or asks a language model, writes prompts/{key}.json or searches/{key}.json.
+# Steps: fill the file's templates with the anchor and the slots; leave out what doesn't hold the anchor. For a memorized
+# picture: try prompts until enough are known that bring it back, and enough that don't.
 
 
 rule write_prompts:
-    """Make the prompts of one anchor from its prompt file."""
+    """Make the prompts of one anchor."""
     output:
         "<results>/prompts/{key}.json",
     log:
@@ -17,3 +18,25 @@ rule write_prompts:
         spec=lambda wildcards: plan.spec("write_prompts", wildcards.key),
     script:
         "../scripts/write_prompts.py"
+
+
+rule search_prompts:
+    """Find prompts that bring a memorized picture back, and prompts of its content that don't."""
+    output:
+        prompts="<results>/searches/{key}.json",
+        record="<results>/searches/{key}.parquet",
+    log:
+        "<logs>/search_prompts/{key}.log",
+    benchmark:
+        "<benchmarks>/search_prompts/{key}.tsv"
+    conda:
+        "../envs/python.yaml"
+    threads: config["runtime"]["threads"]
+    resources:
+        gpu=1,
+        device=config["runtime"]["device"],
+        sample_batch_size=config["runtime"]["sample_batch_size"],
+    params:
+        spec=lambda wildcards: plan.spec("search_prompts", wildcards.key),
+    script:
+        "../scripts/search_prompts.py"

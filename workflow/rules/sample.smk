@@ -1,5 +1,5 @@
 # The pictures that are judged: the same prompts and seeds with the unchanged model and with the ablated one.
-# Reads concepts/{key}/delta.safetensors, writes base/{key}.parquet (one probe, shared by rows) and samples/{key}.parquet.
+# Reads concepts/{key}/delta.safetensors (or deltas/{key}.safetensors), writes base/{key}.parquet (one probe, shared by rows) and samples/{key}.parquet.
 
 
 rule sample_base:
@@ -26,7 +26,7 @@ rule sample_base:
 rule sample_ablated:
     """Draw all probes of one row with the ablated model."""
     input:
-        delta=lambda wildcards: plan.upstream("sample_ablated", wildcards.key, "ablate_concept"),
+        delta=lambda wildcards: plan.upstream("sample_ablated", wildcards.key, "delta"),
     output:
         "<results>/samples/{key}.parquet",
     log:

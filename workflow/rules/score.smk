@@ -6,8 +6,8 @@
 rule score_concept:
     """Score one row: is the target gone, are the neighbors intact."""
     input:
-        samples=lambda wildcards: plan.upstream("score_concept", wildcards.key, "sample_ablated"),
-        base=lambda wildcards: plan.upstream("score_concept", wildcards.key, "sample_base"),
+        samples=lambda wildcards: plan.upstream("score_concept", wildcards.key, "samples"),
+        base=lambda wildcards: plan.upstream("score_concept", wildcards.key, "base"),
     output:
         "<results>/scores/{key}.parquet",
     log:

@@ -1,0 +1,49 @@
+"""The settings of one row: the config, then what its kind, its preset and its own columns replace.
+
+A *layer* holds some keys of the sections in SECTIONS. Later layers win: the config's sections, `kinds[kind]`,
+`presets[preset]`, `presets[preset].kinds[kind]`, the row's columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+
+from concept_ablation.concepts import Concept
+from concept_ablation.validation import did_you_mean, show
+
+SECTIONS = ("prompts", "anchors", "training", "evaluation")
+
+
+class SettingsError(ValueError):
+    """A row asks for settings that the config doesn't have; the message says what is allowed."""
+
+
+def row_settings(config: Mapping, concept: Concept) -> dict:
+    """The sections as they hold for one row, a fresh copy. Raises SettingsError for an unknown preset."""
+    name = concept.preset or config["preset"]
+    presets = config["presets"]
+    if name not in presets:
+        allowed = ", ".join(presets)
+        raise SettingsError(
+            f"preset {show(name)} is unknown{did_you_mean(name, presets)} (allowed: {allowed})"
+        )
+    preset = presets[name]
+    own = {section: copy.deepcopy(config[section]) for section in SECTIONS}
+    for layer in (config["kinds"].get(concept.kind), preset, (preset.get("kinds") or {}).get(concept.kind)):
+        for section in SECTIONS:
+            merge(own[section], (layer or {}).get(section) or {})
+    for path, value in concept.overrides.items():
+        *groups, last = path.split(".")
+        functools.reduce(lambda part, group: part[group], groups, own)[last] = value
+    return own
+
+
+def merge(base: dict, layer: Mapping) -> None:
+    """Put the keys of `layer` into `base`, groups key by key; lists are replaced whole."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = copy.deepcopy(value)

@@ -1,0 +1,254 @@
+"""What each stage of each row is told: from the table's rows and the config to the plan's specs.
+
+A spec holds all that decides its stage's output, and nothing else: the table's order, names and comments, devices and
+batch sizes enter none. Nothing here imports torch, transformers or pandas.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from concept_ablation.concepts import Concept, slug
+from concept_ablation.plan import Plan, PlanError, Row, fingerprint
+from concept_ablation.prompts import (
+    SLOT,
+    UNSAFE,
+    PromptsError,
+    anchor_prompts,
+    expand,
+    file_source,
+    fill,
+    probe_prompts,
+    read_templates,
+    template_set,
+)
+from concept_ablation.settings import SettingsError, row_settings
+
+SOURCES = {"language-model": ("language_model", "path"), "endpoint": ("endpoint", "model")}
+
+
+def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
+    """The plan of all rows under a valid config; relative paths start at the working directory.
+
+    Raises PlanError, which lists every row that can't be planned.
+    """
+    plan, errors = Plan(config["results"], config["evaluation"]["verdict"], config["report"]), []
+    try:
+        model = model_spec(config["model"], "model.path")
+    except PlanError as error:
+        raise PlanError(f"config: {error}") from None
+    for concept in concepts:
+        try:
+            plan.rows.append(_plan_row(plan, concept, row_settings(config, concept), model))
+        except (PlanError, PromptsError, SettingsError) as error:
+            errors.append(f"  {config['concepts']}:{concept.line}: {error}")
+    if errors:
+        raise PlanError("\n".join([f"{config['concepts']}: {len(errors)} row(s) can't be planned", *errors]))
+    plan.rows.sort(key=lambda row: row.concept.name)
+    return plan
+
+
+def model_spec(model: Mapping, key: str) -> dict:
+    """A model as specs name it: a folder or file with its fingerprint, or a hub id with its pinned revision.
+
+    Raises PlanError.
+    """
+    path, revision = model["path"], model.get("revision")
+    spec = {"path": path, "revision": revision}
+    if model.get("config"):
+        spec["config"] = model["config"]
+    if os.path.exists(path):
+        return {**spec, "fingerprint": fingerprint(path)}
+    if revision is None:
+        raise PlanError(
+            f"{key}: {path!r} is no folder here. Give the folder of a model, or a single-file checkpoint; a hub id needs "
+            "its pinned revision (for the scorer: an open_clip name and its pretrained weights)"
+        )
+    return spec
+
+
+def _clip_spec(scorer: Mapping, key: str) -> dict:
+    """A CLIP model as specs name it: a folder with its fingerprint, or an open_clip name with its weights."""
+    if scorer["pretrained"] is not None:
+        return dict(scorer)
+    return {**scorer, "fingerprint": model_spec({"path": scorer["model"]}, f"{key}.model")["fingerprint"]}
+
+
+def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row:
+    """Enter one row's work, stage by stage."""
+    label = f"{concept.kind}-{'-'.join(concept.targets)}"
+    pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
+    templates = template_set(concept.kind, own["prompts"]["templates"])
+    memory = _memory_spec(concept, own["evaluation"])
+    anchors = None
+    if concept.delta:
+        delta = {"file": concept.delta, "sha256": _sha256(concept.delta, "delta")}
+        ablation = plan.add("import_delta", label, {**pair, **delta, "model": model})
+    else:
+        anchors = _plan_anchors(plan, concept, own, model, memory)
+        training = dict(own["training"], style_templates=templates)
+        training["group"], seed = training.pop("parameter_group"), training.pop("seed")
+        work = {**pair, "model": model, "anchors": anchors, "training": training, "seed": seed}
+        ablation = plan.add("ablate_concept", label, work)
+    probes, settings = _probes(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
+    samples = plan.add("sample_ablated", label, {**settings, "delta": ablation, "probes": probes})
+    base = {}
+    for probe in probes:
+        plain = {name: value for name, value in probe.items() if name != "role"}
+        subject = f"{concept.kind}-{probe['subject']}"
+        base[probe["subject"]] = plan.add("sample_base", subject, {**settings, "probe": plain})
+    judged = {
+        **pair,
+        "concept": concept.name,
+        "neighbors": list(concept.neighbors),
+        "samples": samples,
+        "base": base,
+    }
+    scores = plan.add("score_concept", concept.name, {**judged, **_judges(concept, own), **memory})
+    return Row(concept, anchors, ablation, samples, scores, base)
+
+
+def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
+    """Enter the anchor's prompts and pictures; returns the pictures' key."""
+    label, anchors = f"{concept.kind}-{concept.anchor}", dict(own["anchors"])
+    negative = ", ".join(concept.targets) if anchors.pop("negative_target") else None
+    if memory:
+        label = f"{concept.kind}-{concept.target}"
+        search = {
+            **_search_spec(concept, own["prompts"]),
+            "sampler": anchors["sampler"],
+            "model": model,
+            **memory,
+        }
+        prompts = plan.add("search_prompts", label, search)
+    else:
+        prompts = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
+    return plan.add(
+        "generate_anchors",
+        label,
+        {"prompts": prompts, "model": model, **anchors, **memory, "negative_prompt": negative},
+    )
+
+
+def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
+    """The spec of a row's anchor prompts. A file is read here, so that its prompts are known to be good."""
+    spec = {"kind": concept.kind, "anchor": concept.anchor, "count": prompts["count"]}
+    if prompts["source"] != "file" and not concept.prompts:
+        name, needed = SOURCES[prompts["source"]]
+        for key in (needed, "base_url") if name == "endpoint" else (needed,):
+            if not prompts[name][key]:
+                raise PlanError(
+                    f"prompt source {prompts['source']!r} needs prompts.{name}.{key} in the config"
+                )
+        source = {name: dict(prompts[name])}
+        # A model is asked to leave the targets out, so its prompts are a row's own.
+        return {**spec, "count": spec["count"] or 200, "source": source, "targets": list(concept.targets)}
+    path = concept.prompts or _prompt_path(prompts["training"], concept.anchor)
+    templates = tuple(read_templates(path))
+    slots = _used_slots(templates, prompts["slots"])
+    try:
+        anchor_prompts(concept.kind, concept.anchor, templates, slots, prompts["count"])
+    except PromptsError as error:
+        raise PromptsError(f"{path}: {error}") from None
+    return {**spec, "source": file_source(path), "slots": slots}
+
+
+def _search_spec(concept: Concept, prompts: Mapping) -> dict:
+    """The spec of the search for prompts that bring a memorized picture back, and for such as don't."""
+    path, search = concept.prompts or _prompt_path(prompts["training"], concept.anchor), prompts["search"]
+    templates, caption = read_templates(path), concept.targets[0]
+    slots = {
+        **_used_slots(tuple(templates), prompts["slots"]),
+        "caption": [caption],
+        "anchor": [concept.anchor],
+    }
+    candidates = [text for text in expand(templates, concept.anchor, slots) if text != caption]
+    words = {"kind": concept.kind, "targets": [caption], "anchor": concept.anchor, "file": str(path)}
+    wanted = {"anchors_wanted": search["anchors"], "targets_wanted": search["targets"]}
+    limits = {name: search[name] for name in ("images", "anchor_max", "target_min", "budget", "seed")}
+    return {**words, "candidates": candidates, **wanted, **limits}
+
+
+def _memory_spec(concept: Concept, evaluation: Mapping) -> dict:
+    """The memorized picture and what tells its copies; empty for the other kinds. Raises PlanError."""
+    if concept.kind != "memorization":
+        return {}
+    descriptor = dict(evaluation["descriptor"])
+    if not os.path.exists(descriptor["model"]):
+        raise PlanError(
+            f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here"
+        )
+    descriptor["fingerprint"] = fingerprint(descriptor["model"])
+    image = {"file": concept.image, "sha256": _sha256(str(concept.image), "image")}
+    return {"image": image, "descriptor": descriptor}
+
+
+def _judges(concept: Concept, own: Mapping) -> dict:
+    """What a row's scores are made with: the texts, the scorer, the statistics, for unsafe kinds the detector."""
+    words, evaluation = own["prompts"], own["evaluation"]
+    texts = {
+        name: fill(words["target_text"], {"subject": name}) for name in (*concept.targets, *concept.neighbors)
+    }
+    texts[concept.anchor] = fill(words["anchor_text"], {"subject": concept.anchor})
+    judges = {"texts": texts, "statistics": evaluation["statistics"]}
+    judges["scorer"] = _clip_spec(evaluation["scorer"], "evaluation.scorer")
+    if concept.kind in UNSAFE:
+        judges["detector"] = _detector_spec(evaluation["detector"], concept, texts)
+    return judges
+
+
+def _detector_spec(detector: Mapping, concept: Concept, texts: Mapping[str, str]) -> dict:
+    if detector["type"] == "nudenet":
+        return {name: detector[name] for name in ("type", "labels", "threshold")}
+    scorer = detector["scorer"] and _clip_spec(detector["scorer"], "evaluation.detector.scorer")
+    unsafe = detector["unsafe"] or [texts[target] for target in concept.targets]
+    safe = detector["safe"] or [texts[subject] for subject in (concept.anchor, *concept.neighbors)]
+    return {"type": "zero-shot", "scorer": scorer, "unsafe": unsafe, "safe": safe}
+
+
+def _probes(concept: Concept, own: Mapping) -> list[dict]:
+    """The probes of a row: what is drawn by both models, for each target, the anchor and each neighbor."""
+    words, evaluation = own["prompts"], own["evaluation"]
+    roles = [("target", target) for target in concept.targets] + [("anchor", concept.anchor)]
+    roles += [("neighbor", neighbor) for neighbor in concept.neighbors]
+    probes = []
+    for role, subject in roles:
+        file = (words["target_evaluation"] if role == "target" else None) or words["evaluation"]
+        path = _prompt_path(file, concept.anchor)
+        sources = (concept.anchor, read_templates(path), words["slots"], words["probe_template"])
+        try:
+            made = probe_prompts(concept.kind, role, subject, *sources)
+        except PromptsError as error:
+            raise PromptsError(f"{path}: {error}") from None
+        images = evaluation["images"][role]
+        probe = {"role": role, "subject": subject, "prompts": made[:images], "images": images}
+        probes.append({**probe, "seed": evaluation["seed"]})
+    return probes
+
+
+def _used_slots(templates: Sequence[str], slots: Mapping[str, Sequence[str]]) -> dict:
+    used = set(SLOT.findall("\n".join(templates)))
+    return {name: list(values) for name, values in slots.items() if name in used}
+
+
+def _prompt_path(template: str, anchor: str) -> str:
+    """A prompt file's path; `{anchor}` in it stands for the anchor's slug."""
+    return template.replace("{anchor}", slug(anchor))
+
+
+def _sha256(path: str, column: str) -> str:
+    """SHA-256 of a file that a row names. Raises PlanError."""
+    try:
+        return _hash(path, os.stat(path).st_mtime_ns)
+    except OSError as error:
+        raise PlanError(f"column {column!r}: {path}: can't be read: {error.strerror}") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash(path: str, _changed: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,9 @@
+"""Rule import_delta: one delta made elsewhere."""
+
+import json
+
+from concept_ablation.formats import import_delta_stage
+from concept_ablation.runtime import setup_logging
+
+setup_logging(snakemake.log[0])
+import_delta_stage(json.loads(snakemake.params.spec), snakemake.output[0])

@@ -1,0 +1,15 @@
+"""Rule search_prompts: the prompts that bring one memorized picture back, and those that don't."""
+
+import json
+
+from concept_ablation.memorization import search_prompts
+from concept_ablation.runtime import setup_logging
+
+setup_logging(snakemake.log.text)
+search_prompts(
+    json.loads(snakemake.params.spec),
+    snakemake.output[0],
+    snakemake.log.record,
+    device=snakemake.resources.device,
+    batch_size=snakemake.resources.sample_batch_size,
+)
