@@ -5,9 +5,12 @@ of images is never decoded at once. Nothing is downloaded: weights that are not 
 says where to put them.
 """
 
+import hashlib
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -23,6 +26,14 @@ WEIGHT_NAMES = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+# SSCD as the paper uses it: pixels a side, the similarity above which two pictures are copies, where it is published.
+SSCD_SIZE, SSCD_THRESHOLD = 288, 0.5
+SSCD_SOURCE = (
+    "sscd_imagenet_mixup.torchscript.pt, the paper's, is listed under 'Pretrained models' of the project "
+    "https://github.com/facebookresearch/sscd-copy-detection"
+)
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 class FeatureError(RuntimeError):
@@ -124,25 +135,38 @@ class CopyNet(nn.Module):
 
 
 class CopyDescriptor:
-    """Says whether one picture is a copy of another, as SSCD does: similarity of descriptors above a threshold.
+    """Says whether one picture is a copy of another: similarity of descriptors above a threshold (Pizzi et al., 2022).
 
     Args:
-        folder: a folder with `config.json` and `model.safetensors`, as `CopyNet.save` writes it.
+        model: a folder with `config.json` and `model.safetensors`, as `CopyNet.save` writes it; or a TorchScript file
+            that is called as SSCD's are: (n, 3, 288, 288), ImageNet's mean and deviation -> (n, dim), a copy above 0.5.
         device: "cpu", "cuda", "mps" or a torch device.
+        sha256: of a TorchScript file, and required for it: such a file holds code, which runs when it is called.
+
+    Raises:
+        FeatureError: a file is missing or can't be read, or isn't the one that `sha256` names.
     """
 
-    def __init__(self, folder: str | Path, device="cpu"):
-        self.device = torch.device(device)
-        self.net = CopyNet.load(folder).to(self.device).eval().requires_grad_(False)
-        self.threshold = float(self.net.config["threshold"])
-        self.name = f"copy descriptor {Path(folder).name}"
+    def __init__(self, model: str | Path, device="cpu", sha256: str | None = None):
+        self.device, path = torch.device(device), Path(model)
+        if path.is_dir():
+            if sha256 is not None:
+                raise FeatureError(
+                    f"copy descriptor {path} is a folder: leave `sha256` null, it is of a file"
+                )
+            net = CopyNet.load(path)
+            size, self.threshold = net.config["image_size"], float(net.config["threshold"])
+            self._prepare = partial(copy_input, size=size)
+        else:
+            net, self.threshold, self._prepare = _load_torchscript(path, sha256), SSCD_THRESHOLD, sscd_input
+        self.net = net.to(self.device).eval()
+        self.name = f"copy descriptor {path.name}"
 
     @torch.inference_mode()
     def features(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
         """(n, dim) float32, rows of length 1. Pictures are resized to a square, never cropped."""
-        size = self.net.config["image_size"]
         chunks = [
-            self.net(torch.stack([copy_input(image, size) for image in batch]).to(self.device))
+            self.net(torch.stack([self._prepare(image) for image in batch]).to(self.device))
             for batch in batches(images, batch_size)
         ]
         return _normalised(chunks)
@@ -152,10 +176,42 @@ class CopyDescriptor:
         return np.asarray(similarity) > self.threshold
 
 
+def _load_torchscript(path: Path, sha256: str | None) -> torch.jit.ScriptModule:
+    """The module in a TorchScript file, whose hash is checked before any of it is read as code."""
+    if not path.is_file():
+        raise FeatureError(
+            f"copy descriptor: {path} is not there. Use a folder, such as embedded/emoji-copy, or a TorchScript file "
+            f"of SSCD, which is not downloaded in a run: {SSCD_SOURCE}"
+        )
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is None:
+        raise FeatureError(
+            f"copy descriptor {path}: a TorchScript file holds code, so it is used only if its `sha256` is set. If you "
+            f"trust where the file is from, set it to {found}"
+        )
+    if found != sha256.lower():
+        raise FeatureError(
+            f"copy descriptor {path}: its SHA-256 is {found}, but {sha256} is wanted: another file, or a damaged one"
+        )
+    try:
+        return torch.jit.load(io.BytesIO(content), map_location="cpu")
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FeatureError(f"copy descriptor {path} is no TorchScript file: {reason}") from error
+
+
 def copy_input(image: Image.Image, size: int) -> Tensor:
     """A picture as the copy net wants it: (3, size, size) float32 in [-1, 1], the whole picture, squeezed to a square."""
     pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+
+def sscd_input(image: Image.Image) -> Tensor:
+    """A picture as SSCD wants it: (3, 288, 288) float32, ImageNet's mean 0 and deviation 1, squeezed to a square."""
+    side = (SSCD_SIZE, SSCD_SIZE)
+    pixels = np.asarray(image.convert("RGB").resize(side, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    return torch.from_numpy((pixels - IMAGENET_MEAN) / IMAGENET_DEVIATION).permute(2, 0, 1)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

@@ -7,6 +7,7 @@ the device's random numbers enter. The stages that write image stores are below.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -46,21 +47,28 @@ def sample_images(
     *,
     sampler: Mapping[str, object],
     batch_size: int,
+    negative_prompt: str | None = None,
     progress: str | None = None,
 ) -> Iterator[Image]:
     """Yield one RGB image for each prompt and its seed, in order.
 
     `sampler`: `scheduler` (a name in SCHEDULERS or `default`, the pipeline's own), `steps`, `guidance_scale`
     (1: none), `eta` (0..1, of ddim), `precision` (auto, fp32, bf16, fp16), `height` and `width` (pixels;
-    None: the model's own). Image i is the same, within one grey level, whatever `batch_size`. `progress`
-    labels a progress bar. Raises SamplerError, DeviceError.
+    None: the model's own). `negative_prompt`: what guidance leads away from, instead of the empty prompt.
+    Image i is the same, within one grey level, whatever `batch_size`. `progress` labels a progress bar.
+    Raises SamplerError, DeviceError.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    if negative_prompt and sampler["guidance_scale"] <= 1:
+        raise SamplerError(
+            f"the negative prompt {negative_prompt!r} does nothing without guidance: guidance_scale is "
+            f"{sampler['guidance_scale']} (allowed: above 1)"
+        )
     with tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
-            images = _sample_batch(pipeline, prompts[batch], seeds[batch], sampler)
+            images = _sample_batch(pipeline, prompts[batch], seeds[batch], sampler, negative_prompt)
             yield from images
             bar.update(len(images))
 
@@ -70,6 +78,7 @@ def _sample_batch(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampler: Mapping[str, object],
+    negative_prompt: str | None,
 ) -> list[Image]:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     own_scheduler = pipeline.scheduler
@@ -78,6 +87,7 @@ def _sample_batch(
         with _mixed_precision(pipeline.unet, sampler["precision"], pipeline.device):
             return pipeline(
                 list(prompts),
+                negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 num_inference_steps=sampler["steps"],
                 guidance_scale=sampler["guidance_scale"],
                 eta=sampler["eta"],
@@ -127,16 +137,34 @@ def generate_anchors(
     device: str = "auto",
     batch_size: int = 16,
 ) -> None:
-    """Stage `generate_anchors`: images of the anchor's prompts by the unchanged model."""
-    prompts = json.loads(Path(prompts_path).read_text(encoding="utf-8"))["prompts"]
-    probe = {
-        "role": None,
-        "subject": None,
-        "prompts": prompts,
-        "images": spec["images"],
-        "seed": spec["seed"],
-    }
-    _sample_probes(spec, [probe], out_path, device=device, batch_size=batch_size)
+    """Stage `generate_anchors`: images of the anchor's prompts by the unchanged model.
+
+    The prompts' `target_prompts`, if any, go on into the store's metadata. Where the spec names a memorized picture
+    (`image` and `descriptor`), copies of it are left out; they are counted as `copies_dropped` in the metadata. Raises
+    SamplerError, and for a memorized picture MemorizationError and FeatureError.
+    """
+    written = json.loads(Path(prompts_path).read_text(encoding="utf-8"))
+    pipeline = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device)
+    probe = {"role": None, "subject": None, "prompts": written["prompts"], "seed": spec["seed"]}
+    draw = functools.partial(
+        _draw,
+        pipeline,
+        sampler=spec["sampler"],
+        batch_size=batch_size,
+        negative_prompt=spec.get("negative_prompt"),
+        progress=Path(out_path).stem,
+    )
+    metadata = {name: written[name] for name in ("target_prompts",) if name in written}
+    if "image" in spec:
+        # memorization imports this module.
+        from concept_ablation.memorization import CopyJudge, without_copies
+
+        judge = CopyJudge(spec["image"], spec["descriptor"], pipeline.device)
+        rows, dropped = without_copies(draw([{**probe, "images": 2 * spec["images"]}]), spec["images"], judge)
+        metadata["copies_dropped"] = dropped
+    else:
+        rows = draw([{**probe, "images": spec["images"]}])
+    _write(out_path, rows, pipeline, spec, metadata)
 
 
 def sample_base(spec: Mapping, out_path: str | Path, *, device: str = "auto", batch_size: int = 16) -> None:
@@ -162,22 +190,33 @@ def _sample_probes(
     device: str,
     batch_size: int,
 ) -> None:
-    """Sample `probes` into one store; image i of a probe has prompt i (modulo their number), seed + i."""
+    """Sample `probes` into one store, by the unchanged model or with its delta."""
     pipeline = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device)
     delta = None if delta_path is None else apply_delta(pipeline, delta_path)
+    rows = _draw(
+        pipeline, probes, sampler=spec["sampler"], batch_size=batch_size, progress=Path(out_path).stem
+    )
+    _write(out_path, rows, pipeline, spec, {"delta_metadata": delta})
+
+
+def _draw(pipeline: StableDiffusionPipeline, probes: Sequence[Mapping], **options) -> Iterator[dict]:
+    """Rows with images; image i of a probe has prompt i (modulo their number), seed + i. `options`: sample_images'."""
     rows = list(_probe_rows(probes))
     images = sample_images(
-        pipeline,
-        [row["prompt"] for row in rows],
-        [row["seed"] for row in rows],
-        sampler=spec["sampler"],
-        batch_size=batch_size,
-        progress=Path(out_path).stem,
+        pipeline, [row["prompt"] for row in rows], [row["seed"] for row in rows], **options
     )
+    for row, image in zip(rows, images, strict=True):
+        yield {**row, "image": image}
+
+
+def _write(
+    path: str | Path, rows: Iterable[dict], pipeline: StableDiffusionPipeline, spec: Mapping, extra: Mapping
+) -> None:
+    """Write a store whose metadata is the spec, `extra`, and what the images were computed on."""
     precision = resolve_precision(spec["sampler"]["precision"], pipeline.device)
-    metadata = {**spec, "device": pipeline.device.type, "precision": precision, "delta_metadata": delta}
-    count = write_store(out_path, _with_images(rows, images), metadata)
-    log.info("wrote %d images to %s (%s, %s)", count, out_path, pipeline.device, precision)
+    metadata = {**spec, "device": pipeline.device.type, "precision": precision, **extra}
+    count = write_store(path, rows, metadata)
+    log.info("wrote %d images to %s (%s, %s)", count, path, pipeline.device, precision)
 
 
 def _probe_rows(probes: Sequence[Mapping]) -> Iterator[dict]:
@@ -186,8 +225,3 @@ def _probe_rows(probes: Sequence[Mapping]) -> Iterator[dict]:
             prompt = probe["prompts"][index % len(probe["prompts"])]
             named = {"role": probe["role"], "subject": probe["subject"]}
             yield {"prompt": prompt, "seed": probe["seed"] + index, "index": index, **named}
-
-
-def _with_images(rows: Iterable[dict], images: Iterable[Image]) -> Iterator[dict]:
-    for row, image in zip(rows, images, strict=True):
-        yield {**row, "image": image}

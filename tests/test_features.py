@@ -1,5 +1,6 @@
 """The scorer and the copy descriptor: shapes, norms, laziness, and errors that say what to do."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -8,8 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clip import make_tiny_clip
+from torchvision import transforms
 
-from concept_ablation.features import ClipScorer, CopyDescriptor, CopyNet, FeatureError, batches, copy_input
+from concept_ablation.features import (
+    ClipScorer,
+    CopyDescriptor,
+    CopyNet,
+    FeatureError,
+    batches,
+    copy_input,
+    sscd_input,
+)
 
 COLOURS = ["red", "green", "blue", "white", "black"]
 
@@ -142,3 +152,62 @@ def test_missing_copy_descriptor_says_what_the_folder_needs(tmp_path):
     (tmp_path / "config.json").write_text('{"width": 16}')
     with pytest.raises(FeatureError, match="can't be read"):
         CopyDescriptor(tmp_path)
+
+
+class MeanColour(torch.nn.Module):
+    def forward(self, pixels):
+        return pixels.mean(dim=(2, 3))
+
+
+def torchscript(path):
+    """A TorchScript file that is called as SSCD's are, and its SHA-256."""
+    with pytest.warns(FutureWarning, match="deprecated"):
+        torch.jit.script(MeanColour()).save(path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_torchscript_descriptor_is_fed_as_sscd_is(tmp_path):
+    path, sha256 = torchscript(tmp_path / "sscd.pt")
+    descriptor = CopyDescriptor(path, sha256=sha256.upper())
+    assert descriptor.name == "copy descriptor sscd.pt"
+    assert descriptor.is_copy(np.array([0.5, 0.51])).tolist() == [False, True]
+    colours = torch.eye(3)[:, :, None, None].expand(3, 3, 288, 288)
+    expected = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(colours).mean((2, 3))
+    found = descriptor.features([Image.new("RGB", (40, 30), c) for c in ("#f00", "#0f0", "#00f")], 2)
+    np.testing.assert_allclose(found, torch.nn.functional.normalize(expected, dim=1), atol=1e-6)
+
+
+def test_sscd_input_equals_torchvisions_resize_and_keeps_the_whole_picture():
+    noise = np.random.default_rng(0).integers(0, 256, (100, 500, 3), dtype=np.uint8)
+    published = transforms.Compose(
+        [
+            transforms.Resize([288, 288]),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    picture = Image.fromarray(noise)
+    torch.testing.assert_close(sscd_input(picture), published(picture))
+
+
+def test_a_torchscript_file_is_loaded_only_under_its_hash(tmp_path, monkeypatch):
+    path, sha256 = torchscript(tmp_path / "sscd.pt")
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: pytest.fail("was loaded"))
+    with pytest.raises(FeatureError, match=f"holds code.* set it to {sha256}"):
+        CopyDescriptor(path)
+    with pytest.raises(FeatureError, match=f"SHA-256 is {sha256}, but {'0' * 64} is wanted"):
+        CopyDescriptor(path, sha256="0" * 64)
+
+
+def test_files_that_are_no_descriptor_are_named(tmp_path):
+    with pytest.raises(
+        FeatureError, match="is not there.*sscd_imagenet_mixup.torchscript.pt.*sscd-copy-detection"
+    ):
+        CopyDescriptor(tmp_path / "absent.pt", sha256="0" * 64)
+    junk = tmp_path / "junk.pt"
+    junk.write_bytes(b"junk")
+    with pytest.raises(FeatureError, match="junk.pt is no TorchScript file"):
+        CopyDescriptor(junk, sha256=hashlib.sha256(b"junk").hexdigest())
+    CopyNet(width=8).save(tmp_path)
+    with pytest.raises(FeatureError, match="is a folder: leave `sha256` null"):
+        CopyDescriptor(tmp_path, sha256="0" * 64)

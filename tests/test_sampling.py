@@ -116,6 +116,54 @@ def test_unknown_scheduler_is_refused(pipeline):
         draw(pipeline, seeds=[1, 2])
 
 
+def test_a_negative_prompt_leads_away_and_needs_guidance(pipeline):
+    plain = draw(pipeline, PROMPTS[:2], SEEDS[:2])
+    options = {"sampler": SAMPLER, "negative_prompt": "a rocket"}
+    away = [np.asarray(i) for i in sample_images(pipeline, PROMPTS[:2], SEEDS[:2], batch_size=2, **options)]
+    assert abs(np.stack(away).astype(int) - plain).mean() > 0.1
+    alone = next(sample_images(pipeline, PROMPTS[:1], SEEDS[:1], batch_size=1, **options))
+    assert abs(np.asarray(alone).astype(int) - away[0]).max() <= 1
+    options["sampler"] = {**SAMPLER, "guidance_scale": 1.0}
+    with pytest.raises(SamplerError, match="'a rocket' does nothing without guidance"):
+        next(sample_images(pipeline, PROMPTS[:1], SEEDS[:1], batch_size=1, **options))
+
+
+def test_anchor_images_that_are_copies_are_left_out(folder, tmp_path, monkeypatch):
+    class Judge:
+        """Takes the first and the third image that it sees for copies; there are two of each prompt."""
+
+        def __init__(self, image, descriptor, device):
+            assert (image, descriptor) == ({"file": "a"}, {"model": "b"})
+            self.seen = 0
+
+        def similarity(self, images):
+            places = [self.seen + place for place, _ in enumerate(images)]
+            self.seen = places[-1] + 1
+            return np.array([place in (0, 2) for place in places], float)
+
+        def is_copy(self, similarity):
+            return similarity > 0.5
+
+    monkeypatch.setattr("concept_ablation.memorization.CopyJudge", Judge)
+    spec = {"model": {"path": str(folder), "revision": None}, "sampler": SAMPLER, "images": 4, "seed": 5}
+    spec |= {"negative_prompt": "a rocket"}
+    written = {"prompts": ["a cat", "two cats"], "target_prompts": ["the caption"]}
+    (tmp_path / "prompts.json").write_text(json.dumps(written))
+    stores = []
+    for extra in ({}, {"image": {"file": "a"}, "descriptor": {"model": "b"}}):
+        path = tmp_path / "a.parquet"
+        generate_anchors({**spec, **extra}, tmp_path / "prompts.json", path, device="cpu", batch_size=4)
+        stores.append(read_store(path))
+    plain, filtered = stores
+    assert filtered.column("seed") == [6, 8, 9, 10] and filtered.column("index") == [0, 1, 2, 3]
+    assert filtered.column("prompt") == ["two cats", "two cats", "a cat", "two cats"]
+    assert filtered.metadata["copies_dropped"] == 2 and "copies_dropped" not in plain.metadata
+    assert filtered.metadata["target_prompts"] == plain.metadata["target_prompts"] == ["the caption"]
+    for position, same in ((0, 1), (1, 3)):
+        difference = np.asarray(filtered.image(position)).astype(int) - np.asarray(plain.image(same))
+        assert abs(difference).max() <= 1
+
+
 def test_stages_write_stores(folder, pipeline, tmp_path):
     model = {"path": str(folder), "revision": None}
     spec = {"stage": "generate_anchors", "model": model, "sampler": SAMPLER, "images": 3, "seed": 5}
