@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import pickle
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,9 @@ import torch
 from concept_ablation.runtime import atomic_output
 
 log = logging.getLogger(__name__)
+# What reading a damaged file raises.
+DAMAGE = (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError)
+DAMAGE += (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
 FORMAT = 1  # raise it when a checkpoint's content changes
 
 
@@ -34,6 +39,8 @@ def load_checkpoint(path: str | Path, spec: Mapping) -> dict | None:
     if not Path(path).exists():
         return None
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load doesn't look at the checksums
+            raise ValueError(f"{damaged} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         found, state = content["fingerprint"], content["state"]
     except (

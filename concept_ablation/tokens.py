@@ -51,7 +51,7 @@ class TokenRows:
     def __init__(self, pipeline: StableDiffusionPipeline, tokens: Sequence[int]) -> None:
         self.embedding: nn.Embedding = pipeline.text_encoder.get_input_embeddings()
         weight = self.embedding.weight
-        self.tokens = torch.tensor(list(tokens), device=weight.device)
+        self.tokens = torch.tensor(list(tokens), dtype=torch.long, device=weight.device)
         self.original = weight.detach()[self.tokens].clone()
         self.parameters = {token: nn.Parameter(weight.detach()[token].clone()) for token in tokens}
 

@@ -2,6 +2,8 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from tiny import make_tiny_pipeline
 
-from concept_ablation.data import FAR_PREFIXES, NEAR_PREFIXES, AnchorData, Encoder
+from concept_ablation.data import FAR_PREFIXES, NEAR_PREFIXES, AnchorData, Batch, Encoder
 from concept_ablation.imagestore import StoreError, write_store
 from concept_ablation.models import apply_delta, cross_attentions, load_pipeline, trainable_parameters
 from concept_ablation.training import Training, ablate_concept, detach_bos
@@ -278,18 +280,138 @@ def test_prior_preservation(folder, monkeypatch):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[2] != pytest.approx(norms[0], rel=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_noise_based_loss_aims_at_what_the_model_predicts(tmp_path, kind, monkeypatch):
-    pipeline = load_pipeline(make_tiny_pipeline(tmp_path, size=32, prediction_type=kind), device="cpu")
-    calls, noises, draw = record_predictions(pipeline, monkeypatch), [], torch.randn
+def record_noise(monkeypatch):
+    """Every normal tensor that is drawn; for a batch first the posterior's, then the noise."""
+    noises, draw = [], torch.randn
     monkeypatch.setattr(torch, "randn", lambda *a, **kw: noises.append(draw(*a, **kw)) or noises[-1])
-    record = run(pipeline, steps=1, loss="noise-based")[0]
-    assert len(calls) == 1
-    (noisy, timesteps, _, prediction, _), noise = calls[0], noises[1]
+    return noises
+
+
+def squared_error(call, noise, kind):
+    """Of a prediction against what the schedule says it should be, element by element."""
+    noisy, timesteps, _, prediction, _ = call
     a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[timesteps].view(-1, 1, 1, 1)
     latents = (noisy - (1 - a).sqrt() * noise) / a.sqrt()
     goal = noise if kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
-    assert record.loss == pytest.approx(4 * float((prediction - goal).square().mean()), rel=1e-3)
+    return (prediction - goal).square()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("form", ["doubled", "halved"])
+def test_both_published_forms_of_the_prior(tmp_path, kind, form, monkeypatch):
+    """Diffusers: as many plain prior images again, mean over all elements. CompVis: half of the batch, augmented
+    and masked as the target's, the prefix on the image's own prompt, errors summed over channels.
+    """
+    pipeline = load_pipeline(make_tiny_pipeline(tmp_path, size=32, prediction_type=kind), device="cpu")
+    calls, noises = record_predictions(pipeline, monkeypatch), record_noise(monkeypatch)
+    asked, masks = [], []
+    text, mask = Encoder.text, Batch.mask.fget
+    monkeypatch.setattr(
+        Encoder, "text", lambda self, prompts: asked.append(list(prompts)) or text(self, prompts)
+    )
+    monkeypatch.setattr(Batch, "mask", property(lambda self: masks.append(mask(self)) or masks[-1]))
+    record = run(
+        pipeline,
+        steps=1,
+        batch_size=16,
+        prior_preservation=True,
+        prior_form=form,
+        augmentation="compvis",
+        seed=1,
+    )[0]
+    images = 16 if form == "doubled" else 8
+    assert [len(call[0]) for call in calls] == [images] * 3
+    error = squared_error(calls[2], noises[3], kind)
+    prefixed = [prompt for prompt in asked[2] if prompt.startswith((*FAR_PREFIXES, *NEAR_PREFIXES))]
+    if form == "doubled":
+        assert not prefixed and set(asked[2]) == set(PROMPTS)
+        assert record.prior_loss == pytest.approx(float(error.mean()), rel=1e-3)
+    else:
+        assert prefixed and all(prompt.endswith(tuple(PROMPTS)) for prompt in asked[2])
+        assert masks[1].min() == 0
+        expected = ((error * masks[1]).sum((1, 2, 3)) / masks[1].sum((1, 2, 3))).mean()
+        assert record.prior_loss == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_an_odd_batch_cannot_be_halved():
+    with pytest.raises(TrainingError, match="training.batch_size 3 can't be halved.*make it even"):
+        dataclasses.replace(SETTINGS, batch_size=3, prior_preservation=True, prior_form="halved")
+    dataclasses.replace(SETTINGS, batch_size=3, prior_form="halved")
+
+
+def test_the_border_is_masked_if_asked(pipeline, monkeypatch):
+    calls = record_predictions(pipeline, monkeypatch)
+    loss = run(pipeline, steps=1, mask_border=True)[0].loss
+    inner = (calls[1][3] - calls[0][3])[:, :, 1:3, 1:3]
+    assert loss == pytest.approx(4 * float(inner.square().mean()), rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_training(folder, monkeypatch):
+    results, forwards = [], []
+    for on in (False, True):
+        pipeline = load_pipeline(folder, device="cpu")
+        block = pipeline.unet.up_blocks[0].resnets[0]
+        forward, count = block.forward, []
+        monkeypatch.setattr(block, "forward", lambda *a, f=forward, c=count: c.append(1) or f(*a))
+        records = run(pipeline, gradient_checkpointing=on)
+        results.append(([r.loss for r in records], weights(pipeline)))
+        forwards.append(len(count))
+        assert not pipeline.unet.is_gradient_checkpointing
+    assert results[0][0] == pytest.approx(results[1][0])
+    assert all(torch.allclose(value, results[1][1][name]) for name, value in results[0][1].items())
+    # Anchor and target in each of two steps; the target's again in the backward pass.
+    assert forwards == [4, 6]
+
+
+def test_8_bit_adam_is_bitsandbytes(pipeline, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    adam = {**SETTINGS.optimizer, "name": "adamw8bit"}
+    with pytest.raises(TrainingError, match="'adamw8bit' needs bitsandbytes.*`pip install bitsandbytes`"):
+        run(pipeline, optimizer=adam)
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, *args, **settings):
+            made.append(settings)
+            super().__init__(*args, **settings)
+
+    module = types.ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = AdamW8bit
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    run(pipeline, optimizer=adam)
+    assert made == [{"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8}]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_noise_based_loss_aims_at_what_the_model_predicts(tmp_path, kind, monkeypatch):
+    pipeline = load_pipeline(make_tiny_pipeline(tmp_path, size=32, prediction_type=kind), device="cpu")
+    calls, noises = record_predictions(pipeline, monkeypatch), record_noise(monkeypatch)
+    record = run(pipeline, steps=1, loss="noise-based")[0]
+    assert len(calls) == 1
+    assert record.loss == pytest.approx(4 * float(squared_error(calls[0], noises[1], kind).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [0, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0, 1, 1, 1, 1]),
+        ("linear", [0, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 1, 0.853553, 0.5, 0.146447]),
+        ("cosine_with_restarts", [0, 1, 0.853553, 0.5, 0.146447]),
+        ("polynomial", [0, 1, 0.750025, 0.50005, 0.250075]),
+    ],
+)
+def test_learning_rate_schedules(pipeline, name, expected):
+    records = run(pipeline, steps=5, lr_warmup_steps=1, lr_scheduler=name)
+    assert [1000 * record.learning_rate for record in records] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_schedule_that_ends_above_its_start_is_refused(pipeline):
+    with pytest.raises(TrainingError, match="'polynomial'.*raise the learning rate"):
+        run(pipeline, lr_scheduler="polynomial", learning_rate=1e-8)
 
 
 def test_learning_rate_follows_scheduler_and_scaling_rule(pipeline):
@@ -312,12 +434,22 @@ def test_learning_rate_follows_scheduler_and_scaling_rule(pipeline):
     )
 
 
-@pytest.mark.parametrize("name", ["group", "loss", "scale_lr", "augmentation", "precision", "teacher"])
+@pytest.mark.parametrize(
+    "name",
+    ["group", "loss", "scale_lr", "lr_scheduler", "augmentation", "prior_form", "precision", "teacher"],
+)
 def test_unknown_choices_are_refused(name):
     with pytest.raises(
         TrainingError, match=f"training.{name} 'odd' is unknown .allowed: .*{getattr(SETTINGS, name)}"
     ):
         dataclasses.replace(SETTINGS, **{name: "odd"})
+
+
+def test_unknown_optimizers_are_refused():
+    with pytest.raises(
+        TrainingError, match="training.optimizer.name 'sgd' is unknown .allowed: adamw, adamw8"
+    ):
+        dataclasses.replace(SETTINGS, optimizer={**SETTINGS.optimizer, "name": "sgd"})
 
 
 def test_a_diverged_training_stops(pipeline):
@@ -330,7 +462,7 @@ def test_a_diverged_training_stops(pipeline):
 def spec(folder):
     training = {"style_templates": ["{prompt} in the style of {target}"], **dataclasses.asdict(SETTINGS)}
     model = {"path": str(folder), "revision": None, "fingerprint": "123"}
-    pair = {"kind": "object", "target": "owl", "anchor": "cat"}
+    pair = {"kind": "object", "targets": ["owl"], "anchor": "cat"}
     return {
         "stage": "ablate_concept",
         "version": 1,
@@ -361,11 +493,13 @@ def test_ablate_concept_writes_a_delta_and_a_record(folder, tmp_path):
     assert changed(weights(load_pipeline(folder, device="cpu")), pipeline)
     expected = {
         "base_model": str(folder),
-        "target": "owl",
+        "targets": ["owl"],
         "anchor": "cat",
         "kind": "object",
         "seed": 3,
         "version": 1,
+        "scale_lr": "none",
+        "scaled_learning_rate": 1e-3,
     }
     assert metadata.items() >= expected.items() and metadata["settings"] == spec(folder)["training"]
 
@@ -373,7 +507,22 @@ def test_ablate_concept_writes_a_delta_and_a_record(folder, tmp_path):
     columns = ["step", "loss", "prior_loss", "learning_rate", "grad_norm", "seconds", "peak_memory_bytes"]
     assert table.column_names == columns
     assert table.column("loss").to_pylist() == pytest.approx([record.loss for record in records])
-    assert json.loads(table.schema.metadata[b"concept_ablation"])["target"] == "owl"
+    assert json.loads(table.schema.metadata[b"concept_ablation"])["targets"] == ["owl"]
+
+
+def test_memorization_draws_the_prompts_that_were_searched_for(folder, tmp_path, monkeypatch):
+    rows = [{"image": p, "prompt": q, "seed": 0, "index": 0} for p, q in zip(PICTURES, PROMPTS, strict=True)]
+    paths = [tmp_path / name for name in ("a.parquet", "d.safetensors", "t.parquet")]
+    own = {**spec(folder), "kind": "memorization", "targets": ["a famous owl"]}
+    write_store(paths[0], rows, {})
+    with pytest.raises(TrainingError, match="a.parquet: no target_prompts"):
+        ablate_concept(own, *paths, device="cpu")
+    write_store(paths[0], rows, {"target_prompts": ["the owl poster", "a famous owl"]})
+    asked, text = [], Encoder.text
+    monkeypatch.setattr(Encoder, "text", lambda self, prompts: asked.append(prompts) or text(self, prompts))
+    ablate_concept(own, *paths, device="cpu")
+    assert set(itertools.chain(*asked[::2])) == {"the owl poster", "a famous owl"}
+    assert set(itertools.chain(*asked[1::2])) == set(PROMPTS)
 
 
 def test_ablate_concept_names_a_damaged_store_and_writes_nothing(folder, tmp_path):
