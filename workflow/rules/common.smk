@@ -2,6 +2,7 @@
 import sys
 from pathlib import Path
 
+from concept_ablation.checks import check_rows
 from concept_ablation.concepts import ConceptsError, load_concepts
 from concept_ablation.plan import PlanError
 from concept_ablation.specs import build_plan
@@ -16,7 +17,12 @@ def read_plan(config, schemas, configfiles):
         concepts = load_concepts(
             config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema
         )
-        return build_plan(concepts, config)
+        plan = build_plan(concepts, config)
+        if workflow.is_main_process:  # a job reads the plan too, and has nothing to say about it
+            warnings = check_rows(plan, plan.pending, config["concepts"])
+            if warnings:
+                logger.warning(warnings)
+        return plan
     except (ConceptsError, ConfigError, PlanError) as error:
         sys.exit(f"\n{error}")
 

@@ -1,0 +1,59 @@
+"""The linter's view of a plan: each row's prompts, and what is wrong with them.
+
+Run when the workflow is planned, for unfinished rows, and by `make check` for all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from concept_ablation.lint import LintRow, format_findings, lint_rows
+from concept_ablation.plan import Plan, PlanError, Row
+from concept_ablation.prompts import expand, has_word, read_templates, spread, target_prompts
+
+
+def check_rows(plan: Plan, rows: Sequence[Row], table: str) -> str:
+    """The warnings about `rows`, one a line, or an empty text. `table` is the path that they name.
+
+    Raises PlanError if a row's prompts make it useless.
+    """
+    models = {spec["model"]["path"] for spec in plan.specs["sample_ablated"].values()}
+    folder = next((path for path in models if os.path.isdir(path)), None)
+    findings = lint_rows([_lint_row(plan, row) for row in rows], folder)
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors:
+        raise PlanError(
+            f"{table}: {len(errors)} row(s) whose prompts can't work\n{format_findings(errors, table)}"
+        )
+    return format_findings(findings, table) if findings else ""
+
+
+def _lint_row(plan: Plan, row: Row) -> LintRow:
+    """A row's prompts as far as its plan knows them: not those that a search or a language model has yet to find."""
+    concept = row.concept
+    anchors: list[str] = []
+    targets: list[tuple[str, ...]] = []
+    work = plan.specs["ablate_concept"].get(row.ablation)
+    source = plan.specs["write_prompts"].get(work and plan.specs["generate_anchors"][row.anchors]["prompts"])
+    if source and "file" in source["source"]:
+        templates = read_templates(source["source"]["file"])
+        anchors = spread(expand(templates, concept.anchor, source["slots"]), source["count"])
+        words = (concept.kind, concept.targets, concept.anchor, work["training"]["style_templates"])
+        targets = [tuple(dict.fromkeys(made)) for made in target_prompts(anchors, *words)]
+        if concept.kind == "object":  # prompts without the anchor are left out, which the linter counts
+            targets = [
+                made if has_word(prompt, concept.anchor) else ()
+                for prompt, made in zip(anchors, targets, strict=True)
+            ]
+    return LintRow(
+        concept.line,
+        concept.name,
+        concept.kind,
+        concept.targets,
+        concept.anchor,
+        concept.neighbors,
+        anchors,
+        targets,
+        {probe["subject"]: probe["prompts"] for probe in plan.specs["sample_ablated"][row.samples]["probes"]},
+    )
