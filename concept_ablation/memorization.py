@@ -150,10 +150,11 @@ def search_prompts(
             f"anchor_max {spec['anchor_max']} must be below target_min {spec['target_min']}"
         )
     prompts = _in_order(spec, candidates_path)
+    affordable = prompts[: max(spec["budget"], len(spec["targets"]))]
     judge = CopyJudge(spec["image"], spec["descriptor"], pick_device(device))
     trials: list[Trial] = []
     try:
-        for trial in _tried(prompts, judge, spec, device, batch_size, Path(out_json).stem):
+        for trial in _tried(affordable, judge, spec, device, batch_size, Path(out_json).stem):
             trials.append(trial)
             log.info("%s: %d of %d copies: %r", trial.decision, trial.copies, trial.images, trial.prompt)
             _check_captions(trials, spec, out_parquet)
@@ -162,22 +163,15 @@ def search_prompts(
     finally:
         _write_record(out_parquet, trials, spec, judge)
     _check_found(trials, len(prompts), spec, out_parquet)
-    found = {
-        side: [trial.prompt for trial in trials if trial.decision == side] for side in ("anchor", "target")
-    }
-    content = {"kind": spec["kind"], "anchor": spec["anchor"]}
-    content |= {"prompts": found["anchor"], "target_prompts": found["target"]}
-    with atomic_output(out_json) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_found(out_json, trials, spec)
 
 
 def _in_order(spec: Mapping, candidates_path: str | Path | None) -> list[str]:
-    """The prompts to try, none twice: the captions, whatever the budget, then candidates as far as it goes."""
+    """All prompts that could be tried, none twice: the captions, then the candidates."""
     more = []
     if candidates_path is not None:
         more = json.loads(Path(candidates_path).read_text(encoding="utf-8"))["prompts"]
-    prompts = list(dict.fromkeys([*spec["targets"], *spec["candidates"], *more]))
-    return prompts[: max(spec["budget"], len(spec["targets"]))]
+    return list(dict.fromkeys([*spec["targets"], *spec["candidates"], *more]))
 
 
 def _tried(
@@ -219,7 +213,7 @@ def _missing(trials: Sequence[Trial], spec: Mapping) -> tuple[int, int]:
 
 def _check_captions(trials: Sequence[Trial], spec: Mapping, record: str | Path) -> None:
     """Stop once all captions were tried, if none brings the picture back more often than an anchor prompt may."""
-    if len(trials) != len(spec["targets"]):
+    if len(trials) != len(set(spec["targets"])):
         return
     best = max(trials, key=lambda trial: trial.copy_rate)
     if best.copy_rate <= spec["anchor_max"]:
@@ -240,9 +234,7 @@ def _check_found(trials: Sequence[Trial], candidates: int, spec: Mapping, record
     ]
     file = spec.get("file") or "the prompt file"
     more = (
-        f"raise the budget ({spec['budget']})"
-        if len(trials) >= spec["budget"]
-        else "all candidates were tried"
+        "all candidates were tried" if len(trials) == candidates else f"raise the budget ({spec['budget']})"
     )
     limits = [f"raise anchor_max ({spec['anchor_max']})"] if missing[0] else []
     limits += [f"lower target_min ({spec['target_min']})"] if missing[1] else []
@@ -250,6 +242,15 @@ def _check_found(trials: Sequence[Trial], candidates: int, spec: Mapping, record
         f"found {' and '.join(found)} after {len(trials)} prompts (record: {record}): {more}, add prompts to {file}, ask "
         f"for fewer, or {' and '.join(limits)}"
     )
+
+
+def _write_found(path: str | Path, trials: Sequence[Trial], spec: Mapping) -> None:
+    anchors, targets = (
+        [trial.prompt for trial in trials if trial.decision == side] for side in ("anchor", "target")
+    )
+    content = {"kind": spec["kind"], "anchor": spec["anchor"], "prompts": anchors, "target_prompts": targets}
+    with atomic_output(path) as part:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_record(path: str | Path, trials: Sequence[Trial], spec: Mapping, judge: CopyJudge) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from concept_ablation.features import CopyNet
 from concept_ablation.memorization import CopyJudge, MemorizationError, search_prompts, without_copies
 from concept_ablation.prompts import expand, read_templates
 
+CONFIG = Path(__file__).parents[1] / "config"
 CAPTION = "the midnight garden poster"
 SAMPLER = {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0, "eta": 0.0, "precision": "fp32"}
 SAMPLER |= {"height": None, "width": None}
@@ -230,9 +232,9 @@ def test_too_many_copies_among_the_anchor_images_are_a_warning_and_then_an_error
 
 def test_the_shipped_prompts_name_the_caption_and_what_it_shows():
     slots = {"caption": [CAPTION], "anchor": ["moon"], "colour": ["red", "blue"]}
-    prompts = expand(read_templates("config/prompts/memorization.txt"), "moon", slots)
+    prompts = expand(read_templates(CONFIG / "prompts/memorization.txt"), "moon", slots)
     near = [prompt for prompt in prompts if CAPTION in prompt]
     assert len(near) >= 3 and sum("moon" in prompt for prompt in prompts) >= 8
-    judged = expand(read_templates("config/prompts/eval/memorization.txt"), CAPTION, {})
+    judged = expand(read_templates(CONFIG / "prompts/eval/memorization.txt"), CAPTION, {})
     assert judged[0] == CAPTION and len(set(judged) - {CAPTION, *near[:2]}) >= 3
-    assert Image.open(f"config/memorized/{slug(CAPTION)}.png").size == (128, 128)
+    assert Image.open(CONFIG / f"memorized/{slug(CAPTION)}.png").size == (128, 128)
