@@ -23,10 +23,10 @@ rule write_prompts:
 rule search_prompts:
     """Find prompts that bring a memorized picture back, and prompts of its content that don't."""
     output:
-        prompts="<results>/searches/{key}.json",
-        record="<results>/searches/{key}.parquet",
+        "<results>/searches/{key}.json",
     log:
-        "<logs>/search_prompts/{key}.log",
+        text="<logs>/search_prompts/{key}.log",
+        record="<results>/searches/{key}.parquet", # as a log it stays when too few prompts are found
     benchmark:
         "<benchmarks>/search_prompts/{key}.tsv"
     conda:
