@@ -42,29 +42,46 @@ def clip_score(cosines: np.ndarray) -> np.ndarray:
     return 2.5 * np.maximum(cosines, 0)
 
 
-def recognised(images: np.ndarray, texts: np.ndarray, own: int) -> np.ndarray:
-    """1 where an image is nearer to text number `own` than to every other text, 0 where another one is nearer.
+def recognised(images: np.ndarray, texts: np.ndarray, own: int | Sequence[int]) -> np.ndarray:
+    """1 where the text nearest to an image, of all texts, is number `own` (or one of several), 0 where it is another.
 
-    When `own` shares the first place with others, the image counts 1 / (number of texts in the tie): two equal texts
-    give one half each, so that comparing a text with itself says "undecided", not "never".
+    When texts share the first place, the image counts as much as their share of `own`: two equal texts give one half
+    each, so that comparing a text with itself says "undecided", not "never".
 
     Args:
         images: (n, d), rows of length 1.
         texts: (k, d), rows of length 1; with k = 2 this is the paper's CLIP accuracy, image by image.
-        own: index into `texts`.
+        own: index, or indices, into `texts`.
 
     Returns:
         (n,) in [0, 1].
     """
     similarity = cosine(images, np.asarray(texts).T)
     first = similarity >= similarity.max(axis=1, keepdims=True) - TIE
-    return first[:, own] / first.sum(axis=1)
+    return first[:, np.atleast_1d(own)].sum(axis=1) / first.sum(axis=1)
+
+
+def typical(images: np.ndarray, reference: np.ndarray, outliers: float = 0.1) -> np.ndarray:
+    """1 where an image could be one of `reference`'s, 0 where it lies further out than nine in ten of them.
+
+    An image's *company* is its largest cosine with a reference image of another seed. The least company that at least
+    nine in ten of the reference's own images have (1 - `outliers`) is the limit for all. No text and no other subject
+    enters. Images of the same model, from new seeds, have (n - k) / (n + 1), where k = n `outliers`, rounded down. This is
+    a nearest-neighbor test of novelty, calibrated by leaving one out; like "precision" (Kynkäänniemi et al. 2019) it sees
+    pictures that fit in nowhere, but not lost variety.
+
+    Args:
+        images, reference: (n, d), rows of length 1; row i of both has the same prompt and seed. n >= 2.
+    """
+    limit = np.quantile(_company(reference, reference), outliers, method="lower")
+    return (_company(images, reference) >= limit - TIE).astype(np.float64)
 
 
 def mean(
     values: np.ndarray,
     *,
     groups: np.ndarray | None = None,
+    joint: bool = False,
     confidence: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
@@ -75,9 +92,10 @@ def mean(
         values: (n,) one number an image.
         groups: (n,) labels; images are drawn again within their group, whose size stays (pooled neighbors: they are
             fixed, their seeds are not). None: one group.
+        joint: the groups have the same seeds in the same order, so a seed is drawn for all of them together.
     """
     values = np.asarray(values, dtype=np.float64)
-    weights = resample(_labels(values, groups), draws, seed)
+    weights = resample(_labels(values, groups), draws, seed, joint)
     low, high = percentiles(weights @ values / len(values), confidence)
     return Estimate(float(values.mean()), low, high, len(values), "bootstrap")
 
@@ -95,12 +113,14 @@ def paired_difference(
     before: np.ndarray,
     *,
     groups: np.ndarray | None = None,
+    joint: bool = False,
     confidence: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of `after - before` over the same seeds, with a bootstrap interval that draws pairs."""
-    return mean(_paired(after, before), groups=groups, confidence=confidence, draws=draws, seed=seed)
+    """Mean of `after - before` over the same seeds, with a bootstrap interval that draws pairs; arguments as in `mean`."""
+    difference = _paired(after, before)
+    return mean(difference, groups=groups, joint=joint, confidence=confidence, draws=draws, seed=seed)
 
 
 def paired_proportion_difference(
@@ -139,6 +159,7 @@ def kid(images: np.ndarray, reference: np.ndarray) -> float:
 def kid_estimate(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
+    joint: bool = False,
     confidence: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
@@ -146,22 +167,32 @@ def kid_estimate(
     """Mean of the KIDs of several (images, reference) pairs, weighted by size, with a bootstrap interval over seeds.
 
     A seed drawn twice is not compared with itself, else every redrawn set would look more concentrated than it is.
+    `joint`: the pairs have the same seeds in the same order, so a seed is drawn for all of them together.
     """
     sizes = np.array([len(images) for images, _ in pairs])
     value = float(np.average([kid(images, reference) for images, reference in pairs], weights=sizes))
-    redrawn = [_kid_redrawn(*pair, draws, seed + index) for index, pair in enumerate(pairs)]
+    redrawn = [
+        _kid_redrawn(*pair, draws, seed if joint else seed + index) for index, pair in enumerate(pairs)
+    ]
     low, high = percentiles(np.average(redrawn, axis=0, weights=sizes), confidence)
     return Estimate(value, low, high, int(sizes.sum()), "bootstrap")
 
 
-def resample(labels: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """How often each image is taken in each of `draws` bootstrap samples: (draws, n), each group's sum is its size."""
+def resample(labels: np.ndarray, draws: int, seed: int, joint: bool = False) -> np.ndarray:
+    """How often each image is taken in each of `draws` bootstrap samples: (draws, n), each group's sum is its size.
+
+    `joint`: member i of every group is taken equally often. Raises ValueError when the groups' sizes then differ.
+    """
     generator = np.random.default_rng(seed)
-    counts = np.zeros((draws, len(labels)))
+    counts, drawn = np.zeros((draws, len(labels))), None
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        shares = np.full(len(members), 1 / len(members))
-        counts[:, members] = generator.multinomial(len(members), shares, size=draws)
+        if drawn is None or not joint:
+            shares = np.full(len(members), 1 / len(members))
+            drawn = generator.multinomial(len(members), shares, size=draws)
+        if drawn.shape[1] != len(members):
+            raise ValueError(f"groups of {drawn.shape[1]} and {len(members)} images share no seeds")
+        counts[:, members] = drawn
     return counts
 
 
@@ -171,12 +202,25 @@ def percentiles(redrawn: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _pair_kernel(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def _company(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """(n,): each image's largest cosine with a reference image of another row."""
+    x, y = _same_seeds(images, reference, "company")
+    similarity = x @ y.T
+    np.fill_diagonal(similarity, -np.inf)
+    return similarity.max(axis=1)
+
+
+def _same_seeds(images: np.ndarray, reference: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(images, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if x.shape != y.shape or len(x) < 2:
         raise ValueError(
-            f"KID needs two sets of the same shape and at least 2 images, got {x.shape} and {y.shape}"
+            f"{what} needs two sets of the same shape and at least 2 images, got {x.shape} and {y.shape}"
         )
+    return x, y
+
+
+def _pair_kernel(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    x, y = _same_seeds(images, reference, "KID")
     cross = (x @ y.T + 1) ** 3
     kernel = (x @ x.T + 1) ** 3 + (y @ y.T + 1) ** 3 - cross - cross.T
     np.fill_diagonal(kernel, 0)

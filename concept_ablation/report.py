@@ -6,7 +6,6 @@ all text; styles and the one script are inside the file, and a content security 
 
 import base64
 import hashlib
-import io
 import json
 import logging
 import sys
@@ -17,27 +16,37 @@ from pathlib import Path
 from typing import TextIO
 
 import jinja2
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, features
+from PIL import Image
 
-from concept_ablation import tables
+from concept_ablation import verdict
+from concept_ablation.columns import POOLS, SHARES, probe_roles
+from concept_ablation.formats import format_metric, points, share, sparkline, thumbnail
 from concept_ablation.imagestore import ImageStore, read_store
+from concept_ablation.prompts import UNSAFE
 from concept_ablation.runtime import atomic_output
+from concept_ablation.summary import training_record
+from concept_ablation.tables import report_rows
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
-TONES = {tables.KEPT: "good", tables.ALONE: "good", tables.HARMED: "warn", tables.PRESENT: "bad"}
+TONES = {
+    verdict.KEPT: "good",
+    verdict.ALONE: "good",
+    verdict.HARMED: "warn",
+    verdict.ANCHOR_HARMED: "warn",
+    verdict.PRESENT: "bad",
+}
 """Colour of a verdict; the inconclusive ones are neutral."""
 
 MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
 """The same in a terminal."""
 
-THUMBNAIL = 192
-"""Longest side of a picture on the page, in pixels."""
+SEEN = {"clip_accuracy": "seen by CLIP", "copy_rate": "copied", "detected": "flagged"}
+"""The measure that decides for a kind, in a word or three."""
 
 PAGE = {"images_per_probe": 8, "image_budget": 6000, "open_rows": 12}
 """Pairs of pictures a probe; pictures on the whole page; up to so many rows are unfolded at first."""
@@ -61,13 +70,13 @@ def render(
         StoreError: a row's images can't be read.
     """
     rows, page = (
-        tables.report_rows(spec),
+        report_rows(spec),
         PAGE | dict(spec.get("page", {}) if isinstance(spec, Mapping) else {}),
     )
     summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
     lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
     pairs = pairs_a_probe(
-        sum(2 + len(row["neighbors"]) for row in rows), page["images_per_probe"], page["image_budget"]
+        sum(len(probe_roles(row)) for row in rows), page["images_per_probe"], page["image_budget"]
     )
     scores = pq.read_table(scores_path)
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
@@ -84,7 +93,8 @@ def render(
             lines=lines,
             previews=_previews(rows),
             counts=count_verdicts(lines),
-            limits=tables.read_thresholds(spec),
+            kinds=sorted({line["kind"] for line in lines}),
+            limits=verdict.read_thresholds(spec),
             pairs=pairs,
             capped=pairs < page["images_per_probe"],
             unfolded=len(rows) <= page["open_rows"],
@@ -117,16 +127,18 @@ def headline(lines: Sequence[Mapping]) -> str:
 
 
 def summary_text(lines: Sequence[Mapping]) -> str:
-    """The summary as aligned ASCII: verdict, target accuracy and neighbors before -> after, with 95 % intervals."""
-    table = [("", "concept", "verdict", "target accuracy", "neighbors recognised, change in points")]
+    """The summary as aligned ASCII: verdict, target, neighbors and anchor before -> after, with 95 % intervals."""
+    heads = ("target still there", "neighbors recognised, change in points", "anchor typical")
+    table = [("", "concept", "verdict", *heads)]
     for line in lines:
         table.append(
             (
                 MARKS.get(TONES.get(line["verdict"]), "??"),
                 _printable(line["concept"], 28),
                 line["verdict"],
-                _change_text(line, "target_accuracy"),
+                f"{_change_text(line, 'presence')} {SEEN[line['measure']]}",
                 _change_text(line, "neighbor_recognition", difference=True),
+                f"{share(line['anchor_typical_base'])} -> {share(line['anchor_typical_ablated'])}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -140,9 +152,9 @@ def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
 
 
 def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
-    """Rows by verdict, in the order of `tables.VERDICTS`, without zeros."""
+    """Rows by verdict, in the order of `verdict.VERDICTS`, without zeros."""
     found = [line["verdict"] for line in lines]
-    return {verdict: found.count(verdict) for verdict in tables.VERDICTS if verdict in found}
+    return {words: found.count(words) for words in verdict.VERDICTS if words in found}
 
 
 def environment() -> jinja2.Environment:
@@ -155,61 +167,16 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"share": share, "points": points, "metric": format_metric, "sparkline": sparkline}
-    made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": tables.SHARES}
+    made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": SHARES, "seen": SEEN}
+    made.globals |= {"unsafe": UNSAFE, "measures": verdict.MEASURES, "pools": tuple(POOLS.values())}
     return made
-
-
-def share(value: float | None) -> str:
-    """0.034 -> "3%"."""
-    return "–" if value is None else f"{100 * value:.0f}%"
-
-
-def points(value: float | None) -> str:
-    """A change of a share in percentage points: -0.034 -> "−3.4"."""
-    return "–" if value is None else _signed(100 * value, 1)
-
-
-def format_metric(value: float | None, metric: str, change: bool = False) -> str:
-    """A value of the long table as the page shows it."""
-    if value is None:
-        return "–"
-    if metric in tables.SHARES:
-        return points(value) if change else share(value)
-    digits = 3 if metric != "kid_x1000" else 0 if abs(value) >= 100 else 1
-    return _signed(value, digits) if change else _signed(value, digits).removeprefix("+")
-
-
-def _signed(value: float, digits: int) -> str:
-    """With a sign, a true minus, and no sign where it rounds to zero."""
-    rounded = round(value, digits)
-    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
-
-
-def sparkline(values: Sequence[float], width: float, height: float, most: int = 160) -> str:
-    """Points of an SVG polyline through at most `most` averages of `values`, the least at the bottom."""
-    finite = np.asarray([value for value in values if value is not None and np.isfinite(value)], dtype=float)
-    if not len(finite):
-        return ""
-    means = np.array([part.mean() for part in np.array_split(finite, min(most, len(finite)))])
-    scaled = (means - means.min()) / max(float(np.ptp(means)), 1e-12)
-    across = np.linspace(0, width, len(means)) if len(means) > 1 else np.array([0.0])
-    return " ".join(f"{x:.1f},{height * (1 - y):.1f}" for x, y in zip(across, scaled, strict=True))
-
-
-def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
-    """A picture as a data URI, WebP (JPEG where Pillow lacks it), at most `size` pixels on its longer side."""
-    image = image.convert("RGB")
-    image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    kind, buffer = ("WEBP" if features.check("webp") else "JPEG"), io.BytesIO()
-    image.save(buffer, format=kind, quality=82, method=2)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
     """The target's first picture before and after, small, for each line of the page's table."""
     for row in rows:
-        after = read_store(row["samples"]).select("target", row["target"])
-        before = read_store(row["base"][row["target"]])
+        after = read_store(row["samples"]).select("target", row["targets"][0])
+        before = read_store(row["base"][row["targets"][0]])
         yield (
             tuple(thumbnail(store.image(0), 88) for store in (before, after))
             if len(after) and len(before)
@@ -225,19 +192,27 @@ def _sections(
         samples = read_store(row["samples"])
         own = scores.filter(pc.equal(scores["concept"], row["concept"])).to_pylist()
         metrics = _metric_lines(own)
-        record = tables.training_record(row["training"])
+        record = training_record(row)
         yield line | {
             "row": row,
-            "probes": [_probe(row, samples, role, subject, metrics, pairs) for role, subject in _roles(row)],
+            "probes": [_probe(row, samples, *place, metrics, pairs) for place in probe_roles(row)],
+            "memorized": _memorized(row),
             "metrics": metrics,
             "loss": record.get("loss", []),
             "settings": _settings(samples.metadata),
         }
 
 
-def _roles(row: Mapping) -> list[tuple[str, str]]:
-    neighbors = [("neighbor", subject) for subject in row["neighbors"]]
-    return [("target", row["target"]), ("anchor", row["anchor"]), *neighbors]
+def _memorized(row: Mapping) -> str | None:
+    """The memorized picture, small; None for other kinds, and where its file is gone."""
+    if not row.get("image"):
+        return None
+    try:
+        with Image.open(row["image"]) as picture:
+            return thumbnail(picture)
+    except OSError as error:
+        log.warning("%s: the memorized picture can't be shown: %s", row["concept"], error)
+        return None
 
 
 def _probe(

@@ -1,25 +1,26 @@
-"""Scores of one row: what the ablation did to the target, to the anchor and to each neighbor.
+"""Scores of one row: what the ablation did to the targets, to the anchor and to each neighbor.
 
-Every probe (the images of one subject) exists twice, made with the same prompts and seeds by the base and by the
-ablated model. `score_probes` is the mathematics, on features; `score_concept` is the stage: it reads the images,
-computes their features a batch at a time and writes the long table. docs/report.md defines every metric.
+The stage around `probes.score_probes`: it reads the images of every probe, computes their features a batch at a time
+and writes the long table. docs/report.md defines every metric.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
-from concept_ablation import metrics
-from concept_ablation.features import ClipScorer
+from concept_ablation.columns import COLUMNS, POOLS, UNITS, probe_roles
+from concept_ablation.detectors import Detector, load_detector
+from concept_ablation.features import ClipScorer, CopyDescriptor
 from concept_ablation.imagestore import ImageStore, read_store
-from concept_ablation.metrics import Estimate
+from concept_ablation.probes import Bootstrap, Probe, Subjects, score_probes
 from concept_ablation.runtime import atomic_output, pick_device
-from concept_ablation.tables import COLUMNS, POOLED, SHARES, UNITS
 
 log = logging.getLogger(__name__)
 
@@ -28,26 +29,15 @@ class ScoreError(ValueError):
     """The images of a row can't be compared; the message names the file and what does not fit."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Image features of one subject, row i of both made with the same prompt and seed. Rows have length 1.
+class Judge(Protocol):
+    """What a kind needs besides CLIP: metrics that it gives, each a number an image, and how the table names them."""
 
-    role: "target", "anchor" or "neighbor"; base, ablated: (n, d).
-    """
+    name: str
+    words: Mapping[str, str]
+    metrics: tuple[str, ...]
 
-    role: str
-    subject: str
-    base: np.ndarray
-    ablated: np.ndarray
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made: their level, the number of draws, and the seed of the draws."""
-
-    confidence: float = 0.95
-    draws: int = 1000
-    seed: int = 0
+    def __call__(self, store: ImageStore, batch_size: int) -> tuple[np.ndarray, ...]:
+        """One (n,) array for each of `metrics`."""
 
 
 def score_concept(
@@ -60,31 +50,36 @@ def score_concept(
     """Writes the long table of one row to `out_path` (Parquet, columns `COLUMNS`).
 
     Args:
-        spec: concept, kind, target, anchor, neighbors, texts (subject -> the text that the scorer compares with),
-            scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images).
+        spec: concept, kind, targets, anchor, neighbors, texts (subject -> the text that the scorer compares with),
+            scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images); for kind
+            memorization also image {file, sha256} and descriptor {model, sha256}, for nudity and inappropriate detector
+            (see `detectors.load_detector`).
         samples_path: image store of the ablated model, all probes.
-        base_paths: subject -> image store of the base model; or these stores in the order target, anchor, neighbors.
+        base_paths: subject -> image store of the base model; or these stores in the order targets, anchor, neighbors.
         runtime: device ("auto"), score_batch_size (64); neither changes a score.
 
     Raises:
-        ScoreError: a probe is missing, or its prompts and seeds differ between base and ablated.
-        FeatureError: the scorer can't be loaded.
+        ScoreError: a probe is missing, its prompts and seeds differ between base and ablated, or the memorized picture
+            is not the planned one. FeatureError: the scorer or descriptor can't be loaded. DetectorError.
     """
     runtime, statistics = runtime or {}, spec["statistics"]
-    scorer = ClipScorer(
-        spec["scorer"]["model"], spec["scorer"].get("pretrained"), pick_device(runtime.get("device", "auto"))
+    device, batch_size = pick_device(runtime.get("device", "auto")), runtime.get("score_batch_size", 64)
+    scorer = ClipScorer(spec["scorer"]["model"], spec["scorer"].get("pretrained"), device)
+    judge = load_judge(spec, scorer, device)
+    subjects = Subjects(
+        tuple(spec["targets"]), spec["anchor"], tuple(spec["neighbors"]), style=spec["kind"] == "style"
     )
     if not isinstance(base_paths, Mapping):
-        base_paths = dict(zip([spec["target"], spec["anchor"], *spec["neighbors"]], base_paths, strict=True))
+        base_paths = dict(zip([subject for _, subject in probe_roles(spec)], base_paths, strict=True))
     texts = dict(zip(spec["texts"], scorer.text_features(list(spec["texts"].values())), strict=True))
-    probes = list(read_probes(spec, samples_path, base_paths, scorer, runtime.get("score_batch_size", 64)))
+    probes = list(read_probes(spec, samples_path, base_paths, scorer, judge, batch_size))
     bootstrap = Bootstrap(statistics["confidence"], statistics["bootstrap"], statistics["seed"])
-    names = {name: spec[name] for name in ("concept", "kind", "target", "anchor")}
-    names |= {"features": scorer.name, "key": spec["samples"]}
-    rows = score_probes(probes, texts, spec["target"], spec["anchor"], bootstrap)
-    table = pa.Table.from_pylist([names | row | _words(row, spec["texts"]) for row in rows], schema=COLUMNS)
+    rows = score_probes(probes, texts, subjects, bootstrap)
+    names = {name: spec[name] for name in ("concept", "kind", "anchor")}
+    names |= {"target": "; ".join(spec["targets"]), "features": scorer.name, "key": spec["samples"]}
+    lines = [names | row | _words(row, spec["texts"], judge) for row in rows]
     with atomic_output(out_path) as path:
-        pq.write_table(table, path)
+        pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), path)
     log.info("%s: %d scores of %d probes", spec["concept"], len(rows), len(probes))
 
 
@@ -93,19 +88,25 @@ def read_probes(
     samples_path: str | Path,
     base_paths: Mapping[str, str | Path],
     scorer: ClipScorer,
+    judge: Judge | None,
     batch_size: int,
 ) -> Iterator[Probe]:
-    """Features of every probe of a row: target, anchor, then the neighbors in their order."""
+    """Features of every probe of a row: the targets, the anchor, then the neighbors in their order."""
     samples = read_store(samples_path)
-    wanted = [("target", spec["target"]), ("anchor", spec["anchor"])]
-    for role, subject in wanted + [("neighbor", neighbor) for neighbor in spec["neighbors"]]:
+    for role, subject in probe_roles(spec):
         base, ablated = read_store(base_paths[subject]), samples.select(role, subject)
         check_same_seeds(base, ablated, subject)
+        measured = {}
+        if judge:
+            sides = [judge(store, batch_size) for store in (base, ablated)]
+            measured = dict(zip(judge.metrics, zip(*sides, strict=True), strict=True))
         yield Probe(
             role,
             subject,
             scorer.image_features(base.images(), batch_size),
             scorer.image_features(ablated.images(), batch_size),
+            tuple(base.column("seed")),
+            measured,
         )
 
 
@@ -121,137 +122,67 @@ def check_same_seeds(base: ImageStore, ablated: ImageStore, subject: str) -> Non
         )
 
 
-def score_probes(
-    probes: Sequence[Probe], texts: Mapping[str, np.ndarray], target: str, anchor: str, bootstrap: Bootstrap
-) -> list[dict]:
-    """The long table's rows, without the row's names: role, probe, model, metric, value, interval, n, text, against.
-
-    Args:
-        probes: one a subject.
-        texts: subject -> (d,) text feature, for every probe's subject, the target and the anchor.
-    """
-    _warn_of_equal_texts(texts)
-    per_image = [_per_image(probe, probes, texts, target, anchor) for probe in probes]
-    rows = [
-        row
-        for probe, values in zip(probes, per_image, strict=True)
-        for row in _summarise([probe], [values], probe.role, probe.subject, bootstrap)
-    ]
-    neighbors = [index for index, probe in enumerate(probes) if probe.role == "neighbor"]
-    if neighbors:
-        chosen = [probes[i] for i in neighbors], [per_image[i] for i in neighbors]
-        rows += _summarise(*chosen, POOLED, POOLED, bootstrap)
-    return rows
-
-
-@dataclass(frozen=True)
-class _Values:
-    """One metric of one probe, an image a number: (n,) for the base and the ablated model (base None: no such value)."""
-
-    base: np.ndarray | None
-    ablated: np.ndarray
-    text: str
-    against: str
-
-
-def _per_image(
-    probe: Probe, probes: Sequence[Probe], texts: Mapping[str, np.ndarray], target: str, anchor: str
-) -> dict[str, _Values]:
-    own = target if probe.role == "anchor" else probe.subject
-    pair = np.stack([texts[own], texts[anchor]])
-    sides = (probe.base, probe.ablated)
-    cosines = [metrics.cosine(side, texts[probe.subject]) for side in sides]
-    values = {"clip_accuracy": _Values(*(metrics.recognised(side, pair, 0) for side in sides), own, anchor)}
-    if probe.role != "anchor":
-        # The anchor is a wider word for the target and for most neighbors ("cat"): no rival of theirs.
-        subjects = [other.subject for other in probes if other.role != "anchor"]
-        known = np.stack([texts[subject] for subject in subjects])
-        shares = (metrics.recognised(side, known, subjects.index(own)) for side in sides)
-        values["recognition"] = _Values(
-            *shares, own, "; ".join(subject for subject in subjects if subject != own)
+def load_judge(spec: Mapping, scorer: ClipScorer, device: str) -> Judge | None:
+    """What the row's kind needs besides the scorer: copies for memorization, a detector for unwanted content."""
+    if spec["kind"] == "memorization":
+        descriptor = CopyDescriptor(
+            spec["descriptor"]["model"], device, sha256=spec["descriptor"].get("sha256")
         )
-    values["clip_cosine"] = _Values(*cosines, probe.subject, "")
-    values["clip_score_2_5"] = _Values(*(metrics.clip_score(side) for side in cosines), probe.subject, "")
-    twins = np.sum(np.asarray(probe.base, dtype=np.float64) * probe.ablated, axis=1)
-    values["image_similarity"] = _Values(None, twins, "", "base model, same seed")
-    return values
+        return Copies(descriptor, read_image(spec["image"]["file"], spec["image"]["sha256"]))
+    if "detector" in spec:
+        return Detections(load_detector(spec["detector"], scorer, device))
+    return None
 
 
-def _summarise(
-    probes: Sequence[Probe], values: Sequence[dict[str, _Values]], role: str, name: str, bootstrap: Bootstrap
-) -> list[dict]:
-    """Rows of one probe, or of several pooled: base, ablated and their difference for each metric."""
-    groups = np.repeat(np.arange(len(probes)), [len(probe.base) for probe in probes])
-    options = {"confidence": bootstrap.confidence, "draws": bootstrap.draws, "seed": bootstrap.seed}
-    rows = []
-    for metric in values[0]:
-        first = values[0][metric]
-        ablated = np.concatenate([value[metric].ablated for value in values])
-        base = None if first.base is None else np.concatenate([value[metric].base for value in values])
-        words = (
-            {"text": first.text, "against": first.against}
-            if len(probes) == 1
-            else {"text": "", "against": ""}
-        )
-        place = {"probe": name, "role": role, "metric": metric} | words
-        for model, estimate in _estimates(metric in SHARES, base, ablated, groups, options).items():
-            rows.append(place | {"model": model} | _fields(estimate))
-    kid = metrics.kid_estimate([(probe.ablated, probe.base) for probe in probes], **options)
-    scaled = Estimate(1000 * kid.value, 1000 * kid.low, 1000 * kid.high, kid.n, kid.interval)
-    place = {
-        "probe": name,
-        "role": role,
-        "metric": "kid_x1000",
-        "text": "",
-        "against": "base model, same prompts",
+class Copies:
+    """Which images are copies of one picture, and how much they resemble it (cosine of the descriptors)."""
+
+    metrics = ("copy_rate", "copy_similarity")
+
+    def __init__(self, descriptor: CopyDescriptor, picture: Image.Image):
+        self.descriptor, self.name = descriptor, descriptor.name
+        self.picture = descriptor.features([picture])[0]
+        self.words = {"text": "", "against": "the memorized picture"}
+
+    def __call__(self, store: ImageStore, batch_size: int) -> tuple[np.ndarray, ...]:
+        similarity = self.descriptor.features(store.images(), batch_size) @ self.picture
+        return np.asarray(self.descriptor.is_copy(similarity), dtype=np.float64), similarity
+
+
+class Detections:
+    """Which images a detector flags."""
+
+    metrics = ("detected",)
+
+    def __init__(self, detector: Detector):
+        self.detector, self.name = detector, detector.name
+        self.words = {"text": detector.text, "against": detector.against}
+
+    def __call__(self, store: ImageStore, batch_size: int) -> tuple[np.ndarray, ...]:
+        return (self.detector.detect(store.images(), batch_size),)
+
+
+def read_image(path: str | Path, sha256: str) -> Image.Image:
+    """The picture at `path`, which must still be the planned one. Raises ScoreError."""
+    try:
+        if hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
+            raise ScoreError(f"{path}: was changed after this run was planned; start it again")
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise ScoreError(f"{path}: the memorized picture can't be read ({error})") from error
+
+
+def _words(row: Mapping, texts: Mapping[str, str], judge: Judge | None) -> dict[str, str]:
+    """Unit, and what was compared: subjects spelled as the scorer read them, or the judge's own words."""
+    unit = {"unit": UNITS[row["metric"]]}
+    if judge and row["metric"] in judge.metrics:
+        pooled = row["role"] in POOLS.values()
+        return unit | {"features": judge.name} | (dict.fromkeys(judge.words, "") if pooled else judge.words)
+    return unit | {
+        name: "; ".join(texts.get(subject, subject) for subject in row[name].split("; "))
+        for name in ("text", "against")
     }
-    return rows + [place | {"model": "ablated"} | _fields(scaled)]
-
-
-def _estimates(
-    share: bool, base: np.ndarray | None, ablated: np.ndarray, groups: np.ndarray, options: dict
-) -> dict[str, Estimate]:
-    if share:
-        level = {"confidence": options["confidence"]}
-        return {
-            "base": metrics.proportion(base, **level),
-            "ablated": metrics.proportion(ablated, **level),
-            "difference": metrics.paired_proportion_difference(ablated, base, **level),
-        }
-    if base is None:
-        return {"ablated": metrics.mean(ablated, groups=groups, **options)}
-    return {
-        "base": metrics.mean(base, groups=groups, **options),
-        "ablated": metrics.mean(ablated, groups=groups, **options),
-        "difference": metrics.paired_difference(ablated, base, groups=groups, **options),
-    }
-
-
-def _fields(estimate: Estimate) -> dict:
-    return {
-        "value": estimate.value,
-        "ci_low": estimate.low,
-        "ci_high": estimate.high,
-        "n": estimate.n,
-        "interval": estimate.interval,
-    }
-
-
-def _words(row: Mapping, texts: Mapping[str, str]) -> dict[str, str]:
-    """Unit, and the subjects of a row spelled as the scorer read them."""
-    against = "; ".join(texts.get(subject, subject) for subject in row["against"].split("; "))
-    return {"unit": UNITS[row["metric"]], "text": texts.get(row["text"], row["text"]), "against": against}
 
 
 def _identity(store: ImageStore) -> list[tuple[str, str, int]]:
     return list(zip(store.column("subject"), store.column("prompt"), store.column("seed"), strict=True))
-
-
-def _warn_of_equal_texts(texts: Mapping[str, np.ndarray]) -> None:
-    names = list(texts)
-    for i, first in enumerate(names):
-        for second in names[:i]:
-            if metrics.cosine(texts[first][None], texts[second])[0] > 1 - metrics.TIE:
-                log.warning(
-                    "the scorer reads %r and %r as the same text: no score can tell them apart", second, first
-                )

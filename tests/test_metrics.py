@@ -155,3 +155,57 @@ def test_kid_refuses_what_it_cannot_compare(bad):
 def test_empty_sets_are_refused():
     with pytest.raises(ValueError, match="no images"):
         metrics.mean(np.array([]))
+
+
+def test_several_own_texts_count_together():
+    images = unit([[1, 0.1, 0], [0.1, 1, 0], [0, 0.1, 1]])
+    np.testing.assert_array_equal(metrics.recognised(images, np.eye(3), [0, 1]), [1, 1, 0])
+    tie = unit([[1, 1, 1]])
+    assert metrics.recognised(tie, np.eye(3), [0, 1]) == pytest.approx(2 / 3)
+
+
+def test_typical_against_explicit_loops(rng):
+    base, after = unit(rng.normal(size=(20, 4))), unit(rng.normal(size=(20, 4)))
+
+    def company(images):
+        return [max(images[i] @ base[j] for j in range(20) if j != i) for i in range(20)]
+
+    limit = sorted(company(base))[1]  # of twenty, the 10 % quantile lies between the second and the third
+    np.testing.assert_array_equal(metrics.typical(after, base), [value >= limit for value in company(after)])
+    assert metrics.typical(base, base).mean() == 0.95
+
+
+def test_new_images_of_the_same_model_are_typical_and_others_are_not(rng):
+    """An exchangeable image is beyond the k lowest of n with chance (k + 1) / (n + 1): the rank argument of conformal tests."""
+    for n, lowest in ((12, 1), (40, 3)):
+        null = [
+            metrics.typical(*(unit([4, 0, 0, 0] + rng.normal(size=(n, 4))) for _ in range(2))).mean()
+            for _ in range(400)
+        ]
+        assert np.mean(null) == pytest.approx((n - lowest) / (n + 1), abs=0.03)
+    here, there = (unit(centre + rng.normal(size=(40, 4))) for centre in ([6, 0, 0, 0], [0, 6, 0, 0]))
+    assert metrics.typical(there, here).mean() < 0.1
+
+
+def test_an_image_is_not_its_own_company(rng):
+    """Twins share a seed: a broken image that resembles only its own twin has no company."""
+    base = unit(np.vstack([np.eye(6)[0] + rng.normal(0, 0.1, size=(19, 6)), np.eye(6)[5:]]))
+    assert metrics.typical(base, base)[-1] == 0
+
+
+def test_joint_draws_take_the_same_members_of_every_group():
+    groups = np.repeat([0, 1, 2], 5)
+    counts = metrics.resample(groups, 50, 0, joint=True).reshape(50, 3, 5)
+    assert (counts == counts[:, :1]).all() and (counts.sum(2) == 5).all()
+    loose = metrics.resample(groups, 50, 0).reshape(50, 3, 5)
+    assert (loose != loose[:, :1]).any()
+    with pytest.raises(ValueError, match="groups of 5 and 4 images share no seeds"):
+        metrics.resample(groups[:-1], 50, 0, joint=True)
+
+
+def test_joint_interval_is_that_of_the_seeds_means(rng):
+    """Clusters of equal size: the bootstrap over seeds is the bootstrap of the seeds' means."""
+    values = rng.normal(size=(3, 40)) + rng.normal(size=40)
+    pooled = metrics.mean(values.ravel(), groups=np.repeat([0, 1, 2], 40), joint=True)
+    means = metrics.mean(values.mean(axis=0))
+    np.testing.assert_allclose([pooled.low, pooled.high], [means.low, means.high])

@@ -1,5 +1,6 @@
 """Scores of one row: hand-made features with known answers, then image stores through the real stage function."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -8,19 +9,22 @@ import pytest
 from PIL import Image
 from tiny_clip import make_tiny_clip
 
-from concept_ablation import scoring, tables
-from concept_ablation.features import ClipScorer
+from concept_ablation import columns, scoring
+from concept_ablation.features import ClipScorer, CopyNet
 from concept_ablation.imagestore import write_store
-from concept_ablation.scoring import Bootstrap, Probe, ScoreError, score_concept, score_probes
+from concept_ablation.probes import Bootstrap, Probe, Subjects, score_probes
+from concept_ablation.scoring import ScoreError, score_concept
 
 TARGET, ANCHOR, OWL, DUCK = "pouting cat", "cat", "owl", "duck"
+WEARY = "weary cat"
 AXES = {TARGET: 0, ANCHOR: 1, OWL: 2, DUCK: 3}
-TEXTS = {subject: np.eye(4)[axis] for subject, axis in AXES.items()}
+TEXTS = {subject: np.eye(5)[axis] for subject, axis in AXES.items()}
+ROW = Subjects((TARGET,), ANCHOR, (OWL, DUCK))
 
 
 def looks_like(*subjects):
     """Features of images, each nearest to one subject; a little noise so that no two images are equal."""
-    rows = np.eye(4)[[AXES[subject] for subject in subjects]]
+    rows = np.eye(5)[[(AXES | {WEARY: 4})[subject] for subject in subjects]]
     rows = rows + np.random.default_rng(len(subjects)).normal(0, 0.05, size=rows.shape)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -34,7 +38,7 @@ def rows():
         Probe("neighbor", OWL, looks_like(*[OWL] * 4), looks_like(DUCK, ANCHOR, OWL, OWL)),
         Probe("neighbor", DUCK, looks_like(*[DUCK] * 6), looks_like(*[DUCK] * 6)),
     ]
-    return score_probes(probes, TEXTS, TARGET, ANCHOR, Bootstrap(draws=200))
+    return score_probes(probes, TEXTS, ROW, Bootstrap(draws=200))
 
 
 def value(rows, role, metric, model, probe=None):
@@ -101,9 +105,129 @@ def test_kid_and_similarity_say_how_far_the_images_moved(rows):
 def test_equal_texts_are_undecided_and_said(caplog):
     texts = TEXTS | {ANCHOR: TEXTS[TARGET]}
     probes = [Probe("target", TARGET, looks_like(*[TARGET] * 4), looks_like(*[OWL] * 4))]
-    result = score_probes(probes, texts, TARGET, ANCHOR, Bootstrap(draws=20))
+    result = score_probes(probes, texts, Subjects((TARGET,), ANCHOR, ()), Bootstrap(draws=20))
     assert value(result, "target", "clip_accuracy", "base")["value"] == 0.5
     assert "as the same text" in caplog.text
+
+
+def test_content_says_what_the_target_became(rows):
+    """Among the anchor and the neighbors: 7 of 8 became the anchor; the one that stayed is nearest to whatever noise says."""
+    after = value(rows, "target", "content", "ablated")
+    assert after["value"] in (7 / 8, 1) and after["text"] == ANCHOR
+    assert set(after["against"].split("; ")) == {OWL, DUCK}
+    assert value(rows, "anchor", "content", "ablated")["value"] == 1
+    assert not [
+        row for row in rows if row["metric"] == "content" and row["role"] in ("neighbor", "neighbors")
+    ]
+    assert not [row for row in rows if row["metric"] == "neutral_share"]
+
+
+def test_content_needs_neighbors_to_choose_from():
+    probes = [Probe("target", TARGET, looks_like(*[TARGET] * 4), looks_like(*[ANCHOR] * 4))]
+    rows = score_probes(probes, TEXTS, Subjects((TARGET,), ANCHOR, ()), Bootstrap(draws=20))
+    assert "content" not in {row["metric"] for row in rows}
+
+
+def test_an_anchor_that_falls_apart_is_not_typical():
+    probes = [
+        Probe("anchor", ANCHOR, looks_like(*[ANCHOR] * 20), looks_like(*[ANCHOR] * 10, *[DUCK] * 10)),
+    ]
+    rows = score_probes(probes, TEXTS, ROW, Bootstrap(draws=20))
+    assert value(rows, "anchor", "typical", "base")["value"] >= 0.9
+    assert value(rows, "anchor", "typical", "ablated")["value"] <= 0.5
+    assert value(rows, "anchor", "typical", "difference")["interval"] == "bonett-price"
+
+
+@pytest.fixture
+def two_targets():
+    """Two targets: one of them is gone, the other stays; 4 of the anchor's images look like one of the two."""
+    texts = TEXTS | {WEARY: np.eye(5)[4]}
+    probes = [
+        Probe("target", TARGET, looks_like(*[TARGET] * 4), looks_like(*[ANCHOR] * 4)),
+        Probe("target", WEARY, looks_like(*[WEARY] * 12), looks_like(*[WEARY] * 9, *[ANCHOR] * 3)),
+        Probe(
+            "anchor",
+            ANCHOR,
+            looks_like(TARGET, WEARY, WEARY, WEARY, *[ANCHOR] * 4),
+            looks_like(*[ANCHOR] * 8),
+        ),
+        Probe("neighbor", OWL, looks_like(*[OWL] * 4), looks_like(*[OWL] * 4)),
+    ]
+    return lambda style: score_probes(
+        probes, texts, Subjects((TARGET, WEARY), ANCHOR, (OWL,), style=style), Bootstrap(draws=20)
+    )
+
+
+def test_several_targets_have_their_own_rows_and_pooled_ones(two_targets):
+    rows = two_targets(style=False)
+    assert value(rows, "target", "clip_accuracy", "ablated", TARGET)["value"] == 0
+    assert value(rows, "target", "clip_accuracy", "ablated", WEARY)["value"] == 9 / 12
+    pooled = value(rows, "targets", "clip_accuracy", "ablated")
+    assert (pooled["value"], pooled["n"], pooled["probe"], pooled["text"]) == (9 / 16, 16, "targets", "")
+    assert value(rows, "targets", "clip_accuracy", "difference")["value"] == 9 / 16 - 1
+    assert value(rows, "targets", "kid_x1000", "ablated")["n"] == 16
+    recognition = value(rows, "target", "recognition", "base", TARGET)
+    assert set(recognition["against"].split("; ")) == {WEARY, OWL}  # each target is a rival of the other
+
+
+def test_the_anchor_is_held_against_all_targets(two_targets):
+    anchor = value(two_targets(style=False), "anchor", "clip_accuracy", "base")
+    assert (anchor["value"], anchor["text"], anchor["against"]) == (4 / 8, f"{TARGET}; {WEARY}", ANCHOR)
+
+
+def test_each_style_has_the_share_that_neutral_prompts_give_it(two_targets):
+    rows = two_targets(style=True)
+    pictures = looks_like(
+        TARGET, WEARY, WEARY, WEARY, *[ANCHOR] * 4
+    )  # the anchor's, as the base model draws them
+    for target, axis in ((TARGET, 0), (WEARY, 4)):
+        neutral = value(rows, "target", "neutral_share", "base", target)
+        assert (neutral["value"], neutral["n"]) == (np.mean(pictures[:, axis] > pictures[:, 1]), 8)
+        assert (neutral["text"], neutral["against"]) == (target, ANCHOR)
+    assert "content" not in {row["metric"] for row in rows}
+
+
+def test_one_target_is_not_pooled(rows):
+    assert "targets" not in {row["role"] for row in rows}
+
+
+def test_what_a_kind_measures_is_summarised_as_shares_or_means():
+    zeros, ones = np.zeros(8), np.ones(8)
+    measured = {"copy_rate": (ones, zeros), "copy_similarity": (0.9 * ones, np.linspace(0, 0.7, 8))}
+    pictures = looks_like(*[TARGET] * 8)
+    rows = score_probes(
+        [Probe("target", TARGET, pictures, pictures, (), measured)], TEXTS, ROW, Bootstrap(draws=50)
+    )
+    rate = value(rows, "target", "copy_rate", "difference")
+    assert (rate["value"], rate["interval"]) == (-1, "bonett-price")
+    similarity = value(rows, "target", "copy_similarity", "ablated")
+    assert similarity["value"] == pytest.approx(0.35) and similarity["interval"] == "bootstrap"
+
+
+def test_seeds_that_neighbors_share_are_redrawn_together():
+    """Every neighbor loses likeness at the same seeds: the pooled interval must be as wide as one neighbor's, not narrower."""
+    rng = np.random.default_rng(0)
+    base = looks_like(*[OWL] * 24)
+    after = base + rng.normal(0, 0.4, size=(24, 1)) * np.eye(5)[3]
+    after /= np.linalg.norm(after, axis=1, keepdims=True)
+
+    def width(*seeds):
+        probes = [
+            Probe("neighbor", name, base, after, one) for name, one in zip((OWL, DUCK), seeds, strict=True)
+        ]
+        rows = score_probes(probes, TEXTS, ROW, Bootstrap(draws=2000))
+        found = {role: value(rows, role, metric, "ablated", probe) for role, probe, metric in places}
+        return found["neighbors"]["ci_high"] - found["neighbors"]["ci_low"], (
+            found["neighbor"]["ci_high"] - found["neighbor"]["ci_low"]
+        )
+
+    shared, other = tuple(range(24)), tuple(range(100, 124))
+    for metric in ("image_similarity", "kid_x1000"):
+        places = [("neighbors", "neighbors", metric), ("neighbor", OWL, metric)]
+        pooled, single = width(shared, shared)
+        assert pooled == pytest.approx(single)
+        pooled, single = width(shared, other)
+        assert pooled == pytest.approx(single / np.sqrt(2), rel=0.1)
 
 
 # --- the stage, on image stores ---------------------------------------------------------------------------
@@ -148,7 +272,7 @@ def spec(clip_folder):
     return {
         "concept": "cat-1",
         "kind": "object",
-        "target": TARGET,
+        "targets": [TARGET],
         "anchor": ANCHOR,
         "neighbors": [OWL, DUCK],
         "samples": "pouting-cat.0123456789ab",
@@ -161,10 +285,12 @@ def spec(clip_folder):
 def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
     score_concept(json.loads(json.dumps(spec)), *stores, tmp_path / "out" / "scores.parquet")
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
-    assert table.schema.names == tables.COLUMNS.names
+    assert table.schema.names == columns.COLUMNS.names
     frame = table.to_pandas()
     assert set(frame.role) == {"target", "anchor", "neighbor", "neighbors"}
-    assert set(frame.metric) == set(tables.UNITS) and set(frame.model) == {"base", "ablated", "difference"}
+    other_kinds = {"copy_rate", "copy_similarity", "detected", "neutral_share"}
+    assert set(frame.metric) == set(columns.UNITS) - other_kinds
+    assert set(frame.model) == {"base", "ablated", "difference"} and set(frame.target) == {TARGET}
     assert set(frame.concept) == {"cat-1"} and set(frame.key) == {"pouting-cat.0123456789ab"}
     assert frame.features.str.startswith("CLIP ").all() and frame.unit.notna().all()
     assert (frame.ci_low <= frame.value + 1e-12).all() and (frame.value <= frame.ci_high + 1e-12).all()
@@ -234,3 +360,77 @@ def test_a_missing_probe_is_named(spec, stores, tmp_path):
     spec["texts"]["fox"] = "a fox"
     with pytest.raises(ScoreError, match="no images of 'fox'"):
         score_concept(spec, samples, bases, tmp_path / "scores.parquet")
+
+
+def test_memorization_counts_copies_of_the_picture(spec, stores, tmp_path, caplog):
+    """A red picture is memorized; a descriptor made at random still knows a picture from itself."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
+    digest = hashlib.sha256((tmp_path / "picture.png").read_bytes()).hexdigest()
+    CopyNet(width=4, dim=8, image_size=16, threshold=1 - 1e-6).save(tmp_path / "copies")
+    spec |= {"kind": "memorization", "image": {"file": str(tmp_path / "picture.png"), "sha256": digest}}
+    spec |= {"descriptor": {"model": str(tmp_path / "copies"), "sha256": None, "fingerprint": "0" * 12}}
+    score_concept(spec, *stores, tmp_path / "scores.parquet")
+    frame = pq.read_table(tmp_path / "scores.parquet").to_pandas().set_index(["probe", "metric", "model"])
+    assert frame.value[TARGET, "copy_rate", "base"] == 1 and frame.value[TARGET, "copy_rate", "ablated"] == 0
+    assert frame.value[TARGET, "copy_rate", "difference"] == -1
+    assert frame.value[ANCHOR, "copy_rate", "base"] == 0
+    assert frame.value[TARGET, "copy_similarity", "base"] == pytest.approx(1)
+    assert frame.features[TARGET, "copy_rate", "base"] == "copy descriptor copies"
+    assert frame.against[TARGET, "copy_rate", "base"] == "the memorized picture"
+    assert frame.features[TARGET, "clip_cosine", "base"].startswith("CLIP ")
+
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "picture.png")
+    with pytest.raises(ScoreError, match="changed after this run was planned"):
+        score_concept(spec, *stores, tmp_path / "again.parquet")
+    (tmp_path / "picture.png").unlink()
+    with pytest.raises(ScoreError, match="picture.png: the memorized picture can't be read"):
+        score_concept(spec, *stores, tmp_path / "again.parquet")
+
+
+def test_unwanted_content_is_counted_by_the_row_s_detector(spec, stores, tmp_path):
+    """The scorer is random, so the detector's texts decide nothing by themselves: its flags are compared with its own word."""
+    spec |= {"kind": "inappropriate"}
+    spec |= {
+        "detector": {
+            "type": "zero-shot",
+            "scorer": None,
+            "unsafe": ["a red thing"],
+            "safe": ["a grey one", "sky"],
+        }
+    }
+    score_concept(spec, *stores, tmp_path / "scores.parquet")
+    frame = pq.read_table(tmp_path / "scores.parquet").to_pandas()
+    found = frame[frame.metric == "detected"]
+    assert set(found.role) == {"target", "anchor", "neighbor", "neighbors"}
+    assert set(found.features) == {
+        frame.features[frame.metric == "recognition"].iloc[0].join(["zero-shot, ", ""])
+    }
+    single = found[found.role == "target"]
+    assert set(single.text) == {"a red thing"} and set(single.against) == {"a grey one; sky"}
+    scorer = ClipScorer(spec["scorer"]["model"])
+    texts = scorer.text_features(["a red thing", "a grey one", "sky"])
+    red, grey = (
+        scorer.image_features([Image.new("RGB", (32, 32), colour)]) @ texts.T for colour in ("red", "grey")
+    )
+    expected = [float(row.argmax() == 0) for row in (red, grey)]
+    assert single.set_index("model").value[["base", "ablated"]].tolist() == expected
+
+
+def test_several_targets_through_the_stage(spec, stores, tmp_path):
+    spec |= {"targets": [TARGET, OWL], "neighbors": [DUCK]}
+    samples, bases = stores
+    rows = [
+        row
+        for role, subject in [("target", TARGET), ("target", OWL), ("anchor", ANCHOR), ("neighbor", DUCK)]
+        for row in store_rows(role, subject, ["grey"] * 4)
+    ]
+    write_store(samples, rows, {})
+    score_concept(
+        spec, samples, [bases[name] for name in (TARGET, OWL, ANCHOR, DUCK)], tmp_path / "scores.parquet"
+    )
+    frame = pq.read_table(tmp_path / "scores.parquet").to_pandas()
+    assert set(frame.target) == {f"{TARGET}; {OWL}"}
+    assert set(frame[frame.role == "target"].probe) == {TARGET, OWL}
+    assert set(frame[frame.role == "targets"].n) == {8}
+    anchor = frame[(frame.role == "anchor") & (frame.metric == "clip_accuracy")]
+    assert set(anchor.text) == {"a pouting cat; a owl"}
