@@ -210,15 +210,18 @@ def _post(
     with session.post(
         url, json=body, auth=sign, timeout=timeout, stream=True, allow_redirects=False
     ) as response:
-        try:
-            while len(data) <= MAX_BYTES and (part := response.raw.read1(65536, decode_content=True)):
-                data += part
-                if time.monotonic() > end:
-                    raise requests.exceptions.Timeout
-        except urllib3.exceptions.TimeoutError:
-            raise requests.exceptions.Timeout from None
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise requests.exceptions.ConnectionError(str(error)) from None
+        while len(data) <= MAX_BYTES:
+            try:
+                part = response.raw.read1(65536, decode_content=True)
+            except urllib3.exceptions.TimeoutError:
+                raise requests.exceptions.Timeout from None
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise requests.exceptions.ConnectionError(str(error)) from None
+            if not part:
+                break
+            data += part
+            if time.monotonic() > end:
+                raise requests.exceptions.Timeout
         return response.status_code, response.headers, bytes(data)
 
 

@@ -113,7 +113,7 @@ def _about_target_prompts(
         for target in made:
             if len(target) == len(anchor) and target.casefold() == anchor.casefold():
                 same.append(anchor)
-            elif tokens is not None and tokens.too_many(target):
+            elif tokens is not None and tokens.too_many(target, anchor):
                 cut.append((anchor, target))
         repeated += len(set(made)) < len(made)
     if same:
@@ -142,7 +142,7 @@ def _targets_in_anchor_prompts(prompts: Prompts, targets: Sequence[str]) -> Iter
     """Anchor prompts that show what is to be removed."""
     lowered = "\n".join(prompts).casefold()
     for target in targets:
-        if target[:-1].casefold() not in lowered:  # without its last letter: a plural may change it
+        if not _may_hold(lowered, target):
             continue
         holding = [prompt for prompt in prompts if has_word(prompt, target)]
         if holding:
@@ -174,11 +174,17 @@ def _about_words(row: LintRow, tokens: Tokens | None) -> Iterator[Found]:
         for role, word in [*(("target", target) for target in row.targets), ("anchor", row.anchor)]:
             if _same_word(neighbor, word):
                 text = f"is the {role} {word!r} in another form; name another concept"
-            elif role == "target" and has_word(neighbor, word):
+            elif role == "target" and _may_hold(neighbor.casefold(), word) and has_word(neighbor, word):
                 text = f"holds the target {word!r} and can't be kept while that goes; name another concept"
             else:
                 continue
             yield "warning", "neighbor", f"neighbor {neighbor!r} {text}"
+
+
+def _may_hold(lowered: str, word: str) -> bool:
+    """Whether it is worth while to look for `word` in a lower-case text: a plural changes its last letter at
+    most."""
+    return word[:-1].casefold() in lowered
 
 
 def _same_word(one: str, other: str) -> bool:

@@ -13,34 +13,38 @@ log = logging.getLogger(__name__)
 
 
 class Tokens:
-    """A model's tokenizer. `limit`: the tokens that the model reads, those of begin and end included."""
+    """A model's tokenizer. `limit`: the tokens that the model reads, those of begin and end included.
+
+    Each word is encoded alone and once, which gives what the whole prompt would: no token spans two words.
+    """
 
     def __init__(self, tokenizer, limit: int, ends: int, unknown: int | None, merges: bool) -> None:
         self.limit, self._ends = limit, ends
-        self._tokenizer, self._unknown_token, self._merges = tokenizer, unknown, merges
-        self._counts = _Counts(lambda word: len(self._ids(word)))
-
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._unknown_token, self._merges = unknown, merges
+        self._words = _Cache(lambda word: tuple(tokenizer.encode(word, add_special_tokens=False).ids))
+        self._lengths = _Cache(lambda word: len(self._words[word]))
+        self._parts = _Cache(self.count)
 
     def count(self, prompt: str) -> int:
         """How many tokens `prompt` has, begin and end included."""
-        return len(self._ids(prompt)) + self._ends
+        return sum(map(self._lengths.__getitem__, prompt.split())) + self._ends
 
     def read(self, prompt: str) -> list[int]:
-        """The tokens of `prompt` that the model reads."""
-        return self._ids(prompt)[: self.limit - self._ends]
+        """The tokens of `prompt` that the model reads, without begin and end."""
+        return [token for word in prompt.split() for token in self._words[word]][: self.limit - self._ends]
 
-    def too_many(self, prompt: str) -> bool:
+    def too_many(self, prompt: str, part: str = "") -> bool:
         """Whether the model reads `prompt` in part only.
 
-        A token has a character at least, and no token spans two words: both settle most prompts without
-        encoding them.
+        Two short cuts: a token has a letter, so a short prompt isn't counted; and of a prompt made around
+        `part`, which others are made around too, only the rest is.
         """
-        room = self.limit - self._ends
-        if len(prompt) <= room and prompt.isascii():
+        if len(prompt) <= self.limit - self._ends and prompt.isascii():
             return False
-        return sum(map(self._counts.__getitem__, prompt.split())) > room and self.count(prompt) > self.limit
+        rest = prompt.replace(part, " ", 1) if part else prompt
+        if len(rest) < len(prompt) and self._parts[part] + self._parts[rest] <= self.limit:
+            return False
+        return self.count(prompt) > self.limit
 
     def unknown(self, phrase: str) -> list[tuple[str, int]]:
         """The words of `phrase` that the tokenizer doesn't know, each with its number of tokens.
@@ -52,23 +56,23 @@ class Tokens:
         """
         words = []
         for word in re.findall(r"[^\W\d_]+", phrase):
-            ids = self._ids(word)
+            ids = self._words[word]
             spelled = self._merges and 1 < len(ids) and len(word) < 2 * len(ids)
             if self._unknown_token in ids or (spelled and not (word.isascii() and len(word) < 3)):
                 words.append((word, len(ids)))
         return words
 
 
-class _Counts(dict):
-    """Word -> its number of tokens, counted when first asked for."""
+class _Cache(dict):
+    """A dict that makes a missing value from its key."""
 
-    def __init__(self, count: Callable[[str], int]) -> None:
+    def __init__(self, make: Callable[[str], object]) -> None:
         super().__init__()
-        self._count = count
+        self._make = make
 
-    def __missing__(self, word: str) -> int:
-        self[word] = count = self._count(word)
-        return count
+    def __missing__(self, key: str) -> object:
+        self[key] = value = self._make(key)
+        return value
 
 
 @functools.lru_cache(maxsize=8)

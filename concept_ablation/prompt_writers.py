@@ -177,8 +177,8 @@ def _json_strings(text: str) -> list[str]:
     try:
         value, _ = json.JSONDecoder().raw_decode(text)
     except ValueError:
-        whole = re.finditer(r'"(?:[^"\\\n]|\\.)*"(?!\s*:)', text)
-        value = [_or_none(match[0]) for match in whole]
+        whole = re.finditer(r'("(?:[^"\\\n]|\\.)*")(\s*:)?', text)
+        value = [_or_none(match[1]) for match in whole if not match[2]]
     parts, strings = [value], []
     while parts:
         part = parts.pop(0)
@@ -237,10 +237,10 @@ class Collector:
             return "with control characters"
         if _letters(prompt) in self._seen:
             return "repeated"
-        if self.kind == "object" and not has_word(prompt, self.anchor):
-            return f"without the anchor {self.anchor!r}"
         if any(self._holds(prompt, target) for target in self.targets):
             return "with a target in it"
+        if self.kind == "object" and not has_word(prompt, self.anchor):
+            return f"without the anchor {self.anchor!r}"
         return None
 
     def _holds(self, prompt: str, target: str) -> bool:
