@@ -193,6 +193,15 @@ def test_settings_that_are_null_are_not_sent_and_no_key_is_fine(server, write, m
     assert "Authorization" not in headers and set(body) == {"model", "messages"}
 
 
+def test_passwords_of_the_home_folder_are_not_sent(server, write, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server.script = [say(CATS[0]), say("\n".join(CATS))]
+    write(1)
+    write(2, key_variable=None)
+    assert [headers.get("Authorization") for _, headers, _ in server.requests] == [f"Bearer {KEY}", None]
+
+
 @pytest.mark.parametrize(
     ("step", "status"),
     [
