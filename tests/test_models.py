@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from single_file import write_single_file
 from tiny import make_tiny_pipeline
 
 from concept_ablation.models import (
@@ -139,3 +140,74 @@ def test_a_hub_id_is_never_downloaded(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="hf download someone/some-model"):
         load_pipeline("someone/some-model", "0" * 40, "cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    """The tiny pipeline in one file."""
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    return write_single_file(load_pipeline(folder, device="cpu"), path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_checkpoint_in_one_file_is_the_same_model(name, pipeline, folder, tmp_path):
+    path = write_single_file(pipeline, tmp_path / name)
+    found = load_pipeline(path, device="cpu", config=str(folder))
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = (getattr(model, part).state_dict() for model in (pipeline, found))
+        assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert found.safety_checker is None
+    assert found.scheduler.config == pipeline.scheduler.config
+
+
+def test_a_checkpoint_in_one_file_takes_its_config_from_the_cache(checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="Nothing is downloaded in a run: give as its config"):
+        load_pipeline(checkpoint, device="cpu")
+    cached = tmp_path / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / ("0" * 40)).symlink_to(folder)
+    assert load_pipeline(checkpoint, device="cpu").unet.config.layers_per_block == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.diffusion_model.out.2", "some of the model's weights are missing"),
+        ("first_stage_model.", "not a checkpoint .* Failed to load AutoencoderKL"),
+        ("cond_stage_model.", "not a checkpoint .* Failed to load CLIPTextModel"),
+    ],
+)
+def test_an_incomplete_checkpoint_in_one_file_is_refused(missing, message, checkpoint, folder, tmp_path):
+    tensors = {name: value for name, value in load_file(checkpoint).items() if not name.startswith(missing)}
+    save_file(tensors, tmp_path / "part.safetensors")
+    with pytest.raises(ModelError, match=message):
+        load_pipeline(tmp_path / "part.safetensors", device="cpu", config=str(folder))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(folder, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return open, (str(tmp_path / "touched"), "w")
+
+    torch.save({"state_dict": Touch()}, tmp_path / "model.ckpt")
+    with pytest.raises(ModelError, match="refused, nothing in it was run: opening it would call .*open"):
+        load_pipeline(tmp_path / "model.ckpt", device="cpu", config=str(folder))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_config_that_does_not_serve_is_named(checkpoint, folder, tmp_path):
+    other = make_tiny_pipeline(tmp_path / "other", vae_factor=4)
+    with pytest.raises(ModelError, match="not a checkpoint .* expected shape"):
+        load_pipeline(checkpoint, device="cpu", config=str(other))
+    with pytest.raises(ModelError, match="config /no/where is neither a folder nor a file"):
+        load_pipeline(checkpoint, device="cpu", config="/no/where")
+    with pytest.raises(ModelError, match="no model_index.json"):
+        load_pipeline(checkpoint, device="cpu", config=str(tmp_path))
+    with pytest.raises(ModelError, match="for a checkpoint in one file alone"):
+        load_pipeline(folder, device="cpu", config=str(folder))
+    (tmp_path / "model.txt").write_text("")
+    with pytest.raises(ModelError, match="ends in .safetensors or .ckpt"):
+        load_pipeline(tmp_path / "model.txt", device="cpu", config=str(folder))
