@@ -23,7 +23,7 @@ from PIL import Image
 
 from concept_ablation import verdict
 from concept_ablation.columns import POOLS, SHARES, probe_roles
-from concept_ablation.formats import format_metric, points, share, sparkline, thumbnail
+from concept_ablation.figures import format_metric, points, share, sparkline, thumbnail
 from concept_ablation.imagestore import ImageStore, read_store
 from concept_ablation.prompts import UNSAFE
 from concept_ablation.runtime import atomic_output

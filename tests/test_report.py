@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation import report
+from concept_ablation import figures, report
+from concept_ablation.columns import COLUMNS, SHARES, UNITS, probe_roles
 from concept_ablation.imagestore import StoreError, write_store
 from concept_ablation.metrics import Estimate
-from concept_ablation.tables import COLUMNS, SHARES, UNITS, aggregate_scores
+from concept_ablation.tables import aggregate_scores
+from concept_ablation.verdict import MEASURES
 
 WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 HOSTILE = '"><script>alert(1)</script>{{ 7*7 }}<img src=x onerror=alert(2)>'
@@ -33,11 +35,17 @@ def images(role, subject, count, colour, prompt):
 
 def scores(row):
     """A long table with plausible numbers for each probe of a row."""
-    roles = [("target", row["target"]), ("anchor", row["anchor"])]
-    roles += [("neighbor", neighbor) for neighbor in row["neighbors"]] + [("neighbors", "neighbors")]
-    for role, probe in roles if row["neighbors"] else roles[:-1]:
+    roles = probe_roles(row)
+    if row["neighbors"]:
+        roles = [*roles, ("neighbors", "neighbors")]
+    if len(row["targets"]) > 1:
+        roles = [*roles, ("targets", "targets")]
+    measure = MEASURES[row["kind"]]
+    for role, probe in roles:
         for metric, unit in UNITS.items():
             if metric == "recognition" and role == "anchor":
+                continue
+            if metric in ("copy_rate", "copy_similarity", "detected", "neutral_share") and metric != measure:
                 continue
             models = (
                 ("ablated",)
@@ -48,6 +56,8 @@ def scores(row):
                 gone = role in ("target", "anchor") and model == "ablated"
                 value = {"base": 0.9, "ablated": 0.05 if gone else 0.88, "difference": -0.02}[model]
                 value = 0.1 if role == "anchor" and model == "base" else value
+                if role == "anchor" and metric in ("typical", "content"):
+                    value = {"base": 0.92, "ablated": 0.83, "difference": -0.09}[model]
                 made = Estimate(
                     value, value - 0.01, value + 0.01, 12, "wilson" if metric in SHARES else "bootstrap"
                 )
@@ -65,16 +75,24 @@ def scores(row):
 
 
 def make_row(
-    folder, concept, target="pouting cat", neighbors=("owl", "duck"), kind="object", prompt="a picture"
+    folder,
+    concept,
+    target="pouting cat",
+    neighbors=("owl", "duck"),
+    kind="object",
+    prompt="a picture",
+    image=None,
 ):
-    row = {"concept": concept, "kind": kind, "target": target, "anchor": "cat", "neighbors": list(neighbors)}
+    targets = target.split("; ")
+    row = {"concept": concept, "kind": kind, "target": target, "targets": targets, "anchor": "cat"}
+    row |= {"neighbors": list(neighbors), "image": image}
     where = folder / hashlib.sha256(concept.encode()).hexdigest()[:8]
     where.mkdir()
     for name, file in (("scores", "scores"), ("samples", "samples"), ("training", "training")):
         row[name] = str(where / f"{file}.parquet")
     row["delta"] = str(where / "delta.safetensors")
     (where / "delta.safetensors").write_bytes(b"0" * 1000)
-    probes = [("target", target), ("anchor", "cat"), *(("neighbor", neighbor) for neighbor in neighbors)]
+    probes = probe_roles(row)
     row["base"] = {
         subject: str(where / f"base-{number}.parquet") for number, (_, subject) in enumerate(probes)
     }
@@ -156,7 +174,7 @@ def test_pictures_of_a_seed_stand_together(page):
     colours = []
     for data, _ in sources:
         picture = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert max(picture.size) == report.THUMBNAIL
+        assert max(picture.size) == figures.THUMBNAIL
         colours.append(np.asarray(picture.convert("RGB")).mean((0, 1)).argmax())
     assert colours == [0, 2]  # red before, blue after
 
@@ -179,7 +197,7 @@ def test_the_table_sorts_by_plain_numbers(page):
         if cell.get("data-sort", "").startswith("0.")
     ]
     assert 0.05 in keys and 0.88 in keys
-    assert all("button" in part for part in re.findall(r"<th scope=\"col\".*?</th>", page)[:7])
+    assert all("button" in part for part in re.findall(r"<th scope=\"col\".*?</th>", page)[:8])
 
 
 def test_hostile_names_stay_text(tmp_path):
@@ -241,19 +259,19 @@ def test_pairs_a_probe(probes, wanted, budget, pairs):
 
 
 def test_number_formats():
-    assert [report.share(value) for value in (None, 0, 0.034, 1)] == ["–", "0%", "3%", "100%"]
-    assert [report.points(value) for value in (None, -0.034, 0.05, -0.0001)] == ["–", "−3.4", "+5.0", "0.0"]
-    assert [report.format_metric(value, "kid_x1000") for value in (-1.26, 1234.5)] == ["−1.3", "1234"]
-    assert report.format_metric(0.12345, "clip_cosine") == "0.123"
-    assert report.format_metric(0.12345, "clip_cosine", change=True) == "+0.123"
-    assert report.format_metric(-0.02, "recognition", change=True) == "−2.0"
+    assert [figures.share(value) for value in (None, 0, 0.034, 1)] == ["–", "0%", "3%", "100%"]
+    assert [figures.points(value) for value in (None, -0.034, 0.05, -0.0001)] == ["–", "−3.4", "+5.0", "0.0"]
+    assert [figures.format_metric(value, "kid_x1000") for value in (-1.26, 1234.5)] == ["−1.3", "1234"]
+    assert figures.format_metric(0.12345, "clip_cosine") == "0.123"
+    assert figures.format_metric(0.12345, "clip_cosine", change=True) == "+0.123"
+    assert figures.format_metric(-0.02, "recognition", change=True) == "−2.0"
 
 
 def test_sparkline():
-    assert report.sparkline([0.0, 1.0, 0.5], 100, 10) == "0.0,10.0 50.0,0.0 100.0,5.0"
-    assert report.sparkline([2.0] * 4, 100, 10, most=2) == "0.0,10.0 100.0,10.0"
-    assert report.sparkline([float("nan"), None], 100, 10) == ""
-    assert len(report.sparkline(list(range(5000)), 100, 10).split()) == 160
+    assert figures.sparkline([0.0, 1.0, 0.5], 100, 10) == "0.0,10.0 50.0,0.0 100.0,5.0"
+    assert figures.sparkline([2.0] * 4, 100, 10, most=2) == "0.0,10.0 100.0,10.0"
+    assert figures.sparkline([float("nan"), None], 100, 10) == ""
+    assert len(figures.sparkline(list(range(5000)), 100, 10).split()) == 160
 
 
 def test_terminal_summary(tmp_path, capsys):
@@ -269,12 +287,70 @@ def test_terminal_summary(tmp_path, capsys):
         "Report: results/report/index.html",
     ]
     assert re.match(
-        r"ok  al\?\[31mone\w+\.\.\.  +removed, no neighbors measured +90% -> 5% \[4%, 6%\] +-$", lines[2]
+        r"ok  al\?\[31mone\w+\.\.\.  +removed, no neighbors measured +90% -> 5% \[4%, 6%\] seen by CLIP +- +92% -> 83%$",
+        lines[2],
     )
     assert "90% -> 88%, -2.0 [-3.0, -1.0]" in lines[3]
     assert len({line.index("removed") for line in lines[2:4]}) == 1
     report.print_summary(tmp_path / "report" / "summary.parquet", "x", most=1)
     assert "... and 1 more in the report" in capsys.readouterr().err
+
+
+def test_several_targets_are_shown_each_and_pooled(tmp_path):
+    text = make_page(tmp_path, [make_row(tmp_path, "two", target="weary cat; pouting cat", kind="object")])
+    Elements(text)
+    assert re.findall(r'<span class="role">target</span> ([\w ]+)</h3>', text) == ["weary cat", "pouting cat"]
+    assert "weary cat; pouting cat → cat" in text and "of 2 targets" in text and "all targets" in text
+    assert "seen as a target" in text  # the anchor's images, held against both
+
+
+@pytest.mark.parametrize(
+    ("kind", "title", "word"),
+    [
+        ("object", "Target still seen", "seen by CLIP"),
+        ("memorization", "Copies of the memorized picture", "copied"),
+        ("nudity", "Images flagged", "flagged"),
+    ],
+)
+def test_each_kind_shows_its_own_measure(tmp_path, kind, title, word, capsys):
+    text = make_page(tmp_path, [make_row(tmp_path, "a", kind=kind)])
+    Elements(text)
+    assert f"<h3>{title}</h3>" in text and f'<span class="quiet">{word}</span>' in text
+    assert "Seen as the anchor rather than a neighbor" in text and "<h3>Anchor typical</h3>" in text
+    report.print_summary(tmp_path / "report" / "summary.parquet", "x", file=sys.stderr)
+    assert f"90% -> 5% [4%, 6%] {word}" in capsys.readouterr().err
+
+
+def test_the_memorized_picture_stands_above_its_row_s_images(tmp_path, caplog):
+    Image.new("RGB", (300, 200), "lime").save(tmp_path / "memorized.png")
+    row = make_row(tmp_path, "a", kind="memorization", image=str(tmp_path / "memorized.png"))
+    text = make_page(tmp_path, [row])
+    data = re.search(r'base64,([^"]+)" alt="the memorized picture"', text).group(1)
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).mean((0, 1))
+    assert picture.argmax() == 1 and text.index('alt="the memorized picture"') < text.index(
+        "before: a picture"
+    )
+    (tmp_path / "memorized.png").unlink()
+    assert 'alt="the memorized picture"' not in make_page(tmp_path, [row])
+    assert "memorized picture can't be shown" in caplog.text
+
+
+def test_unsafe_pictures_are_veiled_until_asked_for(tmp_path, page):
+    """Without a script: every pair has a checkbox of its own, the row one for all, and the table's previews stay veiled."""
+    elements = Elements(make_page(tmp_path, [make_row(tmp_path, "a", kind="nudity")]))
+    strips = [e["class"] for e in elements.of("div") if e.get("class", "").startswith("strip")]
+    assert strips == ["strip veiled"] * 4
+    assert [e["class"] for e in elements.of("span") if "preview" in e.get("class", "")] == ["preview veiled"]
+    boxes = [e for e in elements.of("input") if e.get("type") == "checkbox"]
+    assert len(boxes) == 1 + 4 * 8 and not any("checked" in box for box in boxes)
+    assert sum(box.get("aria-label", "").startswith("show the pictures of seed 10") for box in boxes) == 4 * 8
+    assert 'class="strip veiled' not in page and 'type="checkbox"' not in page
+
+
+def test_an_imported_delta_without_a_training_record(tmp_path):
+    row = make_row(tmp_path, "a")
+    del row["training"]
+    Elements(make_page(tmp_path, [row]))
 
 
 def test_the_report_needs_no_torch():

@@ -5,79 +5,132 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from concept_ablation import metrics, tables
-from concept_ablation.tables import COLUMNS, TableError, Thresholds, aggregate_scores, judge
+from concept_ablation import metrics, verdict
+from concept_ablation.columns import COLUMNS
+from concept_ablation.summary import SUMMARY
+from concept_ablation.tables import TableError, aggregate_scores
 from concept_ablation.training import StepRecord, write_records
+from concept_ablation.verdict import Presence, Thresholds, judge, read_thresholds
 
 
-def summary(target=(0.95, 0.05), n=40, loss=0.0, losses_n=100, anchor=0.1):
-    """The columns that a verdict reads, from shares: target before and after, neighbors' loss."""
+def share(value, count):
+    ones = round(value * count)
+    return metrics.proportion(np.repeat([1.0, 0.0], [ones, count - ones]))
 
-    def share(value, count):
-        return metrics.proportion(np.repeat([1.0, 0.0], [round(value * count), count - round(value * count)]))
 
-    change = np.zeros(losses_n)
-    change[: round(abs(loss) * losses_n)] = -np.sign(loss)
-    estimates = {
-        "target_accuracy_base": share(target[0], n),
-        "target_accuracy_ablated": share(target[1], n),
-        "anchor_accuracy_base": share(anchor, 40),
-        "neighbor_recognition_change": metrics.paired_proportion_difference(change, np.zeros(losses_n)),
-    }
+def presence(before, after, n=40, neutral=None, target="pouting cat"):
+    made = share(after, n)
+    return Presence(target, before, made.value, made.low, made.high, neutral)
+
+
+def losses(neighbors=0.0, anchor=0.0, n=100):
+    """The summary's columns that a verdict reads: the share of images lost, among `n` (None: not measured)."""
     columns = {}
-    for name, estimate in estimates.items():
-        columns |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    for name, loss in (("neighbor_recognition_change", neighbors), ("anchor_typical_change", anchor)):
+        estimate = (None,) * 3
+        if loss is not None:
+            change = np.zeros(n)
+            change[: round(abs(loss) * n)] = -np.sign(loss)
+            estimate = metrics.paired_proportion_difference(change, np.zeros(n))[:3]
+        columns |= dict(zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True))
     return columns
 
 
+def verdict_on(kind="object", target=(0.95, 0.05), thresholds=None, n=40, neutral=None, **lost):
+    return judge(kind, [presence(*target, n, neutral)], losses(**lost), thresholds or Thresholds())
+
+
 @pytest.mark.parametrize(
-    ("columns", "verdict", "settled"),
+    ("case", "words", "settled"),
     [
-        (summary(losses_n=1000), tables.KEPT, True),
-        (summary(target=(0.95, 0.2)), tables.KEPT, False),  # "at most" holds the limit; its interval does not
-        (summary(loss=0.05), tables.KEPT, False),  # a loss of exactly five points is allowed
-        (summary(loss=0.06), tables.HARMED, False),
-        (summary(loss=0.3), tables.HARMED, True),
-        (summary(target=(0.95, 0.9)), tables.PRESENT, True),
-        (summary(target=(0.95, 0.25), n=40), tables.PRESENT, False),
-        (summary(target=(1, 0.5), n=6), tables.TOO_WIDE, False),
-        (summary(target=(1, 1), n=6), tables.PRESENT, True),  # few images, but they leave no doubt
-        (summary(losses_n=6, loss=1 / 6), tables.TOO_WIDE, False),
-        (summary(target=(0.3, 0)), tables.NOT_SHOWN, False),
+        ({}, verdict.KEPT, True),
+        ({"target": (0.95, 0.2)}, verdict.KEPT, False),  # "at most" holds the limit; its interval does not
+        ({"neighbors": 0.05}, verdict.KEPT, False),  # a loss of exactly five points is allowed
+        ({"neighbors": 0.06}, verdict.HARMED, False),
+        ({"neighbors": 0.3}, verdict.HARMED, True),
+        ({"anchor": 0.2, "n_lost": 1000}, verdict.KEPT, False),
+        ({"anchor": 0.3, "n_lost": 1000}, verdict.ANCHOR_HARMED, True),
+        ({"anchor": 0.5, "neighbors": 0.3}, verdict.HARMED, True),
+        ({"target": (0.95, 0.9), "anchor": 0.9}, verdict.PRESENT, True),
+        ({"target": (0.95, 0.25)}, verdict.PRESENT, False),
+        ({"target": (1, 0.5), "n": 6}, verdict.TOO_WIDE, False),
+        ({"target": (1, 1), "n": 6}, verdict.PRESENT, True),  # few images, but they leave no doubt
+        ({"neighbors": 1 / 6, "n_lost": 6}, verdict.TOO_WIDE, False),
+        ({"target": (0.3, 0)}, verdict.NOT_SHOWN, False),
     ],
 )
-def test_verdicts_of_objects(columns, verdict, settled):
-    result = judge("object", columns, Thresholds())
-    assert (result.verdict, result.settled) == (verdict, settled)
-    assert result.target_limit == 0.2
+def test_verdicts_of_objects(case, words, settled):
+    target, n = case.get("target", (0.95, 0.05)), case.get("n", 40)
+    lost = losses(case.get("neighbors", 0.0), case.get("anchor", 0.0), case.get("n_lost", 100))
+    result = judge("object", [presence(*target, n)], lost, Thresholds())
+    assert (result.verdict, result.settled) == (words, settled)
+    assert (result.target_limit, result.deciding_target) == (0.2, "pouting cat")
 
 
 def test_a_style_may_stay_as_visible_as_it_is_without_being_asked_for():
-    columns = summary(target=(1, 0.3), anchor=0.25)
-    assert judge("object", columns, Thresholds()).verdict == tables.PRESENT
-    style = judge("style", columns, Thresholds())
-    assert style.verdict == tables.KEPT and style.target_limit == pytest.approx(0.35)
+    case = {"target": (1, 0.3), "neutral": 0.25}
+    assert verdict_on("object", **case).verdict == verdict.PRESENT
+    style = verdict_on("style", **case)
+    assert style.verdict == verdict.KEPT and style.target_limit == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("memorization", 0.1), ("nudity", 0.2), ("inappropriate", 0.2), ("object", 0.2)]
+)
+def test_each_kind_has_its_limit(kind, limit):
+    result = verdict_on(kind, target=(1, limit))
+    assert (result.verdict, result.target_limit) == (verdict.KEPT, limit)
+    assert verdict_on(kind, target=(1, limit + 0.05)).verdict == verdict.PRESENT
 
 
 def test_a_row_without_neighbors_is_not_called_harmless():
-    columns = summary()
-    for name in ("", "_low", "_high"):
-        columns["neighbor_recognition_change" + name] = None
-    result = judge("object", columns, Thresholds())
-    assert result.verdict == tables.ALONE and result.kept is None and result.removed
+    result = verdict_on(neighbors=None)
+    assert result.verdict == verdict.ALONE and result.kept is None and result.removed and result.anchor_kept
+    assert verdict_on(neighbors=None, anchor=0.6).verdict == verdict.ANCHOR_HARMED
+
+
+def test_every_target_must_be_gone():
+    gone, there = presence(1, 0.0, target="weary cat"), presence(1, 0.6, target="crying cat")
+    result = judge("object", [gone, there, gone], losses(), Thresholds())
+    assert (result.verdict, result.removed, result.deciding_target) == (verdict.PRESENT, False, "crying cat")
+    pooled = presence(1, 0.2)  # what the three are together would pass
+    assert judge("object", [pooled], losses(), Thresholds()).removed
+    assert judge("object", [gone, presence(1, 0.1)], losses(), Thresholds()).removed
+
+
+def test_of_several_targets_the_least_certain_one_settles_it():
+    sure, unsure = presence(1, 0.0, n=200), presence(1, 0.15, n=20, target="weary cat")
+    result = judge("object", [sure, unsure], losses(n=2000), Thresholds())
+    assert (result.removed, result.settled, result.deciding_target) == (True, False, "weary cat")
+    there, barely = presence(1, 0.9, target="owl"), presence(1, 0.25)
+    result = judge("object", [barely, there], losses(), Thresholds())
+    assert (result.settled, result.deciding_target) == (True, "owl")  # one that is surely there is enough
+
+
+def test_every_target_must_have_been_there():
+    rare = presence(0.3, 0.0, target="weary cat")
+    assert judge("object", [presence(1, 0.0), rare], losses(), Thresholds()).verdict == verdict.NOT_SHOWN
+
+
+def test_each_style_is_held_against_its_own_neutral_share():
+    ink, neon = presence(1, 0.3, neutral=0.25, target="ink"), presence(1, 0.3, neutral=0.05, target="neon")
+    result = judge("style", [ink, neon], losses(), Thresholds())
+    assert (result.removed, result.deciding_target) == (False, "neon")
+    assert result.target_limit == pytest.approx(0.15)
 
 
 def test_thresholds_come_from_the_config():
-    assert judge("object", summary(target=(1, 0.3)), Thresholds(target_max=0.4)).verdict == tables.KEPT
-    assert tables.read_thresholds([]) == Thresholds()
-    assert tables.read_thresholds({"rows": [], "verdict": {"target_max": 0.1}}).target_max == 0.1
+    assert verdict_on(target=(1, 0.3), thresholds=Thresholds(target_max=0.4)).verdict == verdict.KEPT
+    assert read_thresholds([]) == Thresholds()
+    assert read_thresholds({"rows": [], "verdict": {"target_max": 0.1}}).target_max == 0.1
     with pytest.raises(ValueError, match="unknown targets_max .allowed: target_max"):
-        tables.read_thresholds({"rows": [], "verdict": {"targets_max": 0.1}})
+        read_thresholds({"rows": [], "verdict": {"targets_max": 0.1}})
 
 
-def score_line(concept, role, metric, model, value, low=None, high=None):
+def score_line(concept, role, metric, model, value, low=None, high=None, probe=""):
     line = dict.fromkeys(COLUMNS.names, "") | {
         "concept": concept,
+        "probe": probe,
         "role": role,
         "metric": metric,
         "model": model,
@@ -87,12 +140,14 @@ def score_line(concept, role, metric, model, value, low=None, high=None):
 
 def write_row(folder, concept, kind="object"):
     lines = [
-        score_line(concept, "target", "clip_accuracy", "base", 1.0, 0.9, 1.0),
-        score_line(concept, "target", "clip_accuracy", "ablated", 0.0, 0.0, 0.1),
+        score_line(concept, "target", "clip_accuracy", "base", 1.0, 0.9, 1.0, probe=concept),
+        score_line(concept, "target", "clip_accuracy", "ablated", 0.0, 0.0, 0.1, probe=concept),
         score_line(concept, "anchor", "clip_accuracy", "base", 0.1),
         score_line(concept, "neighbors", "recognition", "difference", -0.01, -0.04, 0.02),
+        score_line(concept, "anchor", "typical", "difference", -0.1, -0.15, 0.02),
         score_line(concept, "neighbors", "kid_x1000", "ablated", 3.5, 1.0, 9.0),
         score_line(concept, "target", "clip_cosine", "ablated", 0.3),
+        score_line(concept, "target", "image_similarity", "ablated", 0.4),
     ]
     scores, training, delta = (folder / f"{concept}.{end}" for end in ("scores", "training", "delta"))
     pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), scores)
@@ -104,6 +159,7 @@ def write_row(folder, concept, kind="object"):
         "concept": concept,
         "kind": kind,
         "target": concept,
+        "targets": [concept],
         "anchor": "cat",
         "neighbors": ["owl", "duck"],
     }
@@ -120,24 +176,30 @@ def test_both_tables_and_their_csv_copies(tmp_path):
     rows = [write_row(tmp_path, "weary cat"), write_row(tmp_path, 'odd, "name"')]
     aggregate_scores({"rows": rows}, tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     wide = pq.read_table(tmp_path / "summary.parquet")
-    assert wide.schema.names == tables.SUMMARY.names
+    assert wide.schema.names == SUMMARY.names
     first, second = wide.to_pylist()
     assert [first["concept"], second["concept"]] == [
         'odd, "name"',
         "weary cat",
     ]  # sorted, whatever the order given
     assert (second["verdict"], second["removed"], second["kept"], second["settled"]) == (
-        tables.KEPT,
+        verdict.KEPT,
         True,
         True,
         True,
     )
     assert second["neighbors"] == "owl; duck"
     assert (second["target_accuracy_ablated"], second["target_accuracy_ablated_high"]) == (0.0, 0.1)
+    assert (second["measure"], second["deciding_target"], second["target"]) == (
+        "clip_accuracy",
+        *["weary cat"] * 2,
+    )
+    assert (second["presence_ablated"], second["presence_ablated_high"]) == (0.0, 0.1)
+    assert (second["anchor_typical_change"], second["anchor_kept"]) == (-0.1, True)
     assert (second["neighbor_kid_x1000"], second["neighbor_kid_x1000_high"]) == (3.5, 9.0)
     assert (second["steps"], second["training_seconds"], second["peak_memory_mb"]) == (2, 0.75, 12.0)
     assert (second["delta_mb"], second["target_images"]) == (2.0, 40)
-    assert pq.read_table(tmp_path / "scores.parquet").num_rows == 12
+    assert pq.read_table(tmp_path / "scores.parquet").num_rows == 16
     import pandas as pd
 
     for name in ("scores", "summary"):
@@ -171,3 +233,49 @@ def test_damaged_and_foreign_scores_are_named(tmp_path):
         with pytest.raises(TableError, match=says):
             aggregate_scores([row], tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     assert not (tmp_path / "scores.parquet").exists()
+
+
+def pooled_row(folder, kind, measure):
+    """Two targets, pooled in between; scores of the kind's measure and of CLIP."""
+    row = write_row(folder, "both", kind)
+    lines = [
+        score_line("both", role, metric, model, value, probe=probe)
+        for role, probe, after in (("target", "a", 0.0), ("target", "b", 0.4), ("targets", "targets", 0.2))
+        for metric, scale in (
+            (measure, 1.0),
+            ("clip_accuracy" if measure != "clip_accuracy" else "content", 0.5),
+        )
+        for model, value in (("base", scale), ("ablated", after * scale), ("difference", (after - 1) * scale))
+    ]
+    lines += [score_line("both", "anchor", measure, "base", 0.03, probe="cat")]
+    pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), row["scores"])
+    return row | {"targets": ["a", "b"], "target": "a; b", "neighbors": []}
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure"),
+    [
+        ("object", "clip_accuracy"),
+        ("memorization", "copy_rate"),
+        ("nudity", "detected"),
+        ("inappropriate", "detected"),
+    ],
+)
+def test_the_target_columns_pool_all_targets_by_the_kind_s_measure(tmp_path, kind, measure):
+    aggregate_scores(
+        [pooled_row(tmp_path, kind, measure)], tmp_path / "long.parquet", tmp_path / "wide.parquet"
+    )
+    (line,) = pq.read_table(tmp_path / "wide.parquet").to_pylist()
+    assert (line["measure"], line["target"]) == (measure, "a; b")
+    assert (line["presence_base"], line["presence_ablated"], line["presence_change"]) == (1.0, 0.2, -0.8)
+    assert line["anchor_presence_base"] == 0.03
+    assert line["target_accuracy_ablated"] == (0.2 if measure == "clip_accuracy" else 0.1)
+    assert (line["verdict"], line["deciding_target"]) == (verdict.PRESENT, "b")
+
+
+def test_an_imported_delta_has_no_training_record(tmp_path):
+    row = write_row(tmp_path, "a")
+    del row["training"]
+    aggregate_scores([row], tmp_path / "scores.parquet", tmp_path / "summary.parquet")
+    (line,) = pq.read_table(tmp_path / "summary.parquet").to_pylist()
+    assert line["steps"] is None and line["training_seconds"] is None and line["delta_mb"] == 2.0
