@@ -57,6 +57,10 @@ def local_model(settings: Mapping) -> Ask:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not settings["path"]:
+        raise PromptsError(
+            "language_model: 'path' is not set: give the folder of an instruct model, or a hub id"
+        )
     path, device = settings["path"], pick_device(settings.get("device", "auto"))
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     options = {
@@ -137,10 +141,12 @@ def endpoint(settings: Mapping) -> Ask:
     """
     import requests
 
-    base, variable = settings["base_url"].rstrip("/"), settings["key_variable"]
+    base, variable = (settings["base_url"] or "").rstrip("/"), settings["key_variable"]
     parts = urlsplit(base)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
         raise PromptsError("endpoint: 'base_url' must look like https://host/v1, without a key in it")
+    if not settings["model"]:
+        raise PromptsError(f"endpoint: 'model' is not set: give the name by which {base} knows its model")
     key = _read_key(variable, base)
     session = requests.Session()
 

@@ -68,6 +68,10 @@ def write_by_model(
     once when asking again can't help; the message says how many prompts were found.
     """
     maker, settings = _the_source(source)
+    if count is None:
+        raise PromptsError(
+            "the count of prompts must be a number where a language model writes them, not null"
+        )
     found = Collector(kind, anchor, targets)
     raw = RawAnswers(raw_path, source, kind=kind, anchor=anchor, targets=list(targets))
     for text, cut in raw.earlier:
@@ -76,7 +80,7 @@ def write_by_model(
         log.info("%d prompts from answers in %s", len(found.prompts), raw_path)
     spent, problem = 0, None
     if len(found.prompts) < count:
-        pause = backoff if "endpoint" in source else 0.0  # only a server gets better by waiting
+        pause = backoff if source.get("endpoint") else 0.0  # only a server gets better by waiting
         spent, problem = _ask_on(maker(settings), settings, found, raw, count, pause)
     log.info("%s; left out: %s", _found(found, count, spent), found.refusals())
     if len(found.prompts) < count:

@@ -312,10 +312,14 @@ def test_a_wrong_configuration_is_told_before_anything_is_sent(server, write, mo
     with pytest.raises(PromptsError, match="not the key") as caught:
         write(key_variable=KEY)
     assert "Secret" not in str(caught.value)
-    for url in ("ftp://host/v1", "host/v1", "https://user:pass@host/v1"):
+    for url in (None, "ftp://host/v1", "host/v1", "https://user:pass@host/v1"):
         with pytest.raises(PromptsError, match="base_url") as caught:
             write(base_url=url)
         assert "pass@" not in str(caught.value)
+    with pytest.raises(PromptsError, match="'model' is not set"):
+        write(model=None)
+    with pytest.raises(PromptsError, match="must be a number"):
+        write(count=None)
     assert not server.requests
 
 
@@ -436,6 +440,8 @@ def test_prompts_by_a_local_model(chat_model, tmp_path):
 
 
 def test_a_model_that_is_not_there_or_no_chat_model_is_refused(chat_model, tmp_path):
+    with pytest.raises(PromptsError, match="'path' is not set"):
+        local_model(local(tmp_path, path=None))
     with pytest.raises(PromptsError, match="can't be loaded"):
         local_model(local(tmp_path / "nothing"))
     for file in chat_model.iterdir():
