@@ -24,9 +24,8 @@ from PIL import Image
 
 from concept_ablation.features import CopyDescriptor
 from concept_ablation.imagestore import METADATA_KEY
-from concept_ablation.models import load_pipeline
 from concept_ablation.runtime import atomic_output, pick_device
-from concept_ablation.sampling import sample_images
+from concept_ablation.sampling import load_model, sample_images
 
 log = logging.getLogger(__name__)
 RECORD = pa.schema(
@@ -178,7 +177,7 @@ def _tried(
     prompts: Sequence[str], judge: CopyJudge, spec: Mapping, device: str, batch_size: int, label: str
 ) -> Iterator[Trial]:
     """Try `prompts` one after the other; batches of images reach across them and are drawn when needed."""
-    pipeline, count = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device), spec["images"]
+    pipeline, count = load_model(spec["model"], device), spec["images"]
     drawn = sample_images(
         pipeline,
         [prompt for prompt in prompts for _ in range(count)],

@@ -129,6 +129,11 @@ def _mixed_precision(unet: torch.nn.Module, precision: Precision, device: torch.
         unet.forward = forward
 
 
+def load_model(model: Mapping, device: str) -> StableDiffusionPipeline:
+    """The pipeline that a spec's `model` names: `path`, `revision` and, of a single file, `config`."""
+    return load_pipeline(model["path"], model["revision"], device, model.get("config"))
+
+
 def generate_anchors(
     spec: Mapping,
     prompts_path: str | Path,
@@ -144,7 +149,7 @@ def generate_anchors(
     SamplerError, and for a memorized picture MemorizationError and FeatureError.
     """
     written = json.loads(Path(prompts_path).read_text(encoding="utf-8"))
-    pipeline = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device)
+    pipeline = load_model(spec["model"], device)
     probe = {"role": None, "subject": None, "prompts": written["prompts"], "seed": spec["seed"]}
     draw = functools.partial(
         _draw,
@@ -191,7 +196,7 @@ def _sample_probes(
     batch_size: int,
 ) -> None:
     """Sample `probes` into one store, by the unchanged model or with its delta."""
-    pipeline = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device)
+    pipeline = load_model(spec["model"], device)
     delta = None if delta_path is None else apply_delta(pipeline, delta_path)
     rows = _draw(
         pipeline, probes, sampler=spec["sampler"], batch_size=batch_size, progress=Path(out_path).stem

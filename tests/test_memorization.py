@@ -49,7 +49,7 @@ def world(monkeypatch):
             yield Image.new("RGB", (8, 8), "red" if seed - 100 < 10 * rates.get(prompt, 0) else "blue")
 
     monkeypatch.setattr(memorization, "CopyDescriptor", Descriptor)
-    monkeypatch.setattr(memorization, "load_pipeline", lambda *arguments: None)
+    monkeypatch.setattr(memorization, "load_model", lambda *arguments: None)
     monkeypatch.setattr(memorization, "sample_images", sample_images)
     return rates, drawn
 
