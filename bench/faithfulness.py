@@ -272,8 +272,15 @@ def split(tokenizer, batch: Mapping, draw: tuple) -> tuple[Half, Half | None]:
     return half(slice(count), anchors), prior
 
 
-def diffusers_cases(checkout: Path, model: Path, scratch: Path, steps: int) -> Iterator[Difference]:
-    """Every case of `CASES`."""
+def control(name: str, changes: Mapping, *arguments) -> str:
+    """That a comparison notices a wrong setting: its difference must be far over the limits."""
+    found = compare(name, arguments[0], dataclasses.replace(arguments[1], **changes), *arguments[2:])
+    assert max(found.loss / LOSS_LIMIT, found.gradient / GRADIENT_LIMIT) > 100, f"{name} goes unnoticed"
+    return f"| {found.name} | {found.loss:.1e} | {found.gradient:.1e} | {found.final:.1e} |"
+
+
+def diffusers_cases(checkout: Path, model: Path, scratch: Path, steps: int) -> Iterator[Difference | str]:
+    """Every case of `CASES`, and two controls."""
     train = copy_diffusers(checkout, scratch)
     draw_images(model, scratch)
     for name, changes, augmented in CASES:
@@ -282,9 +289,12 @@ def diffusers_cases(checkout: Path, model: Path, scratch: Path, steps: int) -> I
         assert len(recorded) == steps
         masked = min(float(step.target.mask.mean()) for step in recorded)
         assert masked < 1, "their masks cover no cell"
-        yield compare(
-            f"diffusers: {name}", lambda: load_pipeline(model, device="cpu"), settings, recorded, final
-        )
+        arguments = (lambda: load_pipeline(model, device="cpu"), settings, recorded, final)
+        yield compare(f"diffusers: {name}", *arguments)
+        if not changes and not augmented:
+            yield control("control: gradient through the first token too", {"detach_bos": False}, *arguments)
+        if settings.prior_preservation and not augmented:
+            yield control("control: the prior's loss in CompVis' form", {"prior_form": "halved"}, *arguments)
 
 
 def draw_images(model: Path, folder: Path) -> None:
@@ -347,6 +357,9 @@ def main() -> int:
 
             cases.append(compvis_cases(args.checkout.resolve(), args.steps))
         for found in (difference for part in cases for difference in part):
+            if isinstance(found, str):
+                lines.append(found)
+                continue
             worst = [max(worst[0], found.loss), max(worst[1], found.gradient)]
             lines.append(f"| {found.name} | {found.loss:.1e} | {found.gradient:.1e} | {found.final:.1e} |")
             print(lines[-1], flush=True)

@@ -39,19 +39,13 @@ def load_checkpoint(path: str | Path, spec: Mapping) -> dict | None:
     if not Path(path).exists():
         return None
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load doesn't look at the checksums
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load doesn't look at the checksums
+        if damaged:
             raise ValueError(f"{damaged} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         found, state = content["fingerprint"], content["state"]
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
+    except DAMAGE as error:
         log.warning("%s: a damaged checkpoint, training starts afresh (%s)", path, str(error).split("\n")[0])
         return None
     if found != fingerprint(spec):

@@ -105,8 +105,8 @@ def test_a_killed_training_ends_as_one_that_was_not(world, whole, tmp_path, monk
     "changes",
     [
         {"group": "embedding"},
-        {"group": "full-weight", "gradient_checkpointing": True, "gradient_accumulation": 2},
-        {"teacher": "frozen"},
+        {"group": "full-weight", "gradient_checkpointing": True},
+        {"teacher": "frozen", "gradient_accumulation": 2},
         {"prior_form": "doubled", "augmentation": "diffusers", "loss": "noise-based"},
     ],
 )

@@ -129,8 +129,8 @@ def test_the_anchors_text_has_no_gradient_and_is_the_teachers(folder, teacher, m
 
 def test_the_loss_falls(pipeline):
     tokens = target_tokens(pipeline.tokenizer, ["pug"], "cat")
-    losses = [record.loss for record in train(pipeline, tokens, steps=40, learning_rate=0.05)]
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    losses = [record.loss for record in train(pipeline, tokens, steps=15, learning_rate=0.1)]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 
 def test_no_tokens_is_an_error(pipeline):
