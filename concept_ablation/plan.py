@@ -123,7 +123,7 @@ class Plan:
 
     def upstream(self, stage: str, key: str, name: str) -> str | list[str]:
         """The file, or files, that a unit of `stage` reads as its `name`: its spec holds their keys under it."""
-        found = self.specs[stage][key][name]
+        found = self.specs[stage][key][name] or {}
         return [self.path(k) for k in found.values()] if isinstance(found, Mapping) else self.path(found)
 
     def files(self, row: Row) -> list[str]:

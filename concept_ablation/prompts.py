@@ -241,10 +241,11 @@ def probe_prompts(
     return expand(templates, subject, slots)
 
 
-def write_prompts(spec: Mapping, path: str | Path) -> list[str]:
+def write_prompts(spec: Mapping, path: str | Path, asking: Mapping | None = None) -> list[str]:
     """Stage `write_prompts`: make the spec's anchor prompts and write them as JSON to `path`.
 
-    Their source is a file, or a language model, whose raw answers are kept beside `path` as `.answers.jsonl`. Raises
+    Their source is a file, or a language model, whose raw answers are kept beside `path` as `.answers.jsonl`. `asking`:
+    how a model is asked, which is no part of the spec: `attempts`, `timeout` (s), `key_variable`, `device`. Raises
     PromptsError.
     """
     source = spec["source"]
@@ -258,6 +259,7 @@ def write_prompts(spec: Mapping, path: str | Path) -> list[str]:
 
         answers = Path(path).with_suffix(".answers.jsonl")
         words = {name: spec[name] for name in ("anchor", "kind", "targets", "count")}
+        source = {name: {**settings, **(asking or {})} for name, settings in source.items()}
         prompts = write_by_model(source, raw_path=answers, **words)
     content = {"kind": spec["kind"], "anchor": spec["anchor"], "prompts": prompts}
     with atomic_output(path) as part:

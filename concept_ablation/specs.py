@@ -28,7 +28,7 @@ from concept_ablation.prompts import (
 )
 from concept_ablation.settings import SettingsError, row_settings
 
-SOURCES = {"language-model": ("language_model", "path"), "endpoint": ("endpoint", "model")}
+SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
 
 
 def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
@@ -138,15 +138,8 @@ def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
     """The spec of a row's anchor prompts. A file is read here, so that its prompts are known to be good."""
     spec = {"kind": concept.kind, "anchor": concept.anchor, "count": prompts["count"]}
     if prompts["source"] != "file" and not concept.prompts:
-        name, needed = SOURCES[prompts["source"]]
-        for key in (needed, "base_url") if name == "endpoint" else (needed,):
-            if not prompts[name][key]:
-                raise PlanError(
-                    f"prompt source {prompts['source']!r} needs prompts.{name}.{key} in the config"
-                )
-        source = {name: dict(prompts[name])}
         # A model is asked to leave the targets out, so its prompts are a row's own.
-        return {**spec, "count": spec["count"] or 200, "source": source, "targets": list(concept.targets)}
+        return {**spec, "source": _model_source(prompts), "targets": list(concept.targets)}
     path = concept.prompts or _prompt_path(prompts["training"], concept.anchor)
     templates = tuple(read_templates(path))
     slots = _used_slots(templates, prompts["slots"])
@@ -155,6 +148,22 @@ def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
     except PromptsError as error:
         raise PromptsError(f"{path}: {error}") from None
     return {**spec, "source": file_source(path), "slots": slots}
+
+
+def _model_source(prompts: Mapping) -> dict:
+    """The language model that writes prompts, as specs name it. Raises PlanError for what the config doesn't say."""
+    name = SOURCES[prompts["source"]]
+    settings, needed = (
+        dict(prompts[name]),
+        {"language_model": ["path"], "endpoint": ["base_url", "model"]}[name],
+    )
+    missing = [f"prompts.{name}.{key}" for key in needed if not settings[key]]
+    missing += ["prompts.count"] if prompts["count"] is None else []
+    if missing:
+        raise PlanError(f"prompt source {prompts['source']!r} needs {' and '.join(missing)} in the config")
+    if name == "language_model":
+        settings |= model_spec(settings, "prompts.language_model.path")
+    return {name: settings}
 
 
 def _search_spec(concept: Concept, prompts: Mapping) -> dict:
@@ -181,6 +190,12 @@ def _memory_spec(concept: Concept, evaluation: Mapping) -> dict:
     if not os.path.exists(descriptor["model"]):
         raise PlanError(
             f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here"
+        )
+    if os.path.isfile(descriptor["model"]) and not descriptor["sha256"]:
+        found = _sha256(descriptor["model"], "descriptor")
+        raise PlanError(
+            f"evaluation.descriptor.sha256: {descriptor['model']} can hold code, so its hash is needed. If this is the "
+            f"published file, set {found}"
         )
     descriptor["fingerprint"] = fingerprint(descriptor["model"])
     image = {"file": concept.image, "sha256": _sha256(str(concept.image), "image")}

@@ -131,9 +131,8 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
             if key not in error.instance:
                 yield Problem(".".join([*path, key]), "is missing")
     else:
-        yield Problem(
-            ".".join(path) or "(top)", complaint(error.instance, error.validator, error.validator_value)
-        )
+        shown = "(not shown)" if error.schema.get("secret") else error.instance
+        yield Problem(".".join(path) or "(top)", complaint(shown, error.validator, error.validator_value))
 
 
 def complaint(value: object, rule: str, allowed: object) -> str:

@@ -273,7 +273,7 @@ def test_later_layers_win(config):
 
 def test_prompts_of_a_language_model_are_a_rows_own(config):
     row = Concept(**{**vars(CAT), "overrides": {"prompts.source": "endpoint"}})
-    with pytest.raises(PlanError, match="needs prompts.endpoint.model in the config"):
+    with pytest.raises(PlanError, match="needs prompts.endpoint.base_url and prompts.endpoint.model in"):
         build_plan([row], config)
     config["prompts"]["endpoint"] |= {"model": "m", "base_url": "http://localhost:1/v1"}
     (spec,) = build_plan([row], config).specs["write_prompts"].values()

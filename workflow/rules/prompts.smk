@@ -14,6 +14,11 @@ rule write_prompts:
         "<benchmarks>/write_prompts/{key}.tsv"
     conda:
         "../envs/python.yaml"
+    resources:
+        device=config["runtime"]["device"],
+        attempts=config["runtime"]["prompt_requests"],
+        timeout=config["runtime"]["prompt_timeout"],
+        key_variable=config["runtime"]["prompt_key_variable"] or "",
     params:
         spec=lambda wildcards: plan.spec("write_prompts", wildcards.key),
     script:
@@ -22,11 +27,13 @@ rule write_prompts:
 
 rule search_prompts:
     """Find prompts that bring a memorized picture back, and prompts of its content that don't."""
+    input:
+        candidates=lambda wildcards: plan.upstream("search_prompts", wildcards.key, "candidates_from"),
     output:
         "<results>/searches/{key}.json",
     log:
         text="<logs>/search_prompts/{key}.log",
-        record="<results>/searches/{key}.parquet", # as a log it stays when too few prompts are found
+        record="<results>/searches/{key}.parquet",  # as a log it stays when too few prompts are found
     benchmark:
         "<benchmarks>/search_prompts/{key}.tsv"
     conda:

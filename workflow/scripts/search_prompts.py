@@ -10,6 +10,7 @@ search_prompts(
     json.loads(snakemake.params.spec),
     snakemake.output[0],
     snakemake.log.record,
+    candidates_path=next(iter(snakemake.input), None),
     device=snakemake.resources.device,
     batch_size=snakemake.resources.sample_batch_size,
 )

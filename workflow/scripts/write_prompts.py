@@ -6,4 +6,9 @@ from concept_ablation.prompts import write_prompts
 from concept_ablation.runtime import setup_logging
 
 setup_logging(snakemake.log[0])
-write_prompts(json.loads(snakemake.params.spec), snakemake.output[0])
+asking = {name: snakemake.resources[name] for name in ("device", "attempts", "timeout")}
+write_prompts(
+    json.loads(snakemake.params.spec),
+    snakemake.output[0],
+    {**asking, "key_variable": snakemake.resources.key_variable or None},
+)
