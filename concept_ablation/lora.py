@@ -160,15 +160,16 @@ def save_diffusers(path: str | Path, lora: Lora, metadata: Mapping[str, object])
 
 def save_kohya(path: str | Path, lora: Lora, metadata: Mapping[str, object]) -> None:
     """Write the LoRA with kohya's names, as A1111's web UI and ComfyUI read it."""
-    tensors = {}
+    # Readers scale by alpha / rank. One alpha for all: diffusers mixes up an attention layer's own with the others'.
+    alpha, tensors = max(layer.rank for layer in lora.layers.values()), {}
     for name, layer in lora.layers.items():
         flat = f"lora_unet_{name.replace('.', '_')}"
         tensors[f"{flat}.lora_down.weight"] = layer.down
-        tensors[f"{flat}.lora_up.weight"] = layer.up
-        tensors[f"{flat}.alpha"] = torch.tensor(float(layer.rank))  # readers scale by alpha / rank
+        tensors[f"{flat}.lora_up.weight"] = layer.up * (layer.rank / alpha)
+        tensors[f"{flat}.alpha"] = torch.tensor(float(alpha))
     ranks = {layer.rank for layer in lora.layers.values()}
-    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    own = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
+    dim = str(alpha) if len(ranks) == 1 else "Dynamic"
+    own = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": str(alpha)}
     _save(path, tensors, metadata, own)
 
 
