@@ -71,7 +71,7 @@ def typical(images: np.ndarray, reference: np.ndarray, outliers: float = 0.1) ->
     pictures that fit in nowhere, but not lost variety.
 
     Args:
-        images, reference: (n, d), rows of length 1; row i of both has the same prompt and seed. n >= 2.
+        images: (n, d); reference: (m, d), m >= 2, rows of length 1. Row i of both has the same seed: no company.
     """
     limit = np.quantile(_company(reference, reference), outliers, method="lower")
     return (_company(images, reference) >= limit - TIE).astype(np.float64)
@@ -204,23 +204,19 @@ def percentiles(redrawn: np.ndarray, confidence: float) -> tuple[float, float]:
 
 def _company(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """(n,): each image's largest cosine with a reference image of another row."""
-    x, y = _same_seeds(images, reference, "company")
-    similarity = x @ y.T
+    if len(reference) < 2:
+        raise ValueError(f"typical images need at least 2 reference images, got {len(reference)}")
+    similarity = cosine(images, np.asarray(reference).T)
     np.fill_diagonal(similarity, -np.inf)
     return similarity.max(axis=1)
 
 
-def _same_seeds(images: np.ndarray, reference: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
+def _pair_kernel(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     x, y = np.asarray(images, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if x.shape != y.shape or len(x) < 2:
         raise ValueError(
-            f"{what} needs two sets of the same shape and at least 2 images, got {x.shape} and {y.shape}"
+            f"KID needs two sets of the same shape and at least 2 images, got {x.shape} and {y.shape}"
         )
-    return x, y
-
-
-def _pair_kernel(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    x, y = _same_seeds(images, reference, "KID")
     cross = (x @ y.T + 1) ** 3
     kernel = (x @ x.T + 1) ** 3 + (y @ y.T + 1) ** 3 - cross - cross.T
     np.fill_diagonal(kernel, 0)

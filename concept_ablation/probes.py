@@ -16,8 +16,10 @@ from concept_ablation.metrics import Estimate
 
 log = logging.getLogger(__name__)
 
-TWIN, SAME_PROMPTS = "base model, same seed", "base model, same prompts"
-"""What image_similarity and KID compare with, as the table says it."""
+TWIN, SAME_PROMPTS, OTHER_SEEDS = (
+    f"base model, {which}" for which in ("same seed", "same prompts", "other seeds")
+)
+"""What image_similarity, KID and typical compare with, as the table says it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def score_probes(
         texts: subject -> (d,) text feature, for every subject.
     """
     _warn_of_equal_texts(texts)
-    per_image = [_per_image(probe, texts, subjects) for probe in probes]
+    anchor = next((probe for probe in probes if probe.role == "anchor"), None)
+    per_image = [_per_image(probe, texts, subjects, anchor) for probe in probes]
     rows = [
         row
         for probe, values in zip(probes, per_image, strict=True)
@@ -87,7 +90,7 @@ def score_probes(
     ]
     if subjects.style:
         for target in subjects.targets:
-            rows += _neutral(probes, texts, target, subjects.anchor, bootstrap)
+            rows += _neutral(anchor, texts, target, bootstrap)
     for role, pool in POOLS.items():
         chosen = [index for index, probe in enumerate(probes) if probe.role == role]
         if len(chosen) > (role == "target"):
@@ -96,7 +99,9 @@ def score_probes(
     return rows
 
 
-def _per_image(probe: Probe, texts: Mapping[str, np.ndarray], subjects: Subjects) -> dict[str, _Values]:
+def _per_image(
+    probe: Probe, texts: Mapping[str, np.ndarray], subjects: Subjects, anchor: Probe | None
+) -> dict[str, _Values]:
     """Every metric of a probe but KID, which has no value an image; in the order of `UNITS`."""
     own = subjects.targets if probe.role == "anchor" else (probe.subject,)
     values = {"clip_accuracy": _nearest(probe, texts, own, (*own, subjects.anchor))}
@@ -107,8 +112,10 @@ def _per_image(probe: Probe, texts: Mapping[str, np.ndarray], subjects: Subjects
         values["content"] = _nearest(probe, texts, (subjects.anchor,), (subjects.anchor, *subjects.neighbors))
     for name, (base, ablated) in probe.measured.items():
         values[name] = _Values(base, ablated)
-    typical = (metrics.typical(side, probe.base) for side in (probe.base, probe.ablated))
-    values["typical"] = _Values(*typical, against="base model, other seeds")
+    # The target should become the anchor; all else should stay what it is.
+    like = anchor if probe.role == "target" and anchor else probe
+    typical = (metrics.typical(side, like.base) for side in (probe.base, probe.ablated))
+    values["typical"] = _Values(*typical, like.subject, OTHER_SEEDS)
     cosines = [metrics.cosine(side, texts[probe.subject]) for side in (probe.base, probe.ablated)]
     values["clip_cosine"] = _Values(*cosines, probe.subject)
     values["clip_score_2_5"] = _Values(*(metrics.clip_score(side) for side in cosines), probe.subject)
@@ -126,14 +133,11 @@ def _nearest(
     return _Values(*shares, "; ".join(own), "; ".join(subject for subject in among if subject not in own))
 
 
-def _neutral(
-    probes: Sequence[Probe], texts: Mapping[str, np.ndarray], target: str, anchor: str, bootstrap: Bootstrap
-) -> list[dict]:
+def _neutral(anchor: Probe, texts: Mapping[str, np.ndarray], target: str, bootstrap: Bootstrap) -> list[dict]:
     """How often the anchor's images pass for the target: a style is never seen less often than that."""
-    probe = next(probe for probe in probes if probe.role == "anchor")
     place = {"probe": target, "role": "target", "metric": "neutral_share"}
-    values = _nearest(probe, texts, (target,), (target, anchor))
-    return _metric_rows(place, [values], _options([probe], bootstrap))
+    values = _nearest(anchor, texts, (target,), (target, anchor.subject))
+    return _metric_rows(place, [values], _options([anchor], bootstrap))
 
 
 def _summarise(

@@ -17,6 +17,7 @@ MEASURED = {
     "presence": ("target", PRESENCE),
     "target_accuracy": ("target", "clip_accuracy"),
     "target_content": ("target", "content"),
+    "target_typical": ("target", "typical"),
     "anchor_presence": ("anchor", PRESENCE),
     "anchor_accuracy": ("anchor", "clip_accuracy"),
     "anchor_content": ("anchor", "content"),

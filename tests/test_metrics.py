@@ -193,6 +193,14 @@ def test_an_image_is_not_its_own_company(rng):
     assert metrics.typical(base, base)[-1] == 0
 
 
+def test_typical_of_a_reference_of_another_size(rng):
+    reference, images = unit([5, 0, 0] + rng.normal(size=(12, 3))), unit(rng.normal(size=(30, 3)))
+    for part in (images, images[:7]):
+        assert metrics.typical(part, reference).shape == (len(part),)
+    with pytest.raises(ValueError, match="at least 2 reference images, got 1"):
+        metrics.typical(images, reference[:1])
+
+
 def test_joint_draws_take_the_same_members_of_every_group():
     groups = np.repeat([0, 1, 2], 5)
     counts = metrics.resample(groups, 50, 0, joint=True).reshape(50, 3, 5)

@@ -316,7 +316,7 @@ def test_each_kind_shows_its_own_measure(tmp_path, kind, title, word, capsys):
     text = make_page(tmp_path, [make_row(tmp_path, "a", kind=kind)])
     Elements(text)
     assert f"<h3>{title}</h3>" in text and f'<span class="quiet">{word}</span>' in text
-    assert "Seen as the anchor rather than a neighbor" in text and "<h3>Anchor typical</h3>" in text
+    assert "Nearer to the anchor's text than to any neighbor's" in text and "<h3>Anchor typical</h3>" in text
     report.print_summary(tmp_path / "report" / "summary.parquet", "x", file=sys.stderr)
     assert f"90% -> 5% [4%, 6%] {word}" in capsys.readouterr().err
 

@@ -138,6 +138,18 @@ def test_an_anchor_that_falls_apart_is_not_typical():
     assert value(rows, "anchor", "typical", "difference")["interval"] == "bonett-price"
 
 
+def test_a_target_is_typical_when_it_has_become_the_anchor():
+    probes = [
+        Probe("target", TARGET, looks_like(*[TARGET] * 30), looks_like(*[ANCHOR] * 20, *[OWL] * 10)),
+        Probe("anchor", ANCHOR, looks_like(*[ANCHOR] * 20), looks_like(*[ANCHOR] * 20)),
+    ]
+    rows = score_probes(probes, TEXTS, ROW, Bootstrap(draws=20))
+    assert value(rows, "target", "typical", "base")["value"] == 0
+    after = value(rows, "target", "typical", "ablated")
+    assert 0.5 < after["value"] <= 20 / 30
+    assert (after["text"], after["against"]) == (ANCHOR, "base model, other seeds")
+
+
 @pytest.fixture
 def two_targets():
     """Two targets: one of them is gone, the other stays; 4 of the anchor's images look like one of the two."""
