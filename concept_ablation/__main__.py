@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--error",
         type=float,
         metavar="E",
-        help="lora, kohya: each layer gets the least rank of at most this relative error (default: 0.01)",
+        help="lora, kohya: each layer gets the least rank of at most this relative error (default: 0.1)",
     )
     export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="pipeline: of its weights")
 
