@@ -10,6 +10,7 @@ about three minutes. The CompVis half needs `pip install einops`. docs/faithfuln
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import shutil
@@ -174,7 +175,10 @@ def compare(name: str, make_pipeline, settings: TrainingSettings, steps, final, 
 
 def one_step(training: Training) -> tuple[float, float]:
     """The losses and gradients of a step, which isn't taken."""
-    with detach_bos(training.pipeline.unet):
+    detached = (
+        detach_bos(training.pipeline.unet) if training.settings.detach_bos else contextlib.nullcontext()
+    )
+    with detached:
         return training._backward()
 
 
