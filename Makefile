@@ -1,14 +1,14 @@
 # make run     the shipped concepts on the embedded model, then the report (first call: makes .venv too)
 # make test    all tests that need no cluster and no GPU          make lint   ruff, snakefmt, snakemake --lint
-# make report  the report again from what is there                make embedded  train the embedded models anew (hours)
-# make clean   remove results and caches, keep .venv
+# make report  the report again from what is there                make check  read the table and all prompts, run nothing
+# make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
 # Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.
 PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test lint format report embedded clean install
+.PHONY: run check test lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -23,6 +23,9 @@ run: .venv/.installed
 
 report: .venv/.installed
 	snakemake --cores $(CORES) --forcerun render_report --until render_report
+
+check: .venv/.installed
+	python -m concept_ablation check
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 pytest

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # This project's errors are about what the user gave, and so are the system's about files.
         if not (isinstance(error, OSError) or type(error).__module__.startswith("concept_ablation.")):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error) if options.run is _check else " ".join(str(error).split())
+        print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
 
@@ -61,6 +62,12 @@ def _card(options: argparse.Namespace) -> str:
 
     folder = card_of_results(options.results, options.concept, options.out, options.base_model)
     return f"{folder}: pushed to {push(folder, options.push)}" if options.push else f"{folder}: written"
+
+
+def _check(options: argparse.Namespace) -> str:
+    from concept_ablation.checks import check_table
+
+    return check_table(options.configfile)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     card.add_argument(
         "--push", metavar="REPO_ID", help="upload the folder, to a new private repository or an existing one"
+    )
+
+    check = command(_check, "read the config, the table and every row's prompts, and say what is wrong")
+    check.add_argument(
+        "--configfile", nargs="*", default=[], metavar="FILE", help="overlays of the config, as for snakemake"
     )
     return parser
 

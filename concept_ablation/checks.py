@@ -1,16 +1,48 @@
 """The linter's view of a plan: each row's prompts, and what is wrong with them.
 
-Run when the workflow is planned, for unfinished rows, and by `make check` for all.
+Run when the workflow is planned, for unfinished rows, and by `python -m concept_ablation check` (`make check`) for all.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
+import yaml
+
+from concept_ablation.concepts import load_concepts
 from concept_ablation.lint import LintRow, format_findings, lint_rows
 from concept_ablation.plan import Plan, PlanError, Row
 from concept_ablation.prompts import expand, has_word, read_templates, spread, target_prompts
+from concept_ablation.settings import merge
+from concept_ablation.specs import build_plan
+from concept_ablation.validation import check_config, load_schema
+
+ROOT = Path(__file__).parents[1]  # the checkout
+
+
+def check_table(configfiles: Sequence[str]) -> str:
+    """Everything that is wrong with the config, the table or a row's prompts, without running anything.
+
+    `configfiles` are overlays of `config/config.yaml`, as for `snakemake --configfile`. Returns the warnings and how many
+    rows were read. Raises ConfigError, ConceptsError, PlanError.
+    """
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
+    for file in configfiles:
+        merge(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
+    schemas = ROOT / "workflow" / "schemas"
+    config_schema = load_schema(schemas / "config.schema.yaml")
+    config = check_config(config, config_schema, ", ".join(["config/config.yaml", *configfiles]))
+    rows = load_concepts(config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema)
+    plan = build_plan(rows, config)
+    warnings = check_rows(plan, plan.rows, config["concepts"])
+    return "\n".join(
+        [
+            *warnings.splitlines(),
+            f"{config['concepts']}: {len(rows)} rows read, {len(warnings.splitlines())} warnings",
+        ]
+    )
 
 
 def check_rows(plan: Plan, rows: Sequence[Row], table: str) -> str:

@@ -19,7 +19,7 @@ from concept_ablation.features import CopyNet
 
 from . import copies, scorer, text, unet, vae
 
-START = {"vae": 0.62, "unet": 0.7, "scorer": 0.6, "copies": 0.5}  # share of the schedule that counts as done
+START = {"vae": 0.62, "unet": 0.75, "scorer": 0.6, "copies": 0.5}  # share of the schedule that counts as done
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
