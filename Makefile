@@ -1,6 +1,7 @@
 # make run     the shipped concepts on the embedded model, then the report (first call: makes .venv too)
 # make test    all tests that need no cluster and no GPU          make lint   ruff, snakefmt, snakemake --lint
 # make report  the report again from what is there                make check  read the table and all prompts, run nothing
+# make test-world  every kind of row for real, on the embedded model (about 15 minutes)
 # make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
 # Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check test lint format report embedded clean install
+.PHONY: run check test test-world lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -29,6 +30,9 @@ check: .venv/.installed
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 pytest
+
+test-world: .venv/.installed
+	OMP_NUM_THREADS=1 pytest -m world
 
 lint: .venv/.installed
 	ruff check .
