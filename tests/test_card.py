@@ -94,7 +94,7 @@ def test_a_card_tells_everything(tmp_path):
     head, text = read(card)
     assert head["base_model"] == "someone/model" and head["license"] == "other"
     assert "concept-ablation" in head["tags"] and head["pipeline_tag"] == "text-to-image"
-    assert "for **owl** gives **bird**" in text and "hen, duck stay" in text
+    assert "for **owl** gives **bird**" in text and "hen, duck were to stay" in text
     assert "removed, neighbors kept** (an interval crosses the limit" in text
     assert (
         "| owl (target) | clip\\_accuracy | 90 % [80 %, 100 %] | 10 % [0 %, 20 %] | -80.0 [-90.0, -70.0] | 8 |"

@@ -172,6 +172,53 @@ def test_a_checkpoint_in_one_file_takes_its_config_from_the_cache(checkpoint, fo
     assert load_pipeline(checkpoint, device="cpu").unet.config.layers_per_block == 1
 
 
+def test_a_checkpoint_in_one_file_takes_its_original_yaml(pipeline, folder, tmp_path, monkeypatch):
+    """The .yaml tells the sizes; groups of 32 channels are all that CompVis's code knows. The rest is the cache's."""
+    from diffusers.models import AutoencoderKL, UNet2DConditionModel
+
+    own = pipeline.unet.config
+    blocks = {name: own[name] for name in ("down_block_types", "up_block_types", "block_out_channels")}
+    pipeline.unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, **blocks
+    )
+    vae = {name: pipeline.vae.config[name] for name in ("down_block_types", "up_block_types")}
+    pipeline.vae = AutoencoderKL(
+        sample_size=64, layers_per_block=1, block_out_channels=(32, 32, 32, 64), **vae
+    )
+    path = write_single_file(pipeline, tmp_path / "model.safetensors")
+    unet = {
+        "image_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+    }
+    unet |= {"attention_resolutions": [2], "num_res_blocks": 1, "num_heads": 4, "context_dim": 32}
+    unet |= {"use_spatial_transformer": True, "transformer_depth": 1}
+    image = {
+        "z_channels": 4,
+        "resolution": 64,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1, 1, 2],
+    }
+    stages = {"unet_config": {"params": unet}}
+    stages["first_stage_config"] = {"params": {"embed_dim": 4, "ddconfig": image | {"num_res_blocks": 1}}}
+    original = {"model": {"params": {"scale_factor": 0.18215, **stages}}}
+    (tmp_path / "original.yaml").write_text(json.dumps(original))  # JSON is YAML
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / ("0" * 40)).symlink_to(folder)
+    found = load_pipeline(path, device="cpu", config=str(tmp_path / "original.yaml"))
+    for part in ("unet", "vae"):
+        ours, theirs = (getattr(model, part).state_dict() for model in (pipeline, found))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
