@@ -61,6 +61,8 @@ def model_spec(model: Mapping, key: str) -> dict:
     spec = {"path": path, "revision": revision}
     if model.get("config"):
         spec["config"] = model["config"]
+        if os.path.exists(model["config"]):
+            spec["config_fingerprint"] = fingerprint(model["config"])
     if os.path.exists(path):
         return {**spec, "fingerprint": fingerprint(path)}
     if revision is None:

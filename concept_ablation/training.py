@@ -191,7 +191,8 @@ def ablate_concept(
     Every `checkpoint_steps` steps (0: never) a checkpoint is written to `checkpoint_path`, from which a killed
     run goes on; it is removed at the end. Raises TrainingError, StoreError, ModelError, PromptsError.
     """
-    pipeline = load_pipeline(spec["model"]["path"], spec["model"]["revision"], device)
+    model = spec["model"]
+    pipeline = load_pipeline(model["path"], model["revision"], device, model.get("config"))
     settings, data = TrainingSettings.from_spec(spec["training"]), AnchorData.from_store(anchors_path)
     targets, tokens = _target_prompts(spec, data, anchors_path), []
     if settings.group == "embedding":
@@ -245,6 +246,7 @@ def _describe(spec: Mapping, settings: TrainingSettings, device: torch.device) -
         "base_model": spec["model"]["path"],
         "base_revision": spec["model"]["revision"],
         "base_fingerprint": spec["model"].get("fingerprint"),
+        "base_config": spec["model"].get("config"),
         **{
             name: spec.get(name)
             for name in ("kind", "targets", "anchor", "anchors", "seed", "stage", "version")
