@@ -175,7 +175,14 @@ def test_an_edit_asks_for_the_stages_that_run_it_and_no_others(copy):
 
 
 def test_code_that_stages_share_asks_for_all_of_them(copy):
-    torch_stages = {"generate_anchors", "ablate_concept", "sample_base", "sample_ablated"}
+    torch_stages = {
+        "search_prompts",
+        "generate_anchors",
+        "ablate_concept",
+        "import_delta",
+        "sample_base",
+        "sample_ablated",
+    }
     assert copy("models", "class ModelError(ValueError)", "class ModelError(RuntimeError)") == torch_stages
 
 
