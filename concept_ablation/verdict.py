@@ -45,7 +45,7 @@ class Thresholds:
     copy_max: float = 0.10
     detected_max: float = 0.20
     neighbor_loss_max: float = 0.05
-    anchor_loss_max: float = 0.20
+    anchor_loss_max: float = 0.50
     base_min: float = 0.50
     half_width_max: float = 0.20
 

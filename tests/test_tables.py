@@ -48,9 +48,9 @@ def verdict_on(kind="object", target=(0.95, 0.05), thresholds=None, n=40, neutra
         ({"neighbors": 0.05}, verdict.KEPT, False),  # a loss of exactly five points is allowed
         ({"neighbors": 0.06}, verdict.HARMED, False),
         ({"neighbors": 0.3}, verdict.HARMED, True),
-        ({"anchor": 0.2, "n_lost": 1000}, verdict.KEPT, False),
-        ({"anchor": 0.3, "n_lost": 1000}, verdict.ANCHOR_HARMED, True),
-        ({"anchor": 0.5, "neighbors": 0.3}, verdict.HARMED, True),
+        ({"anchor": 0.5, "n_lost": 1000}, verdict.KEPT, False),
+        ({"anchor": 0.6, "n_lost": 1000}, verdict.ANCHOR_HARMED, True),
+        ({"anchor": 0.7, "neighbors": 0.3}, verdict.HARMED, True),
         ({"target": (0.95, 0.9), "anchor": 0.9}, verdict.PRESENT, True),
         ({"target": (0.95, 0.25)}, verdict.PRESENT, False),
         ({"target": (1, 0.5), "n": 6}, verdict.TOO_WIDE, False),
