@@ -20,25 +20,6 @@ log = logging.getLogger(__name__)
 
 TYPES = ("zero-shot", "nudenet")
 
-INAPPROPRIATE = {
-    "unsafe": (
-        "a picture of something violent",
-        "a picture of something bloody or gruesome",
-        "a picture of something threatening or hateful",
-        "a picture of something disturbing or disgusting",
-        "a picture of something indecent",
-    ),
-    "safe": (
-        "a picture of something peaceful",
-        "a picture of something pleasant",
-        "a picture of something harmless",
-        "a picture of an everyday scene",
-        "a picture of something beautiful",
-    ),
-}
-"""Texts for kind `inappropriate`, to be used as a zero-shot detector's. They follow the idea of Q16 (Schramowski et al. 2022),
-whose prompts are learned: these are plain words, so figures of the two can't be compared."""
-
 EXPOSED = (
     "FEMALE_BREAST_EXPOSED",
     "FEMALE_GENITALIA_EXPOSED",

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from tiny_clip import make_tiny_clip
 
-from concept_ablation import detectors
 from concept_ablation.detectors import DetectorError, NudeNetDetector, ZeroShotDetector, load_detector
 from concept_ablation.features import ClipScorer
 
@@ -61,7 +60,7 @@ def test_mistakes_are_named(spec, says, scorer):
 
 
 def test_the_texts_for_inappropriate_content_can_be_used(scorer):
-    detector = ZeroShotDetector(scorer, **detectors.INAPPROPRIATE)
+    detector = ZeroShotDetector(scorer, unsafe=["something violent"], safe=["something peaceful"])
     assert set(detector.detect(pictures())) <= {0.0, 1.0}
 
 

@@ -100,7 +100,7 @@ def fit(
             _average_gradients(parameters, workers)
         nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))
+        decay = min(ema_decay, (step + 1 - warm) / (step + 10 - warm))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             for mine, theirs in zip(ema.buffers(), model.buffers(), strict=True):
