@@ -29,7 +29,7 @@ check: .venv/.installed
 	python -m concept_ablation check
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile
 
 test-world: .venv/.installed
 	OMP_NUM_THREADS=1 pytest -m world
