@@ -11,7 +11,7 @@ import pytest
 from concept_ablation import language_models
 from concept_ablation.language_models import local_model
 from concept_ablation.prompt_writers import Collector, instruction, parse_answer, write_by_model
-from concept_ablation.prompts import PromptsError
+from concept_ablation.prompts import PromptsError, write_prompts
 
 KEY = "sk-Very+Secret/0123456789"
 CATS = ["a cat on a wall", "two cats in the rain", "a cat asleep in a boat", "the cat under a table"]
@@ -449,3 +449,19 @@ def test_a_model_that_is_not_there_or_no_chat_model_is_refused(chat_model, tmp_p
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(PromptsError, match="has no chat template"):
         local_model(local(tmp_path))
+
+
+# The stage
+
+
+def test_the_stage_writes_the_models_prompts_and_keeps_its_answers(server, tmp_path):
+    server.script = [say("a cat on a wall\na grumpy cat\ntwo cats in the rain")]
+    source = {"base_url": server.url, "model": "m", "temperature": 1.0, "max_tokens": 100, "seed": 0}
+    spec = {"kind": "object", "anchor": "cat", "targets": ["grumpy cat"], "count": 2}
+    spec["source"] = {"endpoint": {**source, "prompts_per_request": 5}}
+    asking = {"device": "cpu", "attempts": 3, "timeout": 5, "key_variable": "TEST_KEY"}
+    assert write_prompts(spec, tmp_path / "p.json", asking) == CATS[:2]
+    assert json.loads((tmp_path / "p.json").read_text())["prompts"] == CATS[:2]
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "a grumpy cat" in written, "the raw answer is kept"
+    assert KEY not in written and server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
