@@ -13,8 +13,13 @@ TINY = {
     "concepts": "two.csv",
     "model": SMALL["model"],
     "prompts": {"count": 4},
-    "anchors": {"images": 4, "sampler": FEW},
-    "training": {"steps": 2, "batch_size": 2},
+    # The overlay picks the preset `paper`, which wins over the config's own sections.
+    "presets": {
+        "paper": {
+            "anchors": {"images": 4, "sampler": FEW},
+            "training": {"steps": 2, "batch_size": 2},
+        }
+    },
     "evaluation": {
         "images": {"target": 4, "anchor": 4, "neighbor": 2},
         "sampler": FEW,
