@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 from concept_ablation.concepts import load_concepts
 from concept_ablation.imagestore import read_store
-from concept_ablation.plan import Plan, Row, build_plan
+from concept_ablation.plan import Plan, Row
+from concept_ablation.specs import build_plan
 from concept_ablation.validation import check_config, load_schema
 
 SHOWN = {
@@ -37,8 +38,8 @@ def shipped_plan() -> Plan:
 
 def strips(plan: Plan, row: Row, subject: str) -> list[list[Image.Image]]:
     """The first images of a probe: by the base model, by the ablated one."""
-    base = read_store(plan.path("sample_base", row.base[subject]))
-    ablated = read_store(plan.path("sample_ablated", row.samples)).select(subject=subject)
+    base = read_store(plan.path(row.base[subject]))
+    ablated = read_store(plan.path(row.samples)).select(subject=subject)
     step = max(1, len(base) // IMAGES)
     return [[store.image(i * step) for i in range(IMAGES)] for store in (base, ablated)]
 
