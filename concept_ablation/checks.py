@@ -11,13 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from concept_ablation.concepts import load_concepts
 from concept_ablation.lint import LintRow, format_findings, lint_rows
 from concept_ablation.plan import Plan, PlanError, Row
 from concept_ablation.prompts import expand, has_word, read_templates, spread, target_prompts
 from concept_ablation.settings import merge
-from concept_ablation.specs import build_plan
-from concept_ablation.validation import check_config, load_schema
+from concept_ablation.specs import load_plan
 
 ROOT = Path(__file__).parents[1]  # the checkout
 
@@ -31,17 +29,11 @@ def check_table(configfiles: Sequence[str]) -> str:
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
     for file in configfiles:
         merge(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
-    schemas = ROOT / "workflow" / "schemas"
-    config_schema = load_schema(schemas / "config.schema.yaml")
-    config = check_config(config, config_schema, ", ".join(["config/config.yaml", *configfiles]))
-    rows = load_concepts(config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema)
-    plan = build_plan(rows, config)
-    warnings = check_rows(plan, plan.rows, config["concepts"])
+    source = ", ".join(["config/config.yaml", *configfiles])
+    config, plan = load_plan(config, ROOT / "workflow" / "schemas", source)
+    warnings = check_rows(plan, plan.rows, config["concepts"]).splitlines()
     return "\n".join(
-        [
-            *warnings.splitlines(),
-            f"{config['concepts']}: {len(rows)} rows read, {len(warnings.splitlines())} warnings",
-        ]
+        [*warnings, f"{config['concepts']}: {len(plan.rows)} rows read, {len(warnings)} warnings"]
     )
 
 

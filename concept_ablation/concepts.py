@@ -31,6 +31,7 @@ OVERRIDES = {
     "prior_weight": "training.prior_weight",
     "seed": "training.seed",
 }
+# What a row, a kind and a preset may replace; all else of the config is the same for the whole table.
 SECTIONS = ("prompts", "anchors", "training", "evaluation")
 ONE_TARGET = ("memorization",)  # kinds whose target is one text, in which ';' means nothing
 

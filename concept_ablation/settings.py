@@ -10,10 +10,8 @@ import copy
 import functools
 from collections.abc import Mapping
 
-from concept_ablation.concepts import Concept
+from concept_ablation.concepts import SECTIONS, Concept
 from concept_ablation.validation import did_you_mean, show
-
-SECTIONS = ("prompts", "anchors", "training", "evaluation")
 
 
 class SettingsError(ValueError):

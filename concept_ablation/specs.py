@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from concept_ablation.concepts import Concept, slug
+from concept_ablation.concepts import Concept, load_concepts, slug
 from concept_ablation.plan import Plan, PlanError, Row, fingerprint
 from concept_ablation.prompts import (
     SLOT,
@@ -28,8 +28,21 @@ from concept_ablation.prompts import (
     template_set,
 )
 from concept_ablation.settings import SettingsError, row_settings
+from concept_ablation.validation import check_config, load_schema
 
 SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
+
+
+def load_plan(config: Mapping, schemas: Path, source: str) -> tuple[dict, Plan]:
+    """The checked config, its texts made numbers, and the plan of the table that it names.
+
+    `schemas`: the folder `workflow/schemas`; `source`: the files that the config came from, for messages. Raises
+    ConfigError, ConceptsError, PlanError.
+    """
+    config_schema = load_schema(schemas / "config.schema.yaml")
+    checked = check_config(config, config_schema, source)
+    rows = load_concepts(checked["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema)
+    return checked, build_plan(rows, checked)
 
 
 def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
@@ -37,7 +50,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
 
     Raises PlanError, which lists every row that can't be planned.
     """
-    plan, errors = Plan(config["results"], config["evaluation"]["verdict"], config["report"]), []
+    plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
     try:
         model = model_spec(config["model"], "model.path")
     except PlanError as error:
@@ -121,20 +134,14 @@ def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, me
     negative = ", ".join(concept.targets) if anchors.pop("negative_target") else None
     if memory:
         label = f"{concept.kind}-{concept.target}"
-        search = {
-            **_search_spec(concept, own["prompts"]),
-            "sampler": anchors["sampler"],
-            "model": model,
-            **memory,
-        }
-        prompts = plan.add("search_prompts", label, search)
+        asked = own["prompts"]["source"] != "file" and not concept.prompts
+        more = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"])) if asked else None
+        search = {**_search_spec(concept, own["prompts"]), "candidates_from": more, **memory}
+        prompts = plan.add("search_prompts", label, {**search, "sampler": anchors["sampler"], "model": model})
     else:
         prompts = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
-    return plan.add(
-        "generate_anchors",
-        label,
-        {"prompts": prompts, "model": model, **anchors, **memory, "negative_prompt": negative},
-    )
+    images = {"prompts": prompts, "model": model, **anchors, **memory, "negative_prompt": negative}
+    return plan.add("generate_anchors", label, images)
 
 
 def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
@@ -156,10 +163,8 @@ def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
 def _model_source(prompts: Mapping) -> dict:
     """The language model that writes prompts, as specs name it. Raises PlanError for what the config doesn't say."""
     name = SOURCES[prompts["source"]]
-    settings, needed = (
-        dict(prompts[name]),
-        {"language_model": ["path"], "endpoint": ["base_url", "model"]}[name],
-    )
+    settings = dict(prompts[name])
+    needed = {"language_model": ["path"], "endpoint": ["base_url", "model"]}[name]
     missing = [f"prompts.{name}.{key}" for key in needed if not settings[key]]
     missing += ["prompts.count"] if prompts["count"] is None else []
     if missing:

@@ -12,11 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from concept_ablation.concepts import load_concepts
 from concept_ablation.imagestore import read_store
 from concept_ablation.plan import Plan, Row
-from concept_ablation.specs import build_plan
-from concept_ablation.validation import check_config, load_schema
+from concept_ablation.specs import load_plan
 
 SHOWN = {
     "neon": "blueprint",
@@ -29,11 +27,8 @@ INK, GREY = (24, 26, 32), (110, 114, 124)
 
 def shipped_plan() -> Plan:
     """The plan of the shipped table under the shipped config."""
-    schemas = ROOT / "workflow" / "schemas"
-    schema = load_schema(schemas / "config.schema.yaml")
-    config = check_config(yaml.safe_load((ROOT / "config/config.yaml").read_text()), schema, "config.yaml")
-    concepts = load_concepts(config["concepts"], load_schema(schemas / "concepts.schema.yaml"), schema)
-    return build_plan(concepts, config)
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    return load_plan(config, ROOT / "workflow" / "schemas", "config.yaml")[1]
 
 
 def strips(plan: Plan, row: Row, subject: str) -> list[list[Image.Image]]:

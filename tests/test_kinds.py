@@ -7,11 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from concept_ablation.concepts import load_concepts
 from concept_ablation.plan import fingerprint
 from concept_ablation.settings import merge
-from concept_ablation.specs import build_plan
-from concept_ablation.validation import check_config, load_schema
+from concept_ablation.specs import load_plan
 from tests.stages import run_plan
 from tests.tiny import make_tiny_pipeline
 from tests.tiny_clip import make_tiny_clip
@@ -46,11 +44,10 @@ def plan_of(table: str, results: str = "results"):
     """The plan of `table` in the working directory."""
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     merge(config, copy.deepcopy(SMALL))
-    schema = load_schema(SCHEMAS / "config.schema.yaml")
     Path("rows.csv").write_text(table)
-    rows = load_concepts("rows.csv", load_schema(SCHEMAS / "concepts.schema.yaml"), schema)
     fingerprint.cache_clear()
-    return build_plan(rows, check_config({**config, "results": results}, schema, "config"))
+    config |= {"concepts": "rows.csv", "results": results}
+    return load_plan(config, SCHEMAS, "config")[1]
 
 
 @pytest.fixture(autouse=True)

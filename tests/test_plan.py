@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from concept_ablation.concepts import Concept, load_concepts
+from concept_ablation.concepts import Concept, ConceptsError, load_concepts
 from concept_ablation.plan import PATHS, VERSIONS, PlanError, canonical, fingerprint, make_key
 from concept_ablation.specs import build_plan
-from concept_ablation.validation import check_config, load_schema
+from concept_ablation.validation import ConfigError, check_config, load_schema
 
 ROOT = Path(__file__).parents[1]
 CONFIG_SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
@@ -128,7 +128,7 @@ def test_neighbors_change_the_evaluation_and_not_the_ablation(config):
         (("training", "steps"), {"ablate_concept", "sample_ablated", "score_concept"}),
         (("evaluation", "sampler", "steps"), {"sample_base", "sample_ablated", "score_concept"}),
         (("evaluation", "statistics", "bootstrap"), {"score_concept"}),
-        (("evaluation", "verdict", "target_max"), set()),
+        (("verdict", "target_max"), set()),
     ],
 )
 def test_a_setting_changes_the_keys_from_its_stage_on(config, path, stages):
@@ -211,6 +211,8 @@ def test_a_memorized_picture_is_searched_for_before_its_anchors_are_drawn(config
     (search,), (anchors,) = (plan.specs[stage].values() for stage in ("search_prompts", "generate_anchors"))
     assert not plan.specs["write_prompts"] and anchors["prompts"] in plan.specs["search_prompts"]
     assert search["image"] == anchors["image"] and search["descriptor"]["fingerprint"]
+    (key,) = plan.specs["search_prompts"]
+    assert plan.upstream("search_prompts", key, "candidates_from") == [], "no prompts of a language model"
     assert "The Poster" not in search["candidates"], "the caption itself is tried in any case"
     assert any("moon" in text for text in search["candidates"])
     (training,) = (spec["training"] for spec in plan.specs["ablate_concept"].values())
@@ -278,6 +280,24 @@ def test_prompts_of_a_language_model_are_a_rows_own(config):
     config["prompts"]["endpoint"] |= {"model": "m", "base_url": "http://localhost:1/v1"}
     (spec,) = build_plan([row], config).specs["write_prompts"].values()
     assert spec["source"]["endpoint"]["model"] == "m" and spec["targets"] == ["pouting cat"]
+
+
+def test_a_language_models_prompts_are_more_candidates_for_a_search(config, tmp_path):
+    (tmp_path / "moon.png").write_bytes(b"one")
+    config["prompts"]["endpoint"] |= {"model": "m", "base_url": "http://localhost:1/v1"}
+    plan = build_plan([Concept(**{**vars(MOON), "overrides": {"prompts.source": "endpoint"}})], config)
+    (key,), (written,) = plan.specs["search_prompts"], plan.specs["write_prompts"]
+    assert plan.upstream("search_prompts", key, "candidates_from") == f"results/prompts/{written}.json"
+
+
+def test_what_holds_for_the_whole_table_is_no_column_and_no_part_of_a_preset(config):
+    overlay = copy.deepcopy(config)
+    overlay["presets"]["paper"]["verdict"] = {"target_max": 0.5}
+    with pytest.raises(ConfigError, match="presets.paper.verdict: unknown key"):
+        check_config(overlay, CONFIG_SCHEMA, "x")
+    (Path.cwd() / "rows.csv").write_text("kind,target,anchor,verdict.target_max\nobject,a,b,0.5\n")
+    with pytest.raises(ConceptsError, match="unknown column 'verdict.target_max'"):
+        load_concepts("rows.csv", CONCEPTS_SCHEMA, CONFIG_SCHEMA)
 
 
 def test_problems_name_the_row_and_the_file(config):

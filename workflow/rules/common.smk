@@ -3,21 +3,17 @@ import sys
 from pathlib import Path
 
 from concept_ablation.checks import check_rows
-from concept_ablation.concepts import ConceptsError, load_concepts
+from concept_ablation.concepts import ConceptsError
 from concept_ablation.plan import PlanError
-from concept_ablation.specs import build_plan
-from concept_ablation.validation import ConfigError, check_config, load_schema
+from concept_ablation.specs import load_plan
+from concept_ablation.validation import ConfigError
 
 
 def read_plan(config, schemas, configfiles):
     """The plan of all rows; one message lists whatever is wrong with the config or the table, and nothing runs."""
-    config_schema = load_schema(schemas / "config.schema.yaml")
     try:
-        config.update(check_config(config, config_schema, ", ".join(str(file) for file in configfiles)))
-        concepts = load_concepts(
-            config["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema
-        )
-        plan = build_plan(concepts, config)
+        checked, plan = load_plan(config, schemas, ", ".join(str(file) for file in configfiles))
+        config.update(checked)
         if workflow.is_main_process:  # a job reads the plan too, and has nothing to say about it
             warnings = check_rows(plan, plan.pending, config["concepts"])
             if warnings:
