@@ -125,10 +125,8 @@ def judge(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: 
     decided = [removed, *filter(None, (neighbors, anchor))] if removed.within else [removed]
     if any(target.base < thresholds.base_min for target in targets):
         verdict = NOT_SHOWN
-    elif any(not part.settled and part.half_width > thresholds.half_width_max for part in decided):
-        verdict = TOO_WIDE
     else:
-        verdict = _words(removed, neighbors, anchor)
+        verdict = _words(removed, neighbors, anchor, thresholds.half_width_max)
     return Verdict(
         verdict,
         removed.within,
@@ -179,11 +177,22 @@ def _loss(summary: Mapping, column: str, most: float) -> Decision | None:
     return None if value is None else Decision.of(value, low, high, -most, "at least")
 
 
-def _words(removed: Decision, neighbors: Decision | None, anchor: Decision | None) -> str:
+def _words(
+    removed: Decision, neighbors: Decision | None, anchor: Decision | None, half_width_max: float
+) -> str:
+    """What the decisions say; harm that was measured stands, whatever else is still undecided."""
+    undecided = [
+        part
+        for part in (removed, neighbors, anchor)
+        if part and not part.settled and part.half_width > half_width_max
+    ]
+    if removed in undecided:
+        return TOO_WIDE
     if not removed.within:
         return PRESENT
-    if neighbors and not neighbors.within:
-        return HARMED
-    if anchor and not anchor.within:
-        return ANCHOR_HARMED
+    for spared, harmed in ((neighbors, HARMED), (anchor, ANCHOR_HARMED)):
+        if spared and not spared.within and spared not in undecided:
+            return harmed
+    if undecided:
+        return TOO_WIDE
     return KEPT if neighbors else ALONE

@@ -89,6 +89,15 @@ def test_a_row_without_neighbors_is_not_called_harmless():
     assert verdict_on(neighbors=None, anchor=0.6).verdict == verdict.ANCHOR_HARMED
 
 
+def test_harm_that_was_measured_is_told_though_something_else_is_undecided():
+    def verdict_of(neighbors, anchor):
+        wide = {name: value for name, value in losses(anchor=anchor, n=8).items() if "anchor" in name}
+        return judge("object", [presence(1, 0.0)], losses(neighbors=neighbors) | wide, Thresholds()).verdict
+
+    assert verdict_of(neighbors=0.0, anchor=0.5) == verdict.TOO_WIDE
+    assert verdict_of(neighbors=0.2, anchor=0.5) == verdict.HARMED
+
+
 def test_every_target_must_be_gone():
     gone, there = presence(1, 0.0, target="weary cat"), presence(1, 0.6, target="crying cat")
     result = judge("object", [gone, there, gone], losses(), Thresholds())
