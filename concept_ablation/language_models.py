@@ -189,13 +189,13 @@ def _read_key(variable: str | None, base: str) -> str:
         return ""
     if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", variable):  # someone may have put the key itself here
         raise PromptsError(
-            "endpoint: 'key_variable' must be the name of an environment variable, in capitals, not the key"
+            "endpoint: 'runtime.prompt_key_variable' must be the name of an environment variable, in capitals, not the key"
         )
     key = os.environ.get(variable, "").strip()
     if not key:
         raise PromptsError(
             f"endpoint: the environment variable {variable} is not set: `export {variable}=...` with the key of "
-            f"{base} (also on the machines that a cluster starts jobs on), or set 'key_variable' to null"
+            f"{base} (also on the machines that a cluster starts jobs on), or set 'runtime.prompt_key_variable' to null"
         )
     if not re.fullmatch(r"[!-~]+", key):
         raise PromptsError(f"endpoint: {variable} holds a character that no key has; set it again")

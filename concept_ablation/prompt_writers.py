@@ -86,7 +86,7 @@ def write_by_model(
     if len(found.prompts) < count:
         last = f" (the last one: {problem})" if problem else ""
         raise PromptsError(
-            f"{_found(found, count, spent)}{last}; left out: {found.refusals()}. Raise 'attempts', or lower the "
+            f"{_found(found, count, spent)}{last}; left out: {found.refusals()}. Raise 'runtime.prompt_requests', or lower the "
             f"count of prompts, or write them to a file; the answers are in {raw_path}"
         )
     return found.prompts[:count]

@@ -289,7 +289,8 @@ def test_a_server_that_echoes_the_key_does_not_bring_it_into_the_prompts(server,
 def test_a_spent_budget_says_what_was_found_and_the_answers_serve_again(server, write, tmp_path):
     server.script = [say(f"{CATS[0]}\na grumpy cat"), send(500)]
     with pytest.raises(
-        PromptsError, match=r"1 of 3 prompts after 2 requests.*500.*1 with a target.*Raise 'attempts'"
+        PromptsError,
+        match=r"1 of 3 prompts after 2 requests.*500.*1 with a target.*Raise 'runtime.prompt_requests'",
     ):
         write(3, attempts=2)
     (tmp_path / "raw.jsonl").open("a").write('{"half')  # as a killed job leaves it
