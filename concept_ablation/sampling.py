@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from concept_ablation.imagestore import write_store
 from concept_ablation.models import apply_delta, load_pipeline
-from concept_ablation.runtime import Precision, autocast, resolve_precision
+from concept_ablation.runtime import Precision, autocast, progress_bar, resolve_precision
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -65,7 +64,7 @@ def sample_images(
             f"the negative prompt {negative_prompt!r} does nothing without guidance: guidance_scale is "
             f"{sampler['guidance_scale']} (allowed: above 1)"
         )
-    with tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None) as bar:
+    with progress_bar(total=len(prompts), desc=progress, unit="image", disable=progress is None) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             images = _sample_batch(pipeline, prompts[batch], seeds[batch], sampler, negative_prompt)

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from concept_ablation.checkpoints import load_checkpoint, save_checkpoint
 from concept_ablation.data import AnchorData
@@ -30,7 +29,7 @@ from concept_ablation.draws import Losses
 from concept_ablation.imagestore import read_store
 from concept_ablation.models import METADATA_KEY, detach_bos, load_pipeline, save_delta, trainable_parameters
 from concept_ablation.prompts import target_prompts
-from concept_ablation.runtime import Precision, atomic_output, peak_memory, resolve_precision
+from concept_ablation.runtime import Precision, atomic_output, peak_memory, progress_bar, resolve_precision
 from concept_ablation.tokens import TokenRows, target_tokens
 from concept_ablation.training_settings import (
     TrainingError,
@@ -232,7 +231,7 @@ def _train(
         training.restore(state)
         log.info("%s: going on after step %d", checkpoint, training.step)
     label, steps = f"{'; '.join(spec['targets'])} -> {spec['anchor']}", training.settings.steps
-    for record in tqdm(training, desc=label, initial=training.step, total=steps, unit="step"):
+    for record in progress_bar(training, desc=label, initial=training.step, total=steps, unit="step"):
         records.append(record)
         if checkpoint and record.step % checkpoint_steps == 0 and record.step < steps:
             done = {"records": [asdict(record) for record in records]}

@@ -63,12 +63,12 @@ def test_log_holds_records_warnings_and_the_traceback(tmp_path):
     code = (
         "import logging, warnings\nfrom concept_ablation.runtime import setup_logging\n"
         f"setup_logging({str(tmp_path / 'logs' / 'rule.log')!r})\n"
-        "logging.info('a record'); warnings.warn('a warning'); raise ValueError('a crash')"
+        "logging.getLogger('concept_ablation.x').info('a record'); logging.info('of a library'); warnings.warn('a warning'); raise ValueError('a crash')"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 1
     for text in (done.stderr, (tmp_path / "logs" / "rule.log").read_text()):
-        assert "a record" in text and "a warning" in text
+        assert "a record" in text and "a warning" in text and "of a library" not in text
         assert "Traceback" in text and "ValueError: a crash" in text
 
 
@@ -77,7 +77,7 @@ def test_setup_logging_replaces_handlers(tmp_path):
     try:
         setup_logging(tmp_path / "a.log")
         setup_logging(tmp_path / "b.log")
-        logging.getLogger("test").info("second")
+        logging.getLogger("concept_ablation").info("second")
         assert (tmp_path / "a.log").read_text() == ""
         assert "second" in (tmp_path / "b.log").read_text()
     finally:
