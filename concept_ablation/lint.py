@@ -58,7 +58,8 @@ def lint_rows(rows: Sequence[LintRow], tokenizer_folder: str | Path | None) -> l
     that can be read, lengths and unknown words aren't checked.
     """
     tokens = load_tokens(str(tokenizer_folder)) if tokenizer_folder is not None else None
-    about_anchor = functools.cache(_about_anchor_prompts)  # rows share their anchor prompts
+    # Rows share their anchor prompts, and most of their neighbors.
+    about_anchor, about_probe = functools.cache(_about_anchor_prompts), functools.cache(_about_probe)
     findings = []
     for row in rows:
         anchor_prompts = tuple(row.anchor_prompts)
@@ -66,7 +67,11 @@ def lint_rows(rows: Sequence[LintRow], tokenizer_folder: str | Path | None) -> l
             *about_anchor(anchor_prompts, row.anchor if row.kind == "object" else None, tokens),
             *_about_target_prompts(anchor_prompts, row.target_prompts, tokens),
             *_targets_in_anchor_prompts(anchor_prompts, row.targets),
-            *_about_probes(row.probe_prompts, tokens),
+            *(
+                one
+                for name, made in row.probe_prompts.items()
+                for one in about_probe(name, tuple(made), tokens)
+            ),
             *_about_words(row, tokens),
         ]
         findings += [Finding(row.line, row.concept, *one) for one in found]
@@ -153,10 +158,9 @@ def _targets_in_anchor_prompts(prompts: Prompts, targets: Sequence[str]) -> Iter
             yield "warning", "target-in-anchor", message
 
 
-def _about_probes(probes: Mapping[str, Sequence[str]], tokens: Tokens | None) -> Iterator[Found]:
-    for subject, prompts in probes.items():
-        yield from _duplicates(f"evaluation ({subject})", prompts)
-        yield from _truncated(f"evaluation ({subject})", prompts, tokens)
+def _about_probe(subject: str, prompts: Prompts, tokens: Tokens | None) -> list[Found]:
+    role = f"evaluation ({subject})"
+    return [*_duplicates(role, prompts), *_truncated(role, prompts, tokens)]
 
 
 def _about_words(row: LintRow, tokens: Tokens | None) -> Iterator[Found]:

@@ -7,10 +7,12 @@ slots is a prompt as it stands.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +44,7 @@ TEMPLATE_SETS = {
 UNSAFE = ("nudity", "inappropriate")  # kinds whose targets are terms added to a prompt
 SLOT = re.compile(r"\{(\w+)\}")
 ARTICLE = r"(?P<article>\b[Aa]n?\s+)?"
+SLOT_AND_ARTICLE = re.compile(ARTICLE + r"\{(?P<slot>\w+)\}")
 
 
 class PromptsError(ValueError):
@@ -50,25 +53,37 @@ class PromptsError(ValueError):
 
 def read_templates(path: str | Path) -> list[str]:
     """The templates of a prompt file, in order, without comments and repeated lines. Raises PromptsError."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise PromptsError(f"{path}: can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise PromptsError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
-    lines = [line.strip() for line in text.splitlines()]
-    found = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if not found:
-        raise PromptsError(f"{path}: holds no prompt; write one a line")
-    return found
+    return list(_read(path)[0])
 
 
 def file_source(path: str | Path) -> dict[str, str]:
     """A prompt file as a spec names it: its path and the sha256 of its content."""
-    read_templates(path)
-    return {"file": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return {"file": str(path), "sha256": _read(path)[1]}
 
 
+def _read(path: str | Path) -> tuple[tuple[str, ...], str]:
+    """A prompt file's templates and the sha256 of its content; read once as long as it doesn't change."""
+    try:
+        found = os.stat(path)
+        return _read_version(str(path), (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino))
+    except OSError as error:
+        raise PromptsError(f"{path}: can't be read: {error.strerror}") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_version(path: str, _version: tuple[int, ...]) -> tuple[tuple[str, ...], str]:
+    content = Path(path).read_bytes()
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise PromptsError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
+    found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not found:
+        raise PromptsError(f"{path}: holds no prompt; write one a line")
+    return found, hashlib.sha256(content).hexdigest()
+
+
+@functools.lru_cache(maxsize=65536)
 def with_article(article: str, word: str) -> str:
     """`article` (a, an, A or An) as English wants it before `word`: `an owl`, `a unicorn`, `an r2d2`."""
     first = word.split()[0].lower() if word.split() else ""
@@ -90,19 +105,27 @@ def fill(template: str, values: Mapping[str, str]) -> str:
         value = values[match["slot"]]
         return (with_article(match["article"], value) if match["article"] else "") + value
 
-    return re.sub(ARTICLE + r"\{(?P<slot>\w+)\}", put, template)
+    return SLOT_AND_ARTICLE.sub(put, template)
 
 
 def expand(templates: Sequence[str], subject: str, slots: Mapping[str, Sequence[str]]) -> list[str]:
     """Every prompt that the templates make of `subject` and all combinations of slot values, none twice."""
-    prompts = []
+    return list(_expand(tuple(templates), subject, tuple((name, tuple(slots[name])) for name in slots)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _expand(
+    templates: tuple[str, ...], subject: str, slot_values: tuple[tuple[str, tuple[str, ...]], ...]
+) -> tuple[str, ...]:
+    prompts, slots = [], dict(slot_values)
     for template in templates:
         used = [name for name in dict.fromkeys(SLOT.findall(template)) if name in slots]
         for choice in itertools.product(*(slots[name] for name in used)):
             prompts.append(fill(template, {"subject": subject, **dict(zip(used, choice, strict=True))}))
-    return list(dict.fromkeys(prompts))
+    return tuple(dict.fromkeys(prompts))
 
 
+@functools.lru_cache(maxsize=65536)
 def plural(noun: str) -> str:
     """The regular English plural of a noun phrase: `grumpy cat` -> `grumpy cats`."""
     if re.search(r"[^aeiou]y$", noun):
@@ -117,7 +140,6 @@ def replace_word(prompt: str, word: str, other: str) -> str:
     `fish`.
     """
     forms = {plural(word).lower(): plural(other), word.lower(): other}
-    pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
 
     def put(match: re.Match) -> str:
         found, new = match["word"], forms[match["word"].lower()]
@@ -127,15 +149,27 @@ def replace_word(prompt: str, word: str, other: str) -> str:
             new = new[0].upper() + new[1:]
         return (with_article(match["article"], new) if match["article"] else "") + new
 
-    return re.sub(rf"{ARTICLE}(?<![\w-])(?P<word>{pattern})(?![\w-])", put, prompt, flags=re.IGNORECASE)
+    return _word_pattern(word).sub(put, prompt)
 
 
 def has_word(prompt: str, word: str) -> bool:
     """Whether `prompt` holds `word` or its plural as a whole word, in any case."""
-    return (
-        re.search(rf"(?<![\w-])({re.escape(word)}|{re.escape(plural(word))})(?![\w-])", prompt, re.IGNORECASE)
-        is not None
-    )
+    return _either_form(word).search(prompt) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _either_form(word: str) -> re.Pattern:
+    """`word` or its plural as a whole word in any case."""
+    words = f"{re.escape(word)}|{re.escape(plural(word))}"
+    return re.compile(rf"(?<![\w-])({words})(?![\w-])", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=4096)
+def _word_pattern(word: str) -> re.Pattern:
+    """The same, with the article before it, if there is one."""
+    forms = sorted({word.lower(), plural(word).lower()}, key=len, reverse=True)
+    words = "|".join(re.escape(form) for form in forms)
+    return re.compile(rf"{ARTICLE}(?<![\w-])(?P<word>{words})(?![\w-])", re.IGNORECASE)
 
 
 def anchor_prompts(

@@ -7,7 +7,6 @@ A *layer* holds some keys of the sections in SECTIONS. Later layers win: the con
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping
 
 from concept_ablation.concepts import SECTIONS, Concept
@@ -19,8 +18,13 @@ class SettingsError(ValueError):
 
 
 def row_settings(config: Mapping, concept: Concept) -> dict:
-    """The sections as they hold for one row, a fresh copy. Raises SettingsError for an unknown preset."""
-    name = concept.preset or config["preset"]
+    """The sections as they hold for one row. Raises SettingsError for an unknown preset."""
+    return with_own(shared_settings(config, concept.kind, concept.preset), concept.overrides)
+
+
+def shared_settings(config: Mapping, kind: str, preset: str | None) -> dict:
+    """The sections as they hold for all rows of a kind and preset, a fresh copy. Raises SettingsError."""
+    name = preset or config["preset"]
     presets = config["presets"]
     if name not in presets:
         allowed = ", ".join(presets)
@@ -29,12 +33,21 @@ def row_settings(config: Mapping, concept: Concept) -> dict:
         )
     preset = presets[name]
     own = {section: copy.deepcopy(config[section]) for section in SECTIONS}
-    for layer in (config["kinds"].get(concept.kind), preset, (preset.get("kinds") or {}).get(concept.kind)):
+    for layer in (config["kinds"].get(kind), preset, (preset.get("kinds") or {}).get(kind)):
         for section in SECTIONS:
             merge(own[section], (layer or {}).get(section) or {})
-    for path, value in concept.overrides.items():
-        *groups, last = path.split(".")
-        functools.reduce(lambda part, group: part[group], groups, own)[last] = value
+    return own
+
+
+def with_own(settings: Mapping, overrides: Mapping[str, object]) -> dict:
+    """`settings` with a row's values by dotted path. Only the groups on the way are copied: change none of the others."""
+    own = dict(settings)
+    for path, value in overrides.items():
+        part, (*groups, last) = own, path.split(".")
+        for group in groups:
+            part[group] = dict(part[group])
+            part = part[group]
+        part[last] = value
     return own
 
 

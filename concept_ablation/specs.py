@@ -27,9 +27,10 @@ from concept_ablation.prompts import (
     read_templates,
     template_set,
 )
-from concept_ablation.settings import SettingsError, row_settings
+from concept_ablation.settings import SettingsError, shared_settings, with_own
 from concept_ablation.validation import check_config, load_schema
 
+Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, as a cache can keep them
 SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
 
 
@@ -55,9 +56,11 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
         model = model_spec(config["model"], "model.path")
     except PlanError as error:
         raise PlanError(f"config: {error}") from None
+    settings = functools.cache(functools.partial(shared_settings, config))
     for concept in concepts:
         try:
-            plan.rows.append(_plan_row(plan, concept, row_settings(config, concept), model))
+            own = with_own(settings(concept.kind, concept.preset), concept.overrides)
+            plan.rows.append(_plan_row(plan, concept, own, model))
         except (PlanError, PromptsError, SettingsError) as error:
             errors.append(f"  {config['concepts']}:{concept.line}: {error}")
     if errors:
@@ -154,10 +157,35 @@ def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
     templates = tuple(read_templates(path))
     slots = _used_slots(templates, prompts["slots"])
     try:
-        anchor_prompts(concept.kind, concept.anchor, templates, slots, prompts["count"])
+        _check_anchor_prompts(concept.kind, concept.anchor, templates, _frozen(slots))
     except PromptsError as error:
         raise PromptsError(f"{path}: {error}") from None
     return {**spec, "source": file_source(path), "slots": slots}
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_anchor_prompts(kind: str, anchor: str, templates: tuple[str, ...], slots: Frozen) -> None:
+    """Raises PromptsError if a file makes no prompt of an anchor; rows share both."""
+    anchor_prompts(kind, anchor, templates, dict(slots))
+
+
+@functools.lru_cache(maxsize=16384)
+def _probe_prompts(
+    count: int,
+    kind: str,
+    role: str,
+    subject: str,
+    anchor: str,
+    templates: tuple[str, ...],
+    slots: Frozen,
+    probe_template: str,
+) -> list[str]:
+    """A probe's first `count` prompts; rows share most of their neighbors."""
+    return probe_prompts(kind, role, subject, anchor, templates, dict(slots), probe_template)[:count]
+
+
+def _frozen(slots: Mapping[str, Sequence[str]]) -> Frozen:
+    return tuple((name, tuple(values)) for name, values in slots.items())
 
 
 def _model_source(prompts: Mapping) -> dict:
@@ -238,17 +266,17 @@ def _probes(concept: Concept, own: Mapping) -> list[dict]:
     words, evaluation = own["prompts"], own["evaluation"]
     roles = [("target", target) for target in concept.targets] + [("anchor", concept.anchor)]
     roles += [("neighbor", neighbor) for neighbor in concept.neighbors]
-    probes = []
+    probes, slots = [], _frozen(words["slots"])
     for role, subject in roles:
         file = (words["target_evaluation"] if role == "target" else None) or words["evaluation"]
         path = _prompt_path(file, concept.anchor)
-        sources = (concept.anchor, read_templates(path), words["slots"], words["probe_template"])
+        sources = (concept.anchor, tuple(read_templates(path)), slots, words["probe_template"])
+        images = evaluation["images"][role]
         try:
-            made = probe_prompts(concept.kind, role, subject, *sources)
+            prompts = _probe_prompts(images, concept.kind, role, subject, *sources)
         except PromptsError as error:
             raise PromptsError(f"{path}: {error}") from None
-        images = evaluation["images"][role]
-        probe = {"role": role, "subject": subject, "prompts": made[:images], "images": images}
+        probe = {"role": role, "subject": subject, "prompts": prompts, "images": images}
         # A subject's own seeds: with the same ones for all, a bad seed would harm all neighbors at once.
         number = zlib.crc32(subject.encode()) % 1_000_000
         probes.append({**probe, "seed": (evaluation["seed"] + 1000 * number) % 2**32})
