@@ -38,13 +38,16 @@ class Checkout:
 
     folder: Path
 
-    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess:
-        """Run Snakemake here; stdout and stderr together are in `.stdout`. There is no network."""
+    def snakemake(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        """Run Snakemake here; stdout and stderr together are in `.stdout`. There is no network.
+
+        `environment`: further variables.
+        """
         return subprocess.run(
             [sys.executable, "-m", "snakemake", *arguments],
             check=False,
             cwd=self.folder,
-            env={**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,7 +86,7 @@ def make_checkout(models, tmp_path_factory):
     def make() -> Checkout:
         folder = tmp_path_factory.mktemp("checkout")
         shutil.copy(ROOT / "Snakefile", folder)
-        for name in ("workflow", "profiles", "config"):
+        for name in ("workflow", "profiles", "local", "config"):
             shutil.copytree(ROOT / name, folder / name)
         (folder / "concept_ablation").symlink_to(ROOT / "concept_ablation")
         (folder / "models").symlink_to(models)

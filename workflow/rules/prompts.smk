@@ -15,6 +15,7 @@ rule write_prompts:
     conda:
         "../envs/python.yaml"
     resources:
+        gpu=lambda wildcards: int("language_model" in plan.specs["write_prompts"][wildcards.key]["source"]),
         device=config["runtime"]["device"],
         attempts=config["runtime"]["prompt_requests"],
         timeout=config["runtime"]["prompt_timeout"],

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
-from concept_ablation.runtime import setup_logging
+from concept_ablation.devices import start_job
+
+start_job(snakemake)
+
 from concept_ablation.training import ablate_concept
 
-setup_logging(snakemake.log[0])
 # Beside the outputs, but no output: what Snakemake would remove when the job is killed.
 results, key = Path(snakemake.output.delta).parents[2], snakemake.wildcards.key
 ablate_concept(

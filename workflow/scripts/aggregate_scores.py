@@ -2,8 +2,10 @@
 
 import json
 
-from concept_ablation.runtime import setup_logging
+from concept_ablation.devices import start_job
+
+start_job(snakemake)
+
 from concept_ablation.tables import aggregate_scores
 
-setup_logging(snakemake.log[0])
 aggregate_scores(json.loads(snakemake.params.spec), snakemake.output.scores, snakemake.output.summary)

@@ -2,10 +2,12 @@
 
 import json
 
-from concept_ablation.runtime import setup_logging
+from concept_ablation.devices import start_job
+
+start_job(snakemake)
+
 from concept_ablation.sampling import generate_anchors
 
-setup_logging(snakemake.log[0])
 generate_anchors(
     json.loads(snakemake.params.spec),
     snakemake.input.prompts,

@@ -2,8 +2,10 @@
 
 import json
 
-from concept_ablation.formats import import_delta_stage as import_delta
-from concept_ablation.runtime import setup_logging
+from concept_ablation.devices import start_job
 
-setup_logging(snakemake.log[0])
+start_job(snakemake)
+
+from concept_ablation.formats import import_delta_stage as import_delta
+
 import_delta(json.loads(snakemake.params.spec), snakemake.output[0])

@@ -2,10 +2,12 @@
 
 import json
 
-from concept_ablation.report import render
-from concept_ablation.runtime import setup_logging
+from concept_ablation.devices import start_job
 
-setup_logging(snakemake.log[0])
+start_job(snakemake)
+
+from concept_ablation.report import render
+
 render(
     json.loads(snakemake.params.spec), snakemake.input.scores, snakemake.input.summary, snakemake.output[0]
 )

@@ -2,10 +2,12 @@
 
 import json
 
-from concept_ablation.memorization import search_prompts
-from concept_ablation.runtime import setup_logging
+from concept_ablation.devices import start_job
 
-setup_logging(snakemake.log.text)
+start_job(snakemake)
+
+from concept_ablation.memorization import search_prompts
+
 search_prompts(
     json.loads(snakemake.params.spec),
     snakemake.output[0],

@@ -2,10 +2,12 @@
 
 import json
 
-from concept_ablation.prompts import write_prompts
-from concept_ablation.runtime import setup_logging
+from concept_ablation.devices import start_job
 
-setup_logging(snakemake.log[0])
+start_job(snakemake)
+
+from concept_ablation.prompts import write_prompts
+
 asking = {name: snakemake.resources[name] for name in ("device", "attempts", "timeout")}
 write_prompts(
     json.loads(snakemake.params.spec),
