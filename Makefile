@@ -2,6 +2,7 @@
 # make test    all tests that need no cluster and no GPU          make lint   ruff, snakefmt, snakemake --lint
 # make report  the report again from what is there                make check  read the table and all prompts, run nothing
 # make test-world  every kind of row for real, on the embedded model (about 15 minutes)
+# make status  what is done, running, failed, waiting     make gc      list what no row refers to (REMOVE=1: remove it)
 # make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
 # Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check test test-world lint format report embedded clean install
+.PHONY: run check status gc test test-world lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -27,6 +28,12 @@ report: .venv/.installed
 
 check: .venv/.installed
 	python -m concept_ablation check
+
+status: .venv/.installed
+	python -m concept_ablation status
+
+gc: .venv/.installed
+	python -m concept_ablation gc $(if $(REMOVE),--remove)
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile

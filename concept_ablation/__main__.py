@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # This project's errors are about what the user gave, and so are the system's about files.
         if not (isinstance(error, OSError) or type(error).__module__.startswith("concept_ablation.")):
             raise
-        text = str(error) if options.run is _check else " ".join(str(error).split())
+        text = str(error) if options.run in (_check, _gc, _status) else " ".join(str(error).split())
         print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
@@ -70,6 +70,25 @@ def _check(options: argparse.Namespace) -> str:
     return check_table(options.configfile)
 
 
+def _gc(options: argparse.Namespace) -> str:
+    from concept_ablation.checks import read_table
+    from concept_ablation.cleanup import collect, remove, waste_text
+
+    # A row that is switched off still is a row: its results stay.
+    plans = [read_table(files, disabled=True)[1] for files in options.configfile or [[]]]
+    waste = collect(plans)
+    if options.remove:
+        remove(waste, plans)
+    return waste_text(waste, options.remove, len(waste) if options.verbose else 5)
+
+
+def _status(options: argparse.Namespace) -> str:
+    from concept_ablation.checks import read_table
+    from concept_ablation.status import status_text
+
+    return status_text(read_table(options.configfile)[1], most=10**6 if options.verbose else 10)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m concept_ablation", description="Take ablated models anywhere, and bring others in."
@@ -78,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(run, text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(run.__name__.strip("_"), help=text, description=text)
-        made.add_argument("--verbose", action="store_true", help="tell more, for a LoRA every layer's error")
+        made.add_argument("--verbose", action="store_true", help="tell more: every layer's error, every file")
         made.set_defaults(run=run)
         return made
 
@@ -119,6 +138,21 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command(_check, "read the config, the table and every row's prompts, and say what is wrong")
     check.add_argument(
+        "--configfile", nargs="*", default=[], metavar="FILE", help="overlays of the config, as for snakemake"
+    )
+
+    gc = command(_gc, "list what the results folder holds that no row refers to, and its size")
+    gc.add_argument(
+        "--configfile",
+        nargs="+",
+        action="append",
+        metavar="FILE",
+        help="overlays of the config, as for snakemake; once for each table that shares the folder: what one of them needs stays",
+    )
+    gc.add_argument("--remove", action="store_true", help="remove it")
+
+    status = command(_status, "tell how far a run is, how long it will take and what disk it uses")
+    status.add_argument(
         "--configfile", nargs="*", default=[], metavar="FILE", help="overlays of the config, as for snakemake"
     )
     return parser

@@ -26,15 +26,20 @@ def check_table(configfiles: Sequence[str]) -> str:
     `configfiles` are overlays of `config/config.yaml`, as for `snakemake --configfile`. Returns the warnings and how many
     rows were read. Raises ConfigError, ConceptsError, PlanError.
     """
-    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
-    for file in configfiles:
-        merge(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
-    source = ", ".join(["config/config.yaml", *configfiles])
-    config, plan = load_plan(config, ROOT / "workflow" / "schemas", source)
+    config, plan = read_table(configfiles)
     warnings = check_rows(plan, plan.rows, config["concepts"]).splitlines()
     return "\n".join(
         [*warnings, f"{config['concepts']}: {len(plan.rows)} rows read, {len(warnings)} warnings"]
     )
+
+
+def read_table(configfiles: Sequence[str], disabled: bool = False) -> tuple[dict, Plan]:
+    """The checked config with the overlays `configfiles`, and its table's plan, as `specs.load_plan` gives them."""
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
+    for file in configfiles:
+        merge(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
+    source = ", ".join(["config/config.yaml", *configfiles])
+    return load_plan(config, ROOT / "workflow" / "schemas", source, disabled)
 
 
 def check_rows(plan: Plan, rows: Sequence[Row], table: str) -> str:

@@ -71,8 +71,10 @@ def slug(text: str, length: int = 40) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:length].strip("-") or "x"
 
 
-def load_concepts(path: str | Path, schema: Mapping, config_schema: Mapping) -> list[Concept]:
-    """The enabled rows of the table at `path`, in the file's order.
+def load_concepts(
+    path: str | Path, schema: Mapping, config_schema: Mapping, disabled: bool = False
+) -> list[Concept]:
+    """The enabled rows of the table at `path` (with `disabled`: all of them), in the file's order.
 
     `schema` is `workflow/schemas/concepts.schema.yaml`; the columns of OVERRIDES are checked as
     `config.schema.yaml`, the `config_schema`, checks the keys that they override. Raises ConceptsError.
@@ -94,7 +96,7 @@ def load_concepts(path: str | Path, schema: Mapping, config_schema: Mapping) -> 
     if rows and not enabled and not table.errors:
         table.complain(1, "has no row that is enabled", "set 'enabled' to true in at least one row")
     table.raise_errors()
-    return enabled
+    return [concept for concept, _ in rows] if disabled else enabled
 
 
 def _columns(schema: Mapping, config_schema: Mapping) -> dict[str, dict]:

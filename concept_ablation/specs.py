@@ -34,15 +34,16 @@ Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, as a
 SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
 
 
-def load_plan(config: Mapping, schemas: Path, source: str) -> tuple[dict, Plan]:
+def load_plan(config: Mapping, schemas: Path, source: str, disabled: bool = False) -> tuple[dict, Plan]:
     """The checked config, its texts made numbers, and the plan of the table that it names.
 
-    `schemas`: the folder `workflow/schemas`; `source`: the files that the config came from, for messages. Raises
-    ConfigError, ConceptsError, PlanError.
+    `schemas`: the folder `workflow/schemas`; `source`: the files that the config came from, for messages; `disabled`: rows
+    that are switched off are planned too. Raises ConfigError, ConceptsError, PlanError.
     """
     config_schema = load_schema(schemas / "config.schema.yaml")
     checked = check_config(config, config_schema, source)
-    rows = load_concepts(checked["concepts"], load_schema(schemas / "concepts.schema.yaml"), config_schema)
+    schema = load_schema(schemas / "concepts.schema.yaml")
+    rows = load_concepts(checked["concepts"], schema, config_schema, disabled)
     return checked, build_plan(rows, checked)
 
 
