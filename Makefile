@@ -2,6 +2,7 @@
 # make test    all tests that need no cluster and no GPU          make lint   ruff, snakefmt, snakemake --lint
 # make report  the report again from what is there                make check  read the table and all prompts, run nothing
 # make test-world  every kind of row for real, on the embedded model (about 15 minutes)
+# make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 6 minutes)
 # make status  what is done, running, failed, waiting     make gc      list what no row refers to (REMOVE=1: remove it)
 # make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
 # Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.
@@ -10,7 +11,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check status gc test test-world lint format report embedded clean install
+.PHONY: run check status gc test test-world slurm-test lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -40,6 +41,9 @@ test: .venv/.installed
 
 test-world: .venv/.installed
 	OMP_NUM_THREADS=1 pytest -m world
+
+slurm-test: .venv/.installed
+	OMP_NUM_THREADS=1 pytest -m slurm tests/slurm
 
 lint: .venv/.installed
 	ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import resource
 import sys
 import warnings
@@ -114,7 +115,8 @@ def progress_bar(*arguments, **settings) -> tqdm:
 def setup_logging(log_path: str | Path | None = None, level: int = logging.INFO) -> None:
     """Send log records, Python warnings and the traceback of a crash to stderr and to `log_path`.
 
-    Called once by each script. Progress bars of libraries are switched off; ours write to stderr only.
+    Called once by each script; the first record tells where that runs. Progress bars of libraries are switched off; ours
+    write to stderr only.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_path is not None:
@@ -132,6 +134,15 @@ def setup_logging(log_path: str | Path | None = None, level: int = logging.INFO)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     sys.excepthook = _log_crash
+    log.info(_where())
+
+
+def _where() -> str:
+    """The machine, under SLURM also the job, and the devices that this process may see."""
+    names = ("SLURMD_NODENAME", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES")
+    return " ".join(
+        [platform.node(), *(f"{name}={os.environ[name]}" for name in names if name in os.environ)]
+    )
 
 
 def _log_crash(kind, error, trace) -> None:

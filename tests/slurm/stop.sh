@@ -7,14 +7,14 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin SLURM_CONF=$dir/etc/slurm.conf
 started() { awk '{sub(/^.*\) /, ""); if ($1 != "Z") print $20}' "/proc/$1/stat" 2>/dev/null; }
 ours() { # the process id of NAME, if that process still is the one that was started
     local pid start
-    read -r pid start <"$dir/run/$1.pid" 2>/dev/null || return 1
+    read -r pid start 2>/dev/null <"$dir/run/$1.pid" || return 1
     [ -n "$start" ] && [ "$(started "$pid")" = "$start" ] && echo "$pid"
 }
 stop() {
     local pid n
     if pid=$(ours "$1"); then
         kill "$pid"
-        for ((n = 0; n < 75; n++)); do ours "$1" >/dev/null && sleep 0.2; done
+        for ((n = 0; n < 75; n++)); do ours "$1" >/dev/null || break; sleep 0.2; done
         if ours "$1" >/dev/null; then kill -9 "$pid"; fi
     fi
     rm -f "$dir/run/$1.pid"

@@ -4,17 +4,25 @@ from pathlib import Path
 
 from concept_ablation.checks import check_rows
 from concept_ablation.concepts import ConceptsError
+from concept_ablation.handover import hand_over, handed_plan, take_back
 from concept_ablation.plan import PlanError
 from concept_ablation.specs import load_plan
 from concept_ablation.validation import ConfigError
 
 
 def read_plan(config, schemas, configfiles):
-    """The plan of all rows; one message lists whatever is wrong with the config or the table, and nothing runs."""
+    """The plan of all rows; one message lists whatever is wrong with the config or the table, and nothing runs.
+
+    A job on another machine gets the plan of its run, whatever the table and the config say by now.
+    """
+    handed = None if workflow.is_main_process else handed_plan()
+    if handed:
+        config.update(handed.config)
+        return handed
     try:
         checked, plan = load_plan(config, schemas, ", ".join(str(file) for file in configfiles))
         config.update(checked)
-        if workflow.is_main_process:  # a job reads the plan too, and has nothing to say about it
+        if workflow.is_main_process:  # a job has nothing to say about the table
             warnings = check_rows(plan, plan.pending, config["concepts"])
             if warnings:
                 logger.warning(warnings)
@@ -46,14 +54,18 @@ wildcard_constraints:
 
 
 onstart:
+    if not workflow.local_exec:
+        hand_over(plan, config, Path(".snakemake") / "plans")
     logger.info(plan.summary())
 
 
 onsuccess:
+    take_back()
     print_report(plan)
 
 
 onerror:
+    take_back()
     logger.error(
         f"Some jobs failed. Each one's log is in {plan.results}/logs/<rule>/<key>.log; finished work is kept."
     )

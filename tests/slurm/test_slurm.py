@@ -1,0 +1,314 @@
+"""`snakemake --profile slurm` on a real cluster: what comes out is what a local run gives, whatever happens to its jobs.
+
+Three of the shipped rows with fewer neighbors and small counts, on the embedded model; all on one machine, about 6 minutes on
+2 cores (`make slurm-test`).
+"""
+
+import copy
+import csv
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.slurm.cluster import Cluster
+
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).parents[2]
+HEADER = "concept,kind,target,anchor,neighbors,delta\n"
+STYLES = "neon,style,neon,picture,ink,\npencil,style,pencil,picture,ink,\n"
+OWL = "owl,object,owl,bird,duck,\n"
+BROKEN = "broken,object,owl,bird,duck,broken.safetensors\n"
+SAMPLER = {"steps": 2, "precision": "fp32"}
+SMALL = {
+    "prompts": {"count": 4},
+    "anchors": {"images": 4, "sampler": SAMPLER},
+    "training": {"steps": 2, "batch_size": 2, "precision": "fp32"},
+    "evaluation": {
+        "images": {"target": 4, "anchor": 4, "neighbor": 4},
+        "sampler": SAMPLER,
+        "statistics": {"bootstrap": 20},
+    },
+    "runtime": {"device": "cpu"},  # the cluster's GPUs are fakes
+}
+GPU_RULES = {"generate_anchors", "ablate_concept", "sample_base", "sample_ablated", "score_concept"}
+JOBS = {  # of STYLES and OWL: what rows share is made once
+    "write_prompts": 2,
+    "generate_anchors": 2,
+    "ablate_concept": 3,
+    "sample_base": 7,
+    "sample_ablated": 3,
+    "score_concept": 3,
+    "aggregate_scores": 1,
+    "render_report": 1,
+}
+# Measured anew each time.
+TIMED = {"seconds", "peak_memory_bytes", "training_seconds", "peak_memory_mb"}
+STARTED: list[subprocess.Popen] = []
+SAME = ("prompts/*", "anchors/*", "base/*", "samples/*", "scores/*")
+
+
+def replace(settings: dict, own: dict) -> dict:
+    """`settings` with the values of `own`, section by section."""
+    for name, value in own.items():
+        settings[name] = replace(copy.deepcopy(settings[name]), value) if isinstance(value, dict) else value
+    return settings
+
+
+class Checkout:
+    """A user's checkout, its config and its profile edited as a user and a site's admin would."""
+
+    def __init__(self, folder: Path, table: str) -> None:
+        self.folder, self.runs = folder, []
+        folder.mkdir()
+        for name in ("workflow", "profiles", "config", "slurm"):
+            shutil.copytree(ROOT / name, folder / name)
+        shutil.copy(ROOT / "Snakefile", folder)
+        for name in ("concept_ablation", "embedded"):
+            (folder / name).symlink_to(ROOT / name)
+        self.edit("config/config.yaml", SMALL)
+        # Looks come sooner than on a cluster, where jobs take longer.
+        self.edit("slurm/config.yaml", {"slurm-init-seconds-before-status-checks": 2, "latency-wait": 5})
+        self.write(table)
+
+    def edit(self, file: str, own: dict) -> None:
+        path = self.folder / file
+        path.write_text(yaml.safe_dump(replace(yaml.safe_load(path.read_text()), own), sort_keys=False))
+
+    def write(self, table: str) -> None:
+        (self.folder / "concepts.csv").write_text(HEADER + table)
+
+    def start(self, *arguments: str, seconds: int = 600) -> subprocess.Popen:
+        """Start `snakemake ARGUMENTS` at the checkout's root; what it says goes to run-N.txt."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.runs.append(self.folder / f"run-{len(self.runs)}.txt")
+        with self.runs[-1].open("w") as out:
+            process = subprocess.Popen(
+                ["timeout", "-k", "10", str(seconds), "snakemake", *arguments],
+                cwd=self.folder,
+                env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        STARTED.append(process)
+        return process
+
+    def snakemake(self, *arguments: str) -> tuple[int, str]:
+        """The exit status of `snakemake ARGUMENTS`, and what it says."""
+        return self.start(*arguments).wait(), self.said()
+
+    def said(self) -> str:
+        return self.runs[-1].read_text()
+
+    def run_names(self) -> list[str]:
+        """The names that SLURM knows this checkout's runs by."""
+        found = (re.search(r"SLURM run ID: (\S+)", run.read_text()) for run in self.runs)
+        return [match[1] for match in found if match]
+
+    def read_table(self, name: str, concepts: set[str]) -> list[dict[str, str]]:
+        """The lines of a table of the report that are about `concepts`, without what is measured anew each time."""
+        with (self.folder / "results" / "report" / name).open(newline="") as file:
+            return [
+                {column: value for column, value in row.items() if column not in TIMED}
+                for row in csv.DictReader(file)
+                if row["concept"] in concepts
+            ]
+
+
+@pytest.fixture(scope="session")
+def folder(request):
+    """A folder of all that these tests write; it stays if one fails. Not pytest's own, which other runs of it remove."""
+    path = Path(tempfile.mkdtemp(prefix="slurm-test-"))
+    yield path
+    for process in STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    if request.session.testsfailed == 0:
+        shutil.rmtree(path)
+    else:
+        print(f"\nSee {path}")
+
+
+@pytest.fixture(scope="session")
+def cluster(folder):
+    cluster = Cluster(folder / "cluster")
+    try:
+        if cluster.start().returncode:
+            said = (cluster.folder / "start.txt").read_text()
+            pytest.fail(f"no SLURM cluster on this machine:\n{said[-3000:]}", pytrace=False)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def local(folder):
+    """A checkout in which all rows were run without a cluster, undisturbed."""
+    checkout = Checkout(folder / "local", STYLES + OWL)
+    status, said = checkout.snakemake("--cores", "2")
+    assert status == 0, said
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def clustered(folder, cluster):
+    """A checkout whose rows were run on the cluster, first with one more row, whose delta is none."""
+    checkout = Checkout(folder / "clustered", STYLES + OWL + BROKEN)
+    (checkout.folder / "broken.safetensors").write_bytes(b"no delta")
+    status, said = checkout.snakemake("--profile", "slurm")
+    assert status not in (0, 124, 137), said
+    assert len(list((checkout.folder / "results" / "scores").glob("*.parquet"))) == 3, said
+    checkout.write(STYLES + OWL)
+    status, said = checkout.snakemake("--profile", "slurm")
+    assert status == 0, said
+    return checkout
+
+
+def assert_same_results(checkout, local, concepts):
+    for name in ("scores.csv", "summary.csv"):
+        table = checkout.read_table(name, concepts)
+        assert {row["concept"] for row in table} == concepts
+        assert table == local.read_table(name, concepts)
+    mine, theirs = checkout.folder / "results", local.folder / "results"
+    files = [path.relative_to(mine) for pattern in SAME for path in mine.glob(pattern)]
+    assert len(files) > 10
+    different = [str(file) for file in files if (mine / file).read_bytes() != (theirs / file).read_bytes()]
+    assert not different
+    for delta in mine.glob("concepts/*/delta.safetensors"):
+        assert split_delta(delta) == split_delta(theirs / delta.relative_to(mine))
+    for record in mine.glob("concepts/*/training.parquet"):
+        tables = [pq.read_table(file) for file in (record, theirs / record.relative_to(mine))]
+        columns = [name for name in tables[0].column_names if name not in TIMED]
+        assert str(tables[0].select(columns).to_pylist()) == str(tables[1].select(columns).to_pylist())
+
+
+def split_delta(path):
+    """A delta's header, in which the order of keys is random, and its numbers."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def test_rows_on_the_cluster_end_as_local_ones(clustered, local):
+    assert_same_results(clustered, local, {"neon", "pencil", "owl"})
+
+
+def test_a_row_that_fails_fails_alone_and_is_named(clustered, cluster):
+    said = clustered.runs[0].read_text()
+    assert "import_delta" in said and "broken.safetensors" in said
+    jobs = [job for job in cluster.ended(clustered.run_names()) if job.rule == "import_delta"]
+    # The profile's two retries, and not as many more inside each job.
+    assert [job.state for job in jobs] == ["FAILED"] * 3
+
+
+def test_shared_work_runs_once_and_nothing_twice(clustered, cluster):
+    jobs = [job for job in cluster.ended(clustered.run_names()) if job.rule != "import_delta"]
+    assert {job.state for job in jobs} == {"COMPLETED"}
+    made = Counter((job.rule, job.key) for job in jobs)
+    twice = {unit for unit, count in made.items() if count > 1} - {
+        ("aggregate_scores", ""),
+        ("render_report", ""),
+    }
+    assert not twice
+    assert Counter(rule for rule, _ in made) == JOBS
+
+
+def test_gpu_jobs_have_a_device_each_and_other_jobs_none(clustered, cluster):
+    seen = {}
+    for log in (clustered.folder / "results" / "logs").glob("*/*.log"):
+        first = log.read_text().partition("\n")[0]
+        seen[re.search(r"SLURM_JOB_ID=(\d+)", first)[1]] = re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", first)
+    jobs = [job for job in cluster.ended(clustered.run_names()) if job.state == "COMPLETED"]
+    gpu = [job for job in jobs if job.rule in GPU_RULES]
+    assert all("gres/gpu=1" in job.devices and seen[job.id][1] in {"0", "1"} for job in gpu)
+    assert not any("gres/gpu" in job.devices for job in jobs if job not in gpu)
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(gpu, 2)
+        if one.node == other.node and one.start < other.end and other.start < one.end
+    ]
+    assert pairs and all(seen[one.id][1] != seen[other.id][1] for one, other in pairs)
+
+
+def test_logs_are_kept_and_nothing_is_said_twice(clustered, cluster):
+    said = clustered.said()
+    assert said.count("3 concepts:") == 1 and said.count("Report: results/report/index.html") == 1
+    names = clustered.run_names()
+    assert len(names) == 2 and all(name.startswith("ablate_") for name in names)
+    logs = {log.stem: log.read_text() for log in (clustered.folder / "results/logs/slurm").rglob("*.log")}
+    jobs = cluster.ended(names)
+    assert jobs and {job.id for job in jobs} <= set(logs)
+    assert not any("concepts: " in text or "Report: " in text for text in logs.values())
+    assert not list((clustered.folder / ".snakemake" / "plans").iterdir())
+
+
+def test_work_that_died_is_done_again_to_the_same_end(make_checkout, cluster, local):
+    checkout = make_checkout(STYLES)
+    # Too little memory at first; and the jobs' memory and time grow as the profile says.
+    checkout.edit(
+        "slurm/config.yaml", {"set-resources": {"generate_anchors": {"mem_mb": "750 * attempt ** 3"}}}
+    )
+    hurt, run = {}, checkout.start("--profile", "slurm")
+
+    def hurt_one(running):
+        """Do the next harm that one of the running jobs lends itself to; True once snakemake itself was killed."""
+        for job in running:
+            stalled = hurt.get("stall")
+            if job.rule == "sample_base" and job.label == "style-picture" and not stalled:
+                hurt["stall"] = job
+                cluster.stall(job)
+            elif job.rule == "sample_base" and job.label == "style-ink" and "cancel" not in hurt:
+                hurt["cancel"] = job
+                cluster.cancel(job)
+                checkout.write(OWL)  # the table is edited while the run goes on
+            elif (
+                job.rule in ("ablate_concept", "sample_ablated")
+                and "node" not in hurt
+                and (
+                    stalled
+                    and (job.node != stalled.node or stalled.id not in {other.id for other in running})
+                )
+            ):
+                hurt["node"] = job
+                cluster.kill_node(job.node)
+            elif job.rule == "score_concept" and len(hurt) == 3:
+                hurt["snakemake"] = job
+                psutil.Process(run.pid).children()[0].kill()
+                return True
+        return False
+
+    while not hurt_one(cluster.running()):
+        assert run.poll() is None, checkout.said()
+        time.sleep(0.3)
+    assert run.wait() == 137
+    cluster.start(hurt["node"].node)
+
+    checkout.write(STYLES)
+    assert checkout.snakemake("--profile", "slurm", "--unlock")[0] == 0
+    status, said = checkout.snakemake("--profile", "slurm")
+    assert status == 0, said
+    assert_same_results(checkout, local, {"neon", "pencil"})
+
+    jobs = cluster.ended(checkout.run_names())
+    by_id = {job.id: job for job in jobs}
+    assert by_id[hurt["stall"].id].state == "TIMEOUT"
+    assert by_id[hurt["cancel"].id].state == "CANCELLED"
+    assert by_id[hurt["node"].id].state == "NODE_FAIL"
+    assert not any("gres/gpu" in job.devices for job in jobs if job.rule == "score_concept")
+    anchors = [job for job in jobs if job.rule == "generate_anchors"]
+    assert [(job.state, job.memory) for job in anchors] == [("OUT_OF_MEMORY", "750M"), ("COMPLETED", "6000M")]
+    again = [job for job in jobs if job.key == hurt["stall"].key]
+    assert [(job.state, job.limit) for job in again] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "04:00:00")]
