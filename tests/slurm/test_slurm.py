@@ -255,12 +255,11 @@ def test_logs_are_kept_and_nothing_is_said_twice(clustered, cluster):
     assert not list((clustered.folder / ".snakemake" / "plans").iterdir())
 
 
-def test_work_that_died_is_done_again_to_the_same_end(make_checkout, cluster, local):
-    checkout = make_checkout(STYLES)
-    # Too little memory at first; and the jobs' memory and time grow as the profile says.
-    checkout.edit(
-        "slurm/config.yaml", {"set-resources": {"generate_anchors": {"mem_mb": "750 * attempt ** 3"}}}
-    )
+def test_work_that_died_is_done_again_to_the_same_end(folder, cluster, local):
+    checkout = Checkout(folder / "died", STYLES)
+    # Too little memory at first; and one rule without a GPU, as on a cluster that has none.
+    own = {"generate_anchors": {"mem_mb": "750 * attempt ** 3"}, "score_concept": {"gpu": 0}}
+    checkout.edit("slurm/config.yaml", {"set-resources": own})
     hurt, run = {}, checkout.start("--profile", "slurm")
 
     def hurt_one(running):
@@ -307,6 +306,7 @@ def test_work_that_died_is_done_again_to_the_same_end(make_checkout, cluster, lo
     assert by_id[hurt["stall"].id].state == "TIMEOUT"
     assert by_id[hurt["cancel"].id].state == "CANCELLED"
     assert by_id[hurt["node"].id].state == "NODE_FAIL"
+    assert not any("gres/gpu" in job.devices for job in jobs if job.rule == "score_concept")
     assert not any("gres/gpu" in job.devices for job in jobs if job.rule == "score_concept")
     anchors = [job for job in jobs if job.rule == "generate_anchors"]
     assert [(job.state, job.memory) for job in anchors] == [("OUT_OF_MEMORY", "750M"), ("COMPLETED", "6000M")]
