@@ -72,13 +72,16 @@ def test_log_holds_records_warnings_and_the_traceback(tmp_path):
         assert "Traceback" in text and "ValueError: a crash" in text
 
 
-def test_setup_logging_replaces_handlers(tmp_path):
+def test_setup_logging_replaces_handlers(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     before = logging.root.handlers[:], logging.root.level, sys.excepthook
     try:
         setup_logging(tmp_path / "a.log")
         setup_logging(tmp_path / "b.log")
         logging.getLogger("concept_ablation").info("second")
-        assert (tmp_path / "a.log").read_text() == ""
+        where, *more = (tmp_path / "a.log").read_text().splitlines()
+        assert where.endswith("SLURM_JOB_ID=17 CUDA_VISIBLE_DEVICES=1") and more == []
         assert "second" in (tmp_path / "b.log").read_text()
     finally:
         logging.root.handlers[:], logging.root.level, sys.excepthook = before
