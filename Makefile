@@ -4,6 +4,7 @@
 # make test-world  every kind of row for real, on the embedded model (about 15 minutes)
 # make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 6 minutes)
 # make status  what is done, running, failed, waiting     make gc      list what no row refers to (REMOVE=1: remove it)
+# make test-s3  results in a bucket: installs and starts an S3 server on this machine (about 5 minutes)
 # make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
 # Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check status gc test test-world slurm-test lint format report embedded clean install
+.PHONY: run check status gc test test-world slurm-test test-s3 lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -44,6 +45,10 @@ test-world: .venv/.installed
 
 slurm-test: .venv/.installed
 	OMP_NUM_THREADS=1 pytest -m slurm tests/slurm
+
+test-s3: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[dev,s3-test]'
+	OMP_NUM_THREADS=1 pytest -m s3
 
 lint: .venv/.installed
 	ruff check .

@@ -10,7 +10,7 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 
-configfile: f"{workflow.basedir}/config/config.yaml"
+configfile: f"{workflow.current_basedir}/config/config.yaml"
 
 
 include: "workflow/rules/common.smk"
@@ -26,3 +26,4 @@ rule all:
     default_target: True
     input:
         "<results>/report/index.html",
+        unfinished,

@@ -99,7 +99,7 @@ def _cost(row: Mapping) -> dict:
         "training_seconds": float(sum(record["seconds"])) if "seconds" in record else None,
         "peak_memory_mb": max(memory) / 1e6 if memory else None,
         "delta_mb": delta.stat().st_size / 1e6 if delta.is_file() else None,
-        "delta": str(row["delta"]),
+        "delta": str(row.get("delta_shown", row["delta"])),
     }
 
 

@@ -50,6 +50,30 @@ def report_rows(spec: Mapping | Sequence[Mapping]) -> list[Mapping]:
     return sorted(rows, key=lambda row: row["concept"])
 
 
+def at_hand(spec: Mapping, results: str | Path) -> dict:
+    """A report's spec with the rows' files below `results`: where a job finds them, which under a storage plugin is in
+    its local copies. A row's `delta_shown` is the delta's path as it was: what a reader of the tables knows.
+    """
+
+    def move(value: object, old: str) -> object:
+        if isinstance(value, Mapping):
+            return {name: move(part, old) for name, part in value.items()}
+        return (
+            f"{results}{value[len(old) :]}"
+            if isinstance(value, str) and value.startswith(old + "/")
+            else value
+        )
+
+    rows = []
+    for row in spec["rows"]:
+        old = str(Path(row["scores"]).parents[1])
+        files = {
+            name: move(row.get(name), old) for name in ("scores", "samples", "base", "delta", "training")
+        }
+        rows.append({**row, **files, "delta_shown": row["delta"]})
+    return {**spec, "rows": rows}
+
+
 def write_table(table: pa.Table, path: str | Path) -> None:
     """Writes a table as Parquet and, beside it, as CSV, each whole or not at all."""
     with atomic_output(path) as part:

@@ -8,7 +8,7 @@ import pytest
 from concept_ablation import metrics, verdict
 from concept_ablation.columns import COLUMNS
 from concept_ablation.summary import SUMMARY
-from concept_ablation.tables import TableError, aggregate_scores
+from concept_ablation.tables import TableError, aggregate_scores, at_hand
 from concept_ablation.training import StepRecord, write_records
 from concept_ablation.verdict import Presence, Thresholds, judge, read_thresholds
 
@@ -288,3 +288,23 @@ def test_an_imported_delta_has_no_training_record(tmp_path):
     aggregate_scores([row], tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     (line,) = pq.read_table(tmp_path / "summary.parquet").to_pylist()
     assert line["steps"] is None and line["training_seconds"] is None and line["delta_mb"] == 2.0
+
+
+def test_a_job_reads_its_rows_where_they_lie_and_the_tables_say_where_they_belong():
+    row = {
+        "concept": "cat",
+        "image": "out/cat.png",
+        "scores": "out/scores/cat.parquet",
+        "samples": "out/samples/cat.parquet",
+        "base": {"cat": "out/base/cat.parquet"},
+        "delta": "out/concepts/cat/delta.safetensors",
+        "training": None,
+    }
+    (moved,) = at_hand({"rows": [row], "verdict": {}}, "/copies/out")["rows"]
+    assert moved["scores"] == "/copies/out/scores/cat.parquet"
+    assert moved["base"] == {"cat": "/copies/out/base/cat.parquet"}
+    assert moved["delta"] == "/copies/out/concepts/cat/delta.safetensors"
+    assert moved["delta_shown"] == row["delta"] and moved["training"] is None
+    assert moved["image"] == row["image"]  # the user's own file is no result
+    (same,) = at_hand({"rows": [row]}, "out")["rows"]
+    assert {name: same[name] for name in row} == row

@@ -2,15 +2,21 @@
 import sys
 from pathlib import Path
 
+import yaml
+
 from concept_ablation.checks import check_rows
 from concept_ablation.concepts import ConceptsError
 from concept_ablation.handover import hand_over, handed_plan, take_back
 from concept_ablation.plan import PlanError
+from concept_ablation.settings import merge
 from concept_ablation.specs import load_plan
 from concept_ablation.validation import ConfigError
 
+# The checkout, also when another workflow uses this one as a module.
+ROOT = Path(workflow.current_basedir).parents[1]
 
-def read_plan(config, schemas, configfiles):
+
+def read_plan(config, configfiles):
     """The plan of all rows; one message lists whatever is wrong with the config or the table, and nothing runs.
 
     A job on another machine gets the plan of its run, whatever the table and the config say by now.
@@ -19,8 +25,15 @@ def read_plan(config, schemas, configfiles):
     if handed:
         config.update(handed.config)
         return handed
+    defaults, files = ROOT / "config" / "config.yaml", [str(file) for file in configfiles]
+    # A module's `config:` stands in for the file; here too its keys are an overlay.
+    if str(defaults) not in files:
+        complete = yaml.safe_load(defaults.read_text(encoding="utf-8"))
+        merge(complete, config)
+        config.update(complete)
+        files = ["config of the module"]
     try:
-        checked, plan = load_plan(config, schemas, ", ".join(str(file) for file in configfiles))
+        checked, plan = load_plan(config, ROOT / "workflow" / "schemas", ", ".join(files))
         config.update(checked)
         if workflow.is_main_process:  # a job has nothing to say about the table
             warnings = check_rows(plan, plan.pending, config["concepts"])
@@ -40,7 +53,11 @@ def print_report(plan):
         print_summary(folder / "summary.parquet", folder / "index.html")
 
 
-plan = read_plan(config, Path(workflow.basedir) / "workflow" / "schemas", workflow.configfiles)
+plan = read_plan(config, workflow.configfiles)
+stored = workflow.storage_settings.default_storage_provider is not None  # results are in a remote storage
+# Targets too, since a report that another checkout made is no reason to leave a row out. Of a remote storage all rows count
+# as unfinished, so that only their smallest files are.
+unfinished = [file for file in plan.pending_files() if not stored or "/scores/" in file]
 
 
 pathvars:

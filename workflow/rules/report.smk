@@ -1,6 +1,7 @@
 # The tables of all rows and the page that shows them.
 # Reads every row's scores and pictures, writes report/scores, report/summary (Parquet and CSV) and report/index.html.
 # Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names all rows' files.
+# In a remote storage all rows are inputs, so that their files are fetched.
 
 
 rule aggregate_scores:
@@ -29,6 +30,7 @@ rule render_report:
     input:
         scores="<results>/report/scores.parquet",
         summary="<results>/report/summary.parquet",
+        rows=plan.pending_files() if stored else [],
     output:
         "<results>/report/index.html",
     log:

@@ -1,11 +1,13 @@
 """Rule aggregate_scores: the tables of all rows."""
 
 import json
+from pathlib import Path
 
 from concept_ablation.devices import start_job
 
 start_job(snakemake)
 
-from concept_ablation.tables import aggregate_scores
+from concept_ablation.tables import aggregate_scores, at_hand
 
-aggregate_scores(json.loads(snakemake.params.spec), snakemake.output.scores, snakemake.output.summary)
+spec = at_hand(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
+aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary)

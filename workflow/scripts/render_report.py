@@ -1,13 +1,14 @@
 """Rule render_report: the page."""
 
 import json
+from pathlib import Path
 
 from concept_ablation.devices import start_job
 
 start_job(snakemake)
 
 from concept_ablation.report import render
+from concept_ablation.tables import at_hand
 
-render(
-    json.loads(snakemake.params.spec), snakemake.input.scores, snakemake.input.summary, snakemake.output[0]
-)
+spec = at_hand(json.loads(snakemake.params.spec), Path(snakemake.output[0]).parents[1])
+render(spec, snakemake.input.scores, snakemake.input.summary, snakemake.output[0])
