@@ -64,7 +64,9 @@ def test_swapping_target_and_anchor_reruns_the_row(plan):
     assert jobs == {"write_prompts": 1, "generate_anchors": 1, **ROW} and base <= 3
 
 
-def test_another_checkout_with_these_results_reruns_nothing_and_runs_a_row_of_its_own(finished, make_checkout):
+def test_another_checkout_with_these_results_reruns_nothing_and_runs_a_row_of_its_own(
+    finished, make_checkout
+):
     other = make_checkout()  # it knows nothing of how the results came about
     (other.folder / "results").symlink_to(finished.folder / "results")
     other.write(HEADER + CAT + INK)
