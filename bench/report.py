@@ -4,7 +4,7 @@
     python bench/report.py --rows 1000 --out page/  # also keeps the tables and the page, to look at
 
 The table and its plan are those of bench/plan.py; scores have every metric, probe and interval; samples and base stores have as
-many pictures as the config draws, of 128 pixels. Each of the two stages runs in a process of its own, as under Snakemake.
+many pictures as the config draws, of --pixels a side. Each of the two stages runs in a process of its own, as under Snakemake.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from plan import ROOT, measure, read_plan, write_table
 
 from concept_ablation.columns import COLUMNS, probe_roles
 from concept_ablation.imagestore import COLUMNS as IMAGES
-from concept_ablation.imagestore import FEATURES, METADATA_KEY
+from concept_ablation.imagestore import FEATURES, METADATA_KEY, ROWS_A_GROUP
 from concept_ablation.probes import Bootstrap, Probe, Subjects, score_probes
 
 CLIP = 64  # numbers of a made-up CLIP feature
@@ -41,7 +41,7 @@ scores, summary, page = (f"results/report/{name}" for name in ("scores.parquet",
 """
 
 
-def draw_pictures(count: int, seed: int) -> list[bytes]:
+def draw_pictures(count: int, seed: int, side: int) -> list[bytes]:
     """PNG files of made-up emoji: a few discs on white, of about the size of real ones."""
     random, files = np.random.default_rng(seed), []
     for _ in range(count):
@@ -50,7 +50,8 @@ def draw_pictures(count: int, seed: int) -> list[bytes]:
         for _ in range(12):
             x, y, r = (int(v) for v in random.integers((8, 8, 4), (120, 120, 40)))
             draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(int(v) for v in random.integers(0, 256, 3)))
-        noisy = np.asarray(picture) // 8 * 8 + random.integers(0, 8, (128, 128, 1), dtype=np.uint8)
+        picture = picture.resize((side, side))
+        noisy = np.asarray(picture) // 8 * 8 + random.integers(0, 8, (side, side, 1), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(noisy.astype(np.uint8)).save(buffer, format="PNG")
         files.append(buffer.getvalue())
@@ -73,7 +74,7 @@ def write_images(path: Path, probes: list[dict], pictures: list[bytes], metadata
     ]
     schema = IMAGES.with_metadata({METADATA_KEY: json.dumps(metadata), b"huggingface": FEATURES})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(lines, schema), path, compression="none", row_group_size=64)
+    pq.write_table(pa.Table.from_pylist(lines, schema), path, compression="none", row_group_size=ROWS_A_GROUP)
 
 
 def score_once(row: dict) -> list[dict]:
@@ -90,12 +91,12 @@ def score_once(row: dict) -> list[dict]:
     return score_probes(probes, texts, subjects, Bootstrap(0.95, 50, 0))
 
 
-def make_stores(folder: Path, rows: int) -> dict:
+def make_stores(folder: Path, rows: int, side: int) -> dict:
     """A finished run of a made-up table of `rows` rows in `folder`; returns the report's spec."""
     for shared in ("config", "embedded"):
         (folder / shared).symlink_to(ROOT / shared)
     write_table(folder / "concepts.csv", rows)
-    plan, pictures, template = read_plan(folder), draw_pictures(40, 0), None
+    plan, pictures, template = read_plan(folder), draw_pictures(40, 0, side), None
     for key, spec in plan.specs["sample_base"].items():
         write_images(Path(plan.path(key)), [spec["probe"]], pictures, {"model": spec["model"]}, len(key))
     spec = json.loads(plan.report_spec())
@@ -125,13 +126,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1000], help="rows of the tables")
+    parser.add_argument("--pixels", type=int, default=128, help="side of a picture (Stable Diffusion: 512)")
     parser.add_argument("--out", type=Path, help="a folder to keep the last report in")
     options = parser.parse_args()
     print("| rows | stage | seconds | CPU seconds | memory, MB | output, MB |\n|---|---|---|---|---|---|")
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            (folder / "spec.json").write_text(json.dumps(make_stores(folder, rows)), encoding="utf-8")
+            (folder / "spec.json").write_text(
+                json.dumps(make_stores(folder, rows, options.pixels)), encoding="utf-8"
+            )
             report = folder / "results" / "report"
             for stage, call in STAGES.items():
                 before = size(report)

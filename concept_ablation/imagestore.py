@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -34,7 +35,7 @@ COLUMNS = pa.schema(
 )
 # What makes `datasets.load_dataset("parquet", ...)` decode the image column.
 FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()
-ROWS_A_GROUP = 64
+ROWS_A_GROUP = 8  # what is read at once where single images are wanted
 
 
 class StoreError(ValueError):
@@ -45,7 +46,7 @@ def write_store(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str
     """Write `rows` to `path` as they come, whole or not at all; returns their number.
 
     A row maps `image` to a PIL image and each other column to its value; `role` and `subject` may be absent.
-    Memory holds at most 64 rows.
+    Memory holds at most ROWS_A_GROUP rows.
     """
     description = json.dumps(metadata, sort_keys=True)
     schema = COLUMNS.with_metadata({METADATA_KEY: description, b"huggingface": FEATURES})
@@ -79,6 +80,24 @@ def read_store(path: str | Path) -> ImageStore:
         if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
             raise StoreError(f"{path}: has no {field.name!r} column of {field.type}; delete it and run again")
     return ImageStore(table, metadata, str(path))
+
+
+def open_store(path: str | Path) -> ImageStore:
+    """The image store at `path`, of which the images are read when asked for, a few at a time. Raises StoreError.
+
+    For one picture of many: `read_store` reads them all.
+    """
+    if not Path(path).is_file():
+        raise StoreError(f"{path}: there is no such image store")
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
+            table = file.read([field.name for field in COLUMNS if field.name != "image"])
+            groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        return read_store(path)  # which says what is wrong with it
+    place = pa.array(np.arange(table.num_rows))
+    return _OpenStore(table.append_column("place", place), metadata, str(path), np.cumsum([0, *groups]))
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -126,4 +145,36 @@ class ImageStore:
         for name, value in (("role", role), ("subject", subject)):
             if value is not None:
                 table = table.filter(pc.equal(table.column(name), value))
+        return self._with(table)
+
+    def _with(self, table: pa.Table) -> ImageStore:
         return ImageStore(table, self.metadata, self.path)
+
+
+class _OpenStore(ImageStore):
+    """A store without its images: `place` is a row's place in the file, `starts` that of each row group's first row."""
+
+    def __init__(self, table: pa.Table, metadata: dict, path: str, starts: np.ndarray) -> None:
+        super().__init__(table, metadata, path)
+        self._starts = starts
+        self._read: tuple[int, pa.Table | None] = -1, None
+
+    @functools.cached_property
+    def rows(self) -> list[dict]:
+        return self.table.drop_columns(["place"]).to_pylist()
+
+    def png(self, position: int) -> bytes:
+        place = self.table.column("place")[position].as_py()
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        if self._read[0] != group:
+            try:
+                with pq.ParquetFile(self.path) as file:
+                    self._read = group, file.read_row_group(group, ["image"])
+            except (pa.ArrowException, OSError) as error:
+                raise StoreError(
+                    f"{self.path}: a damaged image store ({error}); delete it and run again"
+                ) from error
+        return self._read[1].column("image")[place - int(self._starts[group])].as_py()["bytes"]
+
+    def _with(self, table: pa.Table) -> ImageStore:
+        return _OpenStore(table, self.metadata, self.path, self._starts)

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import TextIO
 
 import jinja2
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from concept_ablation import verdict
-from concept_ablation.columns import POOLS, SHARES, probe_roles
+from concept_ablation.columns import COLUMNS, POOLS, SHARES, probe_roles
 from concept_ablation.figures import format_metric, points, share, sparkline, thumbnail
-from concept_ablation.imagestore import ImageStore, read_store
+from concept_ablation.imagestore import ImageStore, open_store
 from concept_ablation.prompts import UNSAFE
 from concept_ablation.runtime import atomic_output
 from concept_ablation.summary import training_record
@@ -49,7 +50,7 @@ SEEN = {"clip_accuracy": "seen by CLIP", "copy_rate": "copied", "detected": "fla
 """The measure that decides for a kind, in a word or three."""
 
 PAGE = {"images_per_probe": 8, "image_budget": 6000, "open_rows": 12}
-"""Pairs of pictures a probe; pictures on the whole page; up to so many rows are unfolded at first."""
+"""Pairs of pictures a probe; pictures on the whole page (but a pair a row in any case); up to so many rows are unfolded."""
 
 
 def render(
@@ -75,10 +76,11 @@ def render(
     )
     summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
     lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
-    pairs = pairs_a_probe(
-        sum(len(probe_roles(row)) for row in rows), page["images_per_probe"], page["image_budget"]
-    )
-    scores = pq.read_table(scores_path)
+    probes = sum(len(probe_roles(row)) for row in rows)
+    pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
+    shown = probes_a_row(len(rows), probes, page["image_budget"])
+    texts = [field.name for field in COLUMNS if field.type == pa.string()]
+    scores = pq.read_table(scores_path, read_dictionary=texts)
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     stream = (
         environment()
@@ -88,7 +90,7 @@ def render(
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             when=when or datetime.now(UTC),
-            model=read_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
+            model=open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
             scorers=pc.unique(scores["features"]).to_pylist(),
             lines=lines,
             previews=_previews(rows),
@@ -97,8 +99,9 @@ def render(
             limits=verdict.read_thresholds(spec),
             pairs=pairs,
             capped=pairs < page["images_per_probe"],
+            probes_shown=shown,
             unfolded=len(rows) <= page["open_rows"],
-            sections=_sections(rows, lines, scores, pairs),
+            sections=_sections(rows, lines, scores, pairs, shown),
         )
     )
     stream.enable_buffering(64)
@@ -151,6 +154,11 @@ def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
     return max(1, min(wanted, budget // (2 * max(probes, 1))))
 
 
+def probes_a_row(rows: int, probes: int, budget: int) -> int | None:
+    """How many of a row's probes show pictures, at least 1; None, all of them, if a pair for each keeps within `budget`."""
+    return None if 2 * probes <= budget else max(1, budget // (2 * rows))
+
+
 def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
     """Rows by verdict, in the order of `verdict.VERDICTS`, without zeros."""
     found = [line["verdict"] for line in lines]
@@ -175,8 +183,8 @@ def environment() -> jinja2.Environment:
 def _previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
     """The target's first picture before and after, small, for each line of the page's table."""
     for row in rows:
-        after = read_store(row["samples"]).select("target", row["targets"][0])
-        before = read_store(row["base"][row["targets"][0]])
+        after = open_store(row["samples"]).select("target", row["targets"][0])
+        before = open_store(row["base"][row["targets"][0]])
         yield (
             tuple(thumbnail(store.image(0), 88) for store in (before, after))
             if len(after) and len(before)
@@ -185,22 +193,43 @@ def _previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
 
 
 def _sections(
-    rows: Sequence[Mapping], lines: Sequence[Mapping], scores: pa.Table, pairs: int
+    rows: Sequence[Mapping], lines: Sequence[Mapping], scores: pa.Table, pairs: int, shown: int | None
 ) -> Iterator[dict]:
-    """What the page shows of each row, made when the page asks for it."""
+    """What the page shows of each row, made when the page asks for it. `shown`: as `probes_a_row` gives it."""
+    places = _places(scores["concept"])
     for row, line in zip(rows, lines, strict=True):
-        samples = read_store(row["samples"])
-        own = scores.filter(pc.equal(scores["concept"], row["concept"])).to_pylist()
-        metrics = _metric_lines(own)
-        record = training_record(row)
+        samples = open_store(row["samples"])
+        metrics = _metric_lines(scores.take(places.get(row["concept"], [])).to_pylist())
+        record, chosen = training_record(row), _most_telling(row, metrics)[:shown]
         yield line | {
             "row": row,
-            "probes": [_probe(row, samples, *place, metrics, pairs) for place in probe_roles(row)],
+            "probes": [
+                _probe(row, samples, *place, metrics, pairs if place in chosen else 0)
+                for place in probe_roles(row)
+            ],
             "memorized": _memorized(row),
             "metrics": metrics,
             "loss": record.get("loss", []),
             "settings": _settings(samples.metadata),
         }
+
+
+def _places(names: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """Each name's places in a column."""
+    codes = np.unique(names.to_numpy(), return_inverse=True)[1]
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []
+    return {names[int(group[0])].as_py(): group for group in groups}
+
+
+def _most_telling(row: Mapping, metrics: Sequence[Mapping]) -> list[tuple[str, str]]:
+    """Role and subject of a row's probes: targets, the anchor, then the neighbors, those that lost most first."""
+    lost = {
+        line["probe"]: line["difference"]["value"]
+        for line in metrics
+        if line["role"] == "neighbor" and line["metric"] == "recognition" and "difference" in line
+    }
+    return sorted(probe_roles(row), key=lambda place: lost.get(place[1], 0) if place[0] == "neighbor" else -2)
 
 
 def _memorized(row: Mapping) -> str | None:
@@ -230,10 +259,10 @@ def _probe(
     return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _base_pictures(path: str, count: int) -> list[tuple[str, int, str]]:
     """Prompt, seed and picture of a base store's first images; rows share these stores."""
-    store = read_store(path)
+    store = open_store(path)
     return [(store.rows[i]["prompt"], store.rows[i]["seed"], thumbnail(store.image(i))) for i in range(count)]
 
 

@@ -4,7 +4,7 @@ docs/report.md explains every column to a reader.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from concept_ablation.summary import SUMMARY, summarise
 from concept_ablation.verdict import read_thresholds
 
 log = logging.getLogger(__name__)
+LINES = 20_000  # of the long table, in memory at once
 
 
 class TableError(ValueError):
@@ -36,12 +37,17 @@ def aggregate_scores(
     Raises:
         TableError: a row's file is missing or damaged. ValueError: an unknown threshold.
     """
-    rows, thresholds = report_rows(spec), read_thresholds(spec)
-    tables = [_read(row["scores"]) for row in rows]
-    summary = [summarise(row, table, thresholds) for row, table in zip(rows, tables, strict=True)]
-    write_table(pa.concat_tables([COLUMNS.empty_table(), *tables]), scores_path)
-    write_table(pa.Table.from_pylist(summary, schema=SUMMARY), summary_path)
-    log.info("%d concepts, %d scores", len(rows), sum(table.num_rows for table in tables))
+    rows, thresholds, summary = report_rows(spec), read_thresholds(spec), []
+
+    def read_all() -> Iterator[pa.Table]:
+        for row in rows:
+            table = _read(row["scores"])
+            summary.append(summarise(row, table, thresholds))
+            yield table
+
+    scores = write_table(read_all(), scores_path, COLUMNS)
+    write_table([pa.Table.from_pylist(summary, schema=SUMMARY)], summary_path, SUMMARY)
+    log.info("%d concepts, %d scores", len(rows), scores)
 
 
 def report_rows(spec: Mapping | Sequence[Mapping]) -> list[Mapping]:
@@ -74,12 +80,32 @@ def at_hand(spec: Mapping, results: str | Path) -> dict:
     return {**spec, "rows": rows}
 
 
-def write_table(table: pa.Table, path: str | Path) -> None:
-    """Writes a table as Parquet and, beside it, as CSV, each whole or not at all."""
-    with atomic_output(path) as part:
-        pq.write_table(table, part)
-    with atomic_output(Path(path).with_suffix(".csv")) as part:
-        pa.csv.write_csv(table, part, pa.csv.WriteOptions(quoting_style="needed"))
+def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema) -> int:
+    """Writes tables as one, as they come, to Parquet and, beside it, to CSV, each whole or not at all; returns its lines."""
+    options, count = pa.csv.WriteOptions(quoting_style="needed"), 0
+    with (
+        atomic_output(path) as parquet,
+        atomic_output(Path(path).with_suffix(".csv")) as text,
+        pq.ParquetWriter(parquet, schema) as wide,
+        pa.csv.CSVWriter(text, schema, write_options=options) as lines,
+    ):
+        for batch in _batches(tables):
+            wide.write_table(batch)
+            lines.write_table(batch)
+            count += batch.num_rows
+    return count
+
+
+def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables, put together until they have LINES lines."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(one.num_rows for one in waiting) >= LINES:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def _read(path: str | Path) -> pa.Table:

@@ -6,7 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation.imagestore import StoreError, read_rows, read_store, write_store
+from concept_ablation.imagestore import (
+    ROWS_A_GROUP,
+    StoreError,
+    open_store,
+    read_rows,
+    read_store,
+    write_store,
+)
 
 PICTURES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)) for i in range(3)]
 ROWS = [
@@ -51,6 +58,24 @@ def test_more_rows_than_a_group(tmp_path):
     rows = ({**ROWS[0], "index": index} for index in range(130))
     assert write_store(tmp_path / "s.parquet", rows, {}) == 130
     assert read_store(tmp_path / "s.parquet").column("index") == list(range(130))
+
+
+def test_an_open_store_gives_what_a_read_one_does_a_few_images_at_a_time(tmp_path, monkeypatch):
+    path, count = tmp_path / "s.parquet", 3 * ROWS_A_GROUP + 1
+    write_store(path, ({**ROWS[index % 3], "index": index} for index in range(count)), {"steps": 20})
+    whole, opened = read_store(path), open_store(path)
+    asked = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a: asked.append(a[1]) or original(*a))
+    assert (opened.rows, opened.metadata, len(opened)) == (whole.rows, whole.metadata, count)
+    assert opened.png(count - 1) == whole.png(count - 1) and asked == [3]
+    owls, theirs = opened.select("neighbor", "owl"), whole.select("neighbor", "owl")
+    assert owls.rows == theirs.rows and len(owls) == len(theirs)
+    assert all(owls.png(index) == theirs.png(index) for index in range(len(owls)))
+    assert asked == [3, 0, 1, 2]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(StoreError, match="damaged"):
+        open_store(path)
 
 
 def test_other_libraries_see_the_columns(path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -314,11 +315,37 @@ def test_problems_name_the_row_and_the_file(config):
         build_plan([CAT], config)
 
 
+def test_an_edited_prompt_file_is_read_again_though_its_size_and_time_stay(config):
+    file = Path("own.txt")
+    file.write_text("a cat on a mat\n")
+    row = Concept(**{**vars(CAT), "prompts": "own.txt"})
+    before, when = keys(build_plan([row], config)), file.stat()
+    file.write_text("a cat on a hat\n")
+    os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
+    assert keys(build_plan([row], config)) != before
+
+
+def test_rows_share_no_setting_that_one_of_them_changes(config):
+    rows = [CAT, Concept(**{**vars(WEARY), "overrides": {"training.steps": 7, "anchors.sampler.steps": 9}})]
+    plan = build_plan(rows, config)
+    steps = {spec["targets"][0]: spec["training"]["steps"] for spec in plan.specs["ablate_concept"].values()}
+    assert steps == {"pouting cat": config["training"]["steps"], "weary cat": 7}
+    assert sorted(spec["sampler"]["steps"] for spec in plan.specs["generate_anchors"].values()) == [9, 20]
+
+
 def test_every_stage_has_a_path_of_its_own():
     assert PATHS.keys() == VERSIONS.keys() and len(set(PATHS.values())) == len(PATHS)
 
 
-def test_planning_imports_neither_torch_nor_pandas():
-    code = "import sys, concept_ablation.specs, concept_ablation.concepts; print({'torch', 'pandas'} & set(sys.modules))"
+def test_planning_imports_no_heavy_library():
+    code = """import sys
+from pathlib import Path
+import yaml
+from concept_ablation.checks import check_rows
+from concept_ablation.specs import load_plan
+config = yaml.safe_load(Path("config/config.yaml").read_text())
+_, plan = load_plan(config, Path("workflow/schemas"), "config.yaml")
+check_rows(plan, plan.rows, "concepts.csv")
+print({"torch", "pandas", "transformers", "diffusers", "pyarrow", "numpy", "PIL"} & set(sys.modules))"""
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -216,6 +216,22 @@ def test_many_rows_are_folded_and_the_page_stays_small(tmp_path):
     assert not [e for e in Elements(text).of("details") if e.get("class") == "fold" and "open" in e]
 
 
+def test_over_the_budget_a_row_shows_its_target_then_its_anchor_then_the_neighbor_that_lost_most(tmp_path):
+    rows = [make_row(tmp_path, f"row {number:02}", neighbors=("owl", "duck")) for number in range(3)]
+    for row in rows:
+        table = pq.read_table(row["scores"]).to_pylist()
+        for line in table:
+            if (line["probe"], line["metric"], line["model"]) == ("duck", "recognition", "difference"):
+                line["value"] = -0.5
+        pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
+    text = make_page(tmp_path, rows, image_budget=18)
+    assert text.count("<figure>") == 9 and "3 probes show a pair of images (targets first" in text
+    assert text.count("12 seeds, not shown") == 3
+    assert text.count('aria-label="neighbor duck: images') == 3
+    text = make_page(tmp_path, rows, image_budget=2)  # a pair for each row in any case
+    assert text.count("<figure>") == 3 == text.count('aria-label="target pouting cat: images')
+
+
 def test_a_page_is_made_row_by_row(tmp_path, monkeypatch):
     """A row's pictures are read only when the page gets there: nothing holds all rows."""
     rows = [make_row(tmp_path, f"row {number}", neighbors=()) for number in range(3)]
