@@ -2,7 +2,8 @@
 #
 #   snakemake --cores all                                  the embedded model, on any machine
 #   snakemake --cores all --configfile config/sd14.yaml    Stable Diffusion 1.4
-#   snakemake --profile slurm                              on a cluster
+#   snakemake --profile local                              one machine with several GPUs
+#   snakemake --profile slurm                              on a cluster: docs/running.md tells of all places
 #
 # Read on in workflow/rules/, one file a step, in this order.
 from snakemake.utils import min_version

@@ -32,6 +32,7 @@ class Store:
             "SNAKEMAKE_STORAGE_S3_ENDPOINT_URL": address,
             "SNAKEMAKE_STORAGE_S3_ACCESS_KEY": KEY,
             "SNAKEMAKE_STORAGE_S3_SECRET_KEY": SECRET,
+            "NO_PROXY": "127.0.0.1",
         }
         login = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
         self.client = boto3.client("s3", endpoint_url=address, **login)
