@@ -1,6 +1,7 @@
 # make run     the shipped concepts on the embedded model, then the report (first call: makes .venv too)
 # make test    all tests that need no cluster and no GPU          make lint   ruff, snakefmt, snakemake --lint
 # make report  the report again from what is there                make check  read the table and all prompts, run nothing
+# make fuzz    thousands of malformed tables and configs  make chaos  kills, a full disk, damaged files (as root; half an hour)
 # make test-world  every kind of row for real, on the embedded model (about 15 minutes)
 # make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 6 minutes)
 # make status  what is done, running, failed, waiting     make gc      list what no row refers to (REMOVE=1: remove it)
@@ -12,7 +13,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check status gc test test-world slurm-test test-s3 lint format report embedded clean install
+.PHONY: run check status gc test test-world slurm-test test-s3 fuzz chaos lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -49,6 +50,12 @@ slurm-test: .venv/.installed
 test-s3: .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[dev,s3-test]'
 	OMP_NUM_THREADS=1 pytest -m s3
+
+fuzz: .venv/.installed
+	pytest -m fuzz tests/test_fuzz.py
+
+chaos: .venv/.installed
+	OMP_NUM_THREADS=1 pytest -s -m chaos tests/chaos
 
 lint: .venv/.installed
 	ruff check .

@@ -9,13 +9,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from concept_ablation.lint import LintRow, format_findings, lint_rows
 from concept_ablation.plan import Plan, PlanError, Row
 from concept_ablation.prompts import expand, has_word, read_templates, spread, target_prompts
 from concept_ablation.settings import merge
 from concept_ablation.specs import load_plan
+from concept_ablation.validation import read_config
 
 ROOT = Path(__file__).parents[1]  # the checkout
 
@@ -35,9 +34,9 @@ def check_table(configfiles: Sequence[str]) -> str:
 
 def read_table(configfiles: Sequence[str], disabled: bool = False) -> tuple[dict, Plan]:
     """The checked config with the overlays `configfiles`, and its table's plan, as `specs.load_plan` gives them."""
-    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(ROOT / "config" / "config.yaml")
     for file in configfiles:
-        merge(config, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
+        merge(config, read_config(file))
     source = ", ".join(["config/config.yaml", *configfiles])
     return load_plan(config, ROOT / "workflow" / "schemas", source, disabled)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ OVERRIDES = {
 }
 # What a row, a kind and a preset may replace; all else of the config is the same for the whole table.
 SECTIONS = ("prompts", "anchors", "training", "evaluation")
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories
 ONE_TARGET = ("memorization",)  # kinds whose target is one text, in which ';' means nothing
 
 
@@ -71,6 +73,14 @@ def slug(text: str, length: int = 40) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:length].strip("-") or "x"
 
 
+def hidden(text: str) -> str | None:
+    """The first character that changes a text without being seen: controls, marks of direction, line separators.
+
+    Not the two joiners (U+200C, U+200D), which some scripts and emoji are written with.
+    """
+    return next((c for c in text if unicodedata.category(c) in HIDDEN and c not in "\u200c\u200d"), None)
+
+
 def load_concepts(
     path: str | Path, schema: Mapping, config_schema: Mapping, disabled: bool = False
 ) -> list[Concept]:
@@ -88,7 +98,7 @@ def load_concepts(
         else:
             rows += table.read_row(line, dict(zip(header, cells, strict=False)), len(header), len(cells))
     if header is None:
-        table.complain(1, "has no header line", ", ".join(table.columns))
+        table.complain(1, "has no header line", table.names_allowed())
     elif not rows and not table.errors:
         table.complain(1, "has no row below its header", "one row a concept")
     table.check_works([concept for concept, _ in rows])
@@ -184,17 +194,19 @@ class _Table:
         for column in header:
             if column not in self.columns:
                 self.complain(
-                    line, f"unknown column {show(column)}{did_you_mean(column, self.columns)}", self._names()
+                    line,
+                    f"unknown column {show(column)}{did_you_mean(column, self.columns)}",
+                    self.names_allowed(),
                 )
             elif header.count(column) > 1 or OVERRIDES.get(column) in header:
                 twin = OVERRIDES[column] if OVERRIDES.get(column) in header else column
                 self.complain(line, f"stands twice in the header, as {twin!r}", "one of them", column)
         for column in ("kind", "target", "anchor"):
             if column not in header:
-                self.complain(line, f"column {column!r} is missing", self._names())
+                self.complain(line, f"column {column!r} is missing", self.names_allowed())
         return header
 
-    def _names(self) -> str:
+    def names_allowed(self) -> str:
         """The columns that a message lists: all but the dotted ones."""
         return ", ".join([name for name in self.columns if "." not in name] + ["and dotted config keys"])
 
@@ -206,6 +218,11 @@ class _Table:
         if count > width:
             self.complain(line, f"has {count} values under {width} columns; quote a value that holds a comma")
         known = {column: cell for column, cell in cells.items() if column in self.columns}
+        for column in [column for column, cell in known.items() if hidden(cell)]:
+            found = hidden(known.pop(column))
+            self.complain(
+                line, f"holds the invisible character U+{ord(found):04X}", "text that is seen", column
+            )
         values = {
             c: to_type(cell, self.columns[c].get("type", "string")) for c, cell in known.items() if cell
         }

@@ -37,7 +37,7 @@ def start_job(snakemake) -> None:
     """
     from concept_ablation.runtime import setup_logging
 
-    setup_logging(snakemake.log[0])
+    setup_logging(snakemake.log[0], results=snakemake.config["results"])
     resources = snakemake.resources
     if resources.get("gpu", 0) and resources.device in ("auto", "cuda"):
         claim_device(snakemake.config["runtime"]["gpu_jobs_per_device"])

@@ -47,14 +47,19 @@ class FormatError(ValueError):
 
 
 def import_delta(
-    path: str | Path, model: str | Path, *, revision: str | None = None, config: str | None = None
+    path: str | Path,
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    allow_custom_code: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The tensors (fp32, named as in our deltas) and metadata of a delta in any form that we read.
 
-    `model`, `revision`, `config`: the base model, as for `load_pipeline`. Of the text encoder only what differs from it is
+    `model`, `revision`, `config`, `allow_custom_code`: the base model, as for `load_pipeline`. Of the text encoder only what differs from it is
     kept. Raises FormatError for a file that is no delta, would run code, or doesn't fit the model; DeltaError, ModelError.
     """
-    pipeline = load_pipeline(str(model), revision, "cpu", config)
+    pipeline = load_pipeline(str(model), revision, "cpu", config, allow_custom_code)
     found = _read(path)
     tensors = _fit(found.names(pipeline), pipeline, path)
     known = dict.fromkeys(("kind", "targets", "anchor", "settings", "seed")) | found.metadata
@@ -78,7 +83,11 @@ def import_delta_stage(spec: Mapping, out_path: str | Path) -> None:
         )
     model = spec["model"]
     tensors, metadata = import_delta(
-        spec["file"], model["path"], revision=model["revision"], config=model.get("config")
+        spec["file"],
+        model["path"],
+        revision=model["revision"],
+        config=model.get("config"),
+        allow_custom_code=model.get("allow_custom_code", False),
     )
     metadata |= {name: spec.get(name) for name in ("kind", "targets", "anchor", "stage", "version")}
     save_delta(out_path, tensors, metadata)

@@ -11,16 +11,20 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from concept_ablation.runtime import atomic_output
+from concept_ablation.runtime import atomic_output, damaged
 
 METADATA_KEY = b"concept_ablation"
 COLUMNS = pa.schema(
@@ -36,10 +40,36 @@ COLUMNS = pa.schema(
 # What makes `datasets.load_dataset("parquet", ...)` decode the image column.
 FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()
 ROWS_A_GROUP = 8  # what is read at once where single images are wanted
+MAX_PIXELS = 50_000_000  # of one picture: 150 MB as RGB
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not those that start another program, such as EPS
+
+
+class PictureError(OSError):
+    """A file that is no picture, or one too large to be opened; the message says why."""
 
 
 class StoreError(ValueError):
     """An image store that is absent or damaged; the message names the file and says what to do."""
+
+
+def open_picture(source: str | Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The picture at a path or in an open file, RGB. Its size is looked at before anything of it is unpacked.
+
+    Raises PictureError: it is none of `formats` (Pillow's names), damaged, or of more than MAX_PIXELS; OSError: no such file.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            picture = Image.open(source, formats=formats)
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise PictureError(f"{width} x {height} pixels, allowed are {MAX_PIXELS} in all: make it smaller")
+        return picture.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{error}; allowed are {MAX_PIXELS} pixels: make it smaller") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"no picture (allowed: {', '.join(formats)})") from None
+    except (SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # what damaged files raise
+        raise PictureError(str(error)) from None
 
 
 def write_store(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str, object]) -> int:
@@ -51,11 +81,15 @@ def write_store(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str
     description = json.dumps(metadata, sort_keys=True)
     schema = COLUMNS.with_metadata({METADATA_KEY: description, b"huggingface": FEATURES})
     remaining, count = iter(rows), 0
-    with atomic_output(path) as part, pq.ParquetWriter(part, schema, compression="none") as writer:
+    with atomic_output(path) as part, _writer(part, schema) as writer:
         while group := [_encode(row) for row in itertools.islice(remaining, ROWS_A_GROUP)]:
             writer.write_table(pa.Table.from_pylist(group, schema))
             count += len(group)
     return count
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="none", write_page_checksum=True)
 
 
 def _encode(row: Mapping) -> dict:
@@ -70,15 +104,17 @@ def read_store(path: str | Path) -> ImageStore:
     if not Path(path).is_file():
         raise StoreError(f"{path}: there is no such image store")
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
         metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"{path}: a damaged image store ({error}); delete it and run again") from error
+        raise damaged(StoreError, path, f"a damaged image store ({error})") from error
     except KeyError:
-        raise StoreError(f"{path}: Parquet, but no image store: no {METADATA_KEY!r} metadata") from None
+        raise damaged(
+            StoreError, path, f"Parquet, but no image store: no {METADATA_KEY!r} metadata"
+        ) from None
     for field in COLUMNS:
         if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
-            raise StoreError(f"{path}: has no {field.name!r} column of {field.type}; delete it and run again")
+            raise damaged(StoreError, path, f"has no {field.name!r} column of {field.type}")
     return ImageStore(table, metadata, str(path))
 
 
@@ -130,10 +166,9 @@ class ImageStore:
     def image(self, position: int) -> Image.Image:
         """The RGB image at `position` (0-based, among the selected rows). Raises StoreError."""
         try:
-            return Image.open(io.BytesIO(self.png(position))).convert("RGB")
-        except (OSError, SyntaxError, TypeError) as error:
-            message = f"{self.path}: image {position} is damaged ({error}); delete it and run again"
-            raise StoreError(message) from error
+            return open_picture(io.BytesIO(self.png(position)), ("PNG",))
+        except (PictureError, TypeError) as error:
+            raise damaged(StoreError, self.path, f"image {position} is damaged ({error})") from error
 
     def images(self) -> Iterator[Image.Image]:
         """All images in order, one at a time."""

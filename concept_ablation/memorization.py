@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from concept_ablation.features import CopyDescriptor
-from concept_ablation.imagestore import METADATA_KEY
+from concept_ablation.imagestore import METADATA_KEY, PictureError, open_picture
+from concept_ablation.prompts import read_prompts
 from concept_ablation.runtime import atomic_output, pick_device
 from concept_ablation.sampling import load_model, sample_images
 
@@ -80,8 +81,8 @@ def _read_picture(file: str, sha256: str) -> Image.Image:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise MemorizationError(f"{file}: was changed after this run was planned; start it again")
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except OSError as error:
+        return open_picture(io.BytesIO(content))
+    except PictureError as error:
         raise MemorizationError(f"{file}: is no picture that can be read ({error})") from None
 
 
@@ -169,7 +170,7 @@ def _in_order(spec: Mapping, candidates_path: str | Path | None) -> list[str]:
     """All prompts that could be tried, none twice: the captions, then the candidates."""
     more = []
     if candidates_path is not None:
-        more = json.loads(Path(candidates_path).read_text(encoding="utf-8"))["prompts"]
+        more = read_prompts(candidates_path)["prompts"]
     return list(dict.fromkeys([*spec["targets"], *spec["candidates"], *more]))
 
 

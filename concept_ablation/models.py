@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from concept_ablation.runtime import atomic_output, pick_device
+from concept_ablation.custom_code import REFUSED, find_code
+from concept_ablation.runtime import atomic_output, damaged, pick_device
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -44,7 +45,11 @@ class DeltaError(ValueError):
 
 
 def load_pipeline(
-    path: str | Path, revision: str | None = None, device: str = "auto", config: str | None = None
+    path: str | Path,
+    revision: str | None = None,
+    device: str = "auto",
+    config: str | None = None,
+    allow_custom_code: bool = False,
 ) -> StableDiffusionPipeline:
     """The pipeline at `path`, in fp32, on `device`, ready to sample.
 
@@ -52,7 +57,8 @@ def load_pipeline(
     it. `config`, for one file alone: the folder of a diffusers pipeline of the same build, whose configs, tokenizer and
     scheduler serve, or the checkpoint's original .yaml; with the .yaml, or without any, those of the hub's default for
     such a checkpoint. Nothing is downloaded: what is of the hub must be in this machine's cache. There is no safety
-    checker and no progress bar. Raises ModelError, DeviceError.
+    checker and no progress bar. A folder that brings Python code of its own is refused, unless `allow_custom_code`: then
+    that code may run. Raises ModelError, DeviceError.
     """
     # Here, not at the top: it takes about three seconds, which scripts that load no pipeline needn't wait
     # for.
@@ -63,6 +69,9 @@ def load_pipeline(
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     source = _check_source(str(path))
+    for folder in (source, config):
+        if folder and os.path.isdir(folder) and not allow_custom_code and (code := find_code(folder)):
+            raise ModelError(f"{folder}: {REFUSED.format(code=code)}")
     place = pick_device(device)
     parts = {"dtype": torch.float32, "safety_checker": None, "requires_safety_checker": False}
     if os.path.isfile(source):
@@ -72,8 +81,14 @@ def load_pipeline(
     else:
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                source, revision=revision, local_files_only=True, **parts
+                source,
+                revision=revision,
+                local_files_only=True,
+                trust_remote_code=allow_custom_code,
+                **parts,
             )
+        except pickle.UnpicklingError as error:
+            raise ModelError(f"{path}: {why_refused(error)}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             cure = (
                 ""
@@ -244,8 +259,10 @@ def load_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except KeyError:
         raise DeltaError(f"{path}: no {METADATA_KEY!r} metadata, so it is no delta of this project") from None
+    except FileNotFoundError:
+        raise DeltaError(f"{path}: can't be read: there is no such file") from None
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise DeltaError(f"{path}: can't be read ({error}); delete it and run again") from error
+        raise damaged(DeltaError, path, f"can't be read ({error})") from error
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,14 @@ WEIGHT_FILES = {".json", ".txt", ".safetensors", ".bin", ".pt", ".ckpt", ".model
 
 class PlanError(ValueError):
     """The rows can't be planned; `str()` lists every problem, one a line."""
+
+
+def has_content(path: str) -> bool:
+    """Whether there is a file that isn't empty: a full disk or a power cut can leave an empty one."""
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
 
 
 def canonical(spec: object) -> str:
@@ -143,16 +151,32 @@ class Plan:
 
     @functools.cached_property
     def pending(self) -> list[Row]:
-        """The rows of which a file is missing; the others are finished and leave the workflow."""
-        return [row for row in self.rows if not all(os.path.exists(file) for file in self.files(row))]
+        """The rows of which a file is missing or empty; the others are finished and leave the workflow."""
+        return [row for row in self.rows if not all(map(has_content, self.files(row)))]
 
     def pending_files(self) -> list[str]:
         """The files of all unfinished rows: what the report has to wait for."""
         return sorted({file for row in self.pending for file in self.files(row)})
 
-    def report_spec(self) -> str:
-        """All rows, sorted by name, with their files and the report's settings, as canonical JSON."""
-        return canonical({"rows": [self._report_row(row) for row in self.rows], **self.report})
+    def report_spec(self, rows: Sequence[Row] | None = None) -> str:
+        """All rows (or these), sorted by name, with their files and the report's settings, as canonical JSON."""
+        rows = self.rows if rows is None else rows
+        return canonical({"rows": [self._report_row(row) for row in rows], **self.report})
+
+    def needed(self, row: Row) -> dict[str, None]:
+        """The keys of all work that a row needs, each after what it is made from."""
+        found: dict[str, None] = {}
+
+        def visit(key: str) -> None:
+            spec = self.specs[self.stages[key]][key]
+            for value in spec.values():
+                for name in value.values() if isinstance(value, Mapping) else [value]:
+                    if isinstance(name, str) and name in self.stages and name not in found:
+                        visit(name)
+            found[key] = None
+
+        visit(row.scores)
+        return found
 
     def _report_row(self, row: Row) -> dict:
         concept = row.concept

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from concept_ablation.runtime import atomic_output
+from concept_ablation.runtime import atomic_output, damaged
 
 log = logging.getLogger(__name__)
 # The target prompts of the two published codes, each as likely as the others (a form twice as likely stands twice).
@@ -54,6 +54,20 @@ class PromptsError(ValueError):
 def read_templates(path: str | Path) -> list[str]:
     """The templates of a prompt file, in order, without comments and repeated lines. Raises PromptsError."""
     return list(_read(path)[0])
+
+
+def read_prompts(path: str | Path) -> dict:
+    """What `write_prompts` or a search wrote: `prompts`, and of a search `target_prompts`. Raises PromptsError."""
+    try:
+        written = json.loads(Path(path).read_text(encoding="utf-8"))
+        if written["prompts"] and all(isinstance(prompt, str) for prompt in written["prompts"]):
+            return written
+        problem = "it holds no prompts"
+    except FileNotFoundError:
+        raise PromptsError(f"{path}: there are no such prompts") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise damaged(PromptsError, path, f"damaged prompts ({problem})")
 
 
 def file_source(path: str | Path) -> dict[str, str]:

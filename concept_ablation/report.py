@@ -20,12 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from concept_ablation import verdict
 from concept_ablation.columns import COLUMNS, POOLS, SHARES, probe_roles
 from concept_ablation.figures import format_metric, points, share, sparkline, thumbnail
-from concept_ablation.imagestore import ImageStore, open_store
+from concept_ablation.imagestore import ImageStore, open_picture, open_store
 from concept_ablation.prompts import UNSAFE
 from concept_ablation.runtime import atomic_output
 from concept_ablation.summary import training_record
@@ -100,6 +99,8 @@ def render(
             pairs=pairs,
             capped=pairs < page["images_per_probe"],
             probes_shown=shown,
+            failures=spec.get("failures", []) if isinstance(spec, Mapping) else [],
+            waiting=spec.get("waiting", []) if isinstance(spec, Mapping) else [],
             unfolded=len(rows) <= page["open_rows"],
             sections=_sections(rows, lines, scores, pairs, shown),
         )
@@ -237,8 +238,7 @@ def _memorized(row: Mapping) -> str | None:
     if not row.get("image"):
         return None
     try:
-        with Image.open(row["image"]) as picture:
-            return thumbnail(picture)
+        return thumbnail(open_picture(row["image"]))
     except OSError as error:
         log.warning("%s: the memorized picture can't be shown: %s", row["concept"], error)
         return None

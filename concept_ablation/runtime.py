@@ -7,6 +7,7 @@ second.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+CURE = "; delete it and run again"  # of a damaged file, where nobody sets it aside
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -93,16 +95,33 @@ def peak_memory(device: torch.device) -> int:
 def atomic_output(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to: moved to `path` at the end, removed if the block fails.
 
-    So `path` is either the whole new file or as it was before. Folders are made.
+    So `path` is either the whole new file or as it was before, also after a power cut. Folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def damaged(kind: type[ValueError], path: str | Path, why: str) -> ValueError:
+    """An error of `kind` that says `why` the file at `path` is no good; its attribute `damaged` is that path."""
+    error = kind(f"{path}: {why}{CURE}")
+    error.damaged = Path(path)
+    return error
+
+
+def set_aside(path: str | Path) -> Path:
+    """Rename a damaged file to `NAME.damaged` beside it, so that it is missing and the next run makes it anew."""
+    aside = Path(f"{path}.damaged")
+    with contextlib.suppress(FileNotFoundError):  # another job was quicker
+        os.replace(path, aside)
+    return aside
 
 
 def progress_bar(*arguments, **settings) -> tqdm:
@@ -112,13 +131,18 @@ def progress_bar(*arguments, **settings) -> tqdm:
     return tqdm(*arguments, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
 
 
-def setup_logging(log_path: str | Path | None = None, level: int = logging.INFO) -> None:
+def setup_logging(
+    log_path: str | Path | None = None, level: int = logging.INFO, results: str | Path | None = None
+) -> None:
     """Send log records, Python warnings and the traceback of a crash to stderr and to `log_path`.
 
     Called once by each script; the first record tells where that runs. Progress bars of libraries are switched off; ours
-    write to stderr only.
+    write to stderr only. Of an error that this package raises, a mistake of a user's most likely, stderr gets the message
+    alone, the log the traceback too. A file of the folder `results` that made the script crash because it is damaged is set
+    aside.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].addFilter(lambda record: not getattr(record, "log_only", False))
     if log_path is not None:
         Path(log_path).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_path, mode="w", encoding="utf-8"))
@@ -133,7 +157,7 @@ def setup_logging(log_path: str | Path | None = None, level: int = logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.excepthook = _log_crash
+    sys.excepthook = functools.partial(_log_crash, results)
     log.info(_where())
 
 
@@ -145,8 +169,15 @@ def _where() -> str:
     )
 
 
-def _log_crash(kind, error, trace) -> None:
+def _log_crash(results: str | Path | None, kind, error, trace) -> None:
+    message = f"{kind.__name__}: {error}"
     if issubclass(kind, KeyboardInterrupt):
         log.error("interrupted")
-    else:
-        log.critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))
+        return
+    path = getattr(error, "damaged", None)
+    if path and results and path.resolve().is_relative_to(Path(results).resolve()):
+        aside = set_aside(path).name
+        message = message.replace(CURE, f"; it is set aside, as {aside}: run again, and it is made anew")
+    ours = kind.__module__.startswith(f"{__package__}.")
+    log.error("where it happened", exc_info=(kind, error, trace), extra={"log_only": ours})
+    log.critical("%s", message)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from concept_ablation.imagestore import write_store
 from concept_ablation.models import apply_delta, load_pipeline
+from concept_ablation.prompts import read_prompts
 from concept_ablation.runtime import Precision, autocast, progress_bar, resolve_precision
 
 if TYPE_CHECKING:
@@ -129,8 +129,14 @@ def _mixed_precision(unet: torch.nn.Module, precision: Precision, device: torch.
 
 
 def load_model(model: Mapping, device: str) -> StableDiffusionPipeline:
-    """The pipeline that a spec's `model` names: `path`, `revision` and, of a single file, `config`."""
-    return load_pipeline(model["path"], model["revision"], device, model.get("config"))
+    """The pipeline that a spec's `model` names: `path`, `revision` and, if set, `config`, `allow_custom_code`."""
+    return load_pipeline(
+        model["path"],
+        model["revision"],
+        device,
+        model.get("config"),
+        allow_custom_code=model.get("allow_custom_code", False),
+    )
 
 
 def generate_anchors(
@@ -147,7 +153,7 @@ def generate_anchors(
     (`image` and `descriptor`), copies of it are left out; they are counted as `copies_dropped` in the metadata. Raises
     SamplerError, and for a memorized picture MemorizationError and FeatureError.
     """
-    written = json.loads(Path(prompts_path).read_text(encoding="utf-8"))
+    written = read_prompts(prompts_path)
     pipeline = load_model(spec["model"], device)
     probe = {"role": None, "subject": None, "prompts": written["prompts"], "seed": spec["seed"]}
     draw = functools.partial(

@@ -18,7 +18,7 @@ from PIL import Image
 from concept_ablation.columns import COLUMNS, POOLS, UNITS, probe_roles
 from concept_ablation.detectors import Detector, load_detector
 from concept_ablation.features import ClipScorer, CopyDescriptor
-from concept_ablation.imagestore import ImageStore, read_store
+from concept_ablation.imagestore import ImageStore, open_picture, read_store
 from concept_ablation.probes import Bootstrap, Probe, Subjects, score_probes
 from concept_ablation.runtime import atomic_output, pick_device
 
@@ -167,7 +167,7 @@ def read_image(path: str | Path, sha256: str) -> Image.Image:
     try:
         if hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
             raise ScoreError(f"{path}: was changed after this run was planned; start it again")
-        return Image.open(path).convert("RGB")
+        return open_picture(path)
     except OSError as error:
         raise ScoreError(f"{path}: the memorized picture can't be read ({error})") from error
 

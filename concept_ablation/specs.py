@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from concept_ablation.concepts import Concept, load_concepts, slug
+from concept_ablation.custom_code import REFUSED, find_code
 from concept_ablation.plan import Plan, PlanError, Row, fingerprint
 from concept_ablation.prompts import (
     SLOT,
@@ -55,6 +56,9 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
     try:
         model = model_spec(config["model"], "model.path")
+        for folder in (model["path"], model.get("config")):
+            if not model.get("allow_custom_code") and folder and (code := find_code(folder)):
+                raise PlanError(f"model: {folder}: {REFUSED.format(code=code)}")
     except PlanError as error:
         raise PlanError(f"config: {error}") from None
     settings = functools.cache(functools.partial(shared_settings, config))
@@ -77,6 +81,8 @@ def model_spec(model: Mapping, key: str) -> dict:
     """
     path, revision = model["path"], model.get("revision")
     spec = {"path": path, "revision": revision}
+    if model.get("allow_custom_code"):
+        spec["allow_custom_code"] = True
     if model.get("config"):
         spec["config"] = model["config"]
         if os.path.exists(model["config"]):

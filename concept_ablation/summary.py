@@ -8,7 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from concept_ablation.columns import POOLS
+from concept_ablation.runtime import damaged
 from concept_ablation.verdict import MEASURES, Presence, Thresholds, judge
+
+
+class RecordError(ValueError):
+    """A training record that can't be read; the message names it."""
+
 
 PRESENCE = "presence"
 """Stands for the metric that decides for the row's kind, `verdict.MEASURES`."""
@@ -75,7 +81,10 @@ def read_presence(row: Mapping, scores: pa.Table) -> list[Presence]:
 def training_record(row: Mapping) -> dict[str, list]:
     """The columns of a row's training record, by name, a step a number; empty when there is none (an imported delta)."""
     path = row.get("training")
-    return pq.read_table(path).to_pydict() if path and Path(path).is_file() else {}
+    try:
+        return pq.read_table(path).to_pydict() if path and Path(path).is_file() else {}
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(RecordError, path, f"a damaged record of training ({error})") from error
 
 
 def _by_place(row: Mapping, scores: pa.Table) -> dict[tuple[str, str, str], dict]:

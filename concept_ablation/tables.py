@@ -8,16 +8,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from concept_ablation.columns import COLUMNS
-from concept_ablation.runtime import atomic_output
+from concept_ablation.runtime import atomic_output, damaged
 from concept_ablation.summary import SUMMARY, summarise
 from concept_ablation.verdict import read_thresholds
 
 log = logging.getLogger(__name__)
 LINES = 20_000  # of the long table, in memory at once
+FORMULA = (
+    "^([=+@\\-\t\r\n\uff1d\uff0b\uff0d\uff20])"  # how a text starts that spreadsheets run, also in full width
+)
 
 
 class TableError(ValueError):
@@ -91,7 +95,7 @@ def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema)
     ):
         for batch in _batches(tables):
             wide.write_table(batch)
-            lines.write_table(batch)
+            lines.write_table(inert(batch))
             count += batch.num_rows
     return count
 
@@ -108,13 +112,22 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
+def inert(table: pa.Table) -> pa.Table:
+    """`table` for a CSV file that a spreadsheet may open: a text that it would run as a formula gets a `'` before it."""
+    for number, field in enumerate(table.schema):
+        if field.type == pa.string():
+            column = pc.replace_substring_regex(table.column(number), FORMULA, r"'\1")
+            table = table.set_column(number, field, column)
+    return table
+
+
 def _read(path: str | Path) -> pa.Table:
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise TableError(
-            f"{path}: scores can't be read ({error}); delete the file to make them again"
-        ) from error
+    except FileNotFoundError:
+        raise TableError(f"{path}: there are no such scores; run again") from None
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(TableError, path, f"scores can't be read ({error})") from error
     if table.schema.names != COLUMNS.names:
-        raise TableError(f"{path}: these columns are not this version's; delete the file to make them again")
+        raise damaged(TableError, path, "these columns are not this version's")
     return table.cast(COLUMNS)

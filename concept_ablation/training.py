@@ -27,9 +27,10 @@ from concept_ablation.checkpoints import load_checkpoint, save_checkpoint
 from concept_ablation.data import AnchorData
 from concept_ablation.draws import Losses
 from concept_ablation.imagestore import read_store
-from concept_ablation.models import METADATA_KEY, detach_bos, load_pipeline, save_delta, trainable_parameters
+from concept_ablation.models import METADATA_KEY, detach_bos, save_delta, trainable_parameters
 from concept_ablation.prompts import target_prompts
 from concept_ablation.runtime import Precision, atomic_output, peak_memory, progress_bar, resolve_precision
+from concept_ablation.sampling import load_model
 from concept_ablation.tokens import TokenRows, target_tokens
 from concept_ablation.training_settings import (
     TrainingError,
@@ -191,7 +192,7 @@ def ablate_concept(
     run goes on; it is removed at the end. Raises TrainingError, StoreError, ModelError, PromptsError.
     """
     model = spec["model"]
-    pipeline = load_pipeline(model["path"], model["revision"], device, model.get("config"))
+    pipeline = load_model(model, device)
     settings, data = TrainingSettings.from_spec(spec["training"]), AnchorData.from_store(anchors_path)
     targets, tokens = _target_prompts(spec, data, anchors_path), []
     if settings.group == "embedding":

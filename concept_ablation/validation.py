@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
+
+MAX_PARTS, MAX_DEPTH = 100_000, 50  # of a config: its values, and groups in groups
+MAX_NUMBER = 1e18
 
 
 class ConfigError(ValueError):
@@ -64,6 +68,75 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def read_config(path: str | Path) -> dict:
+    """What a config file (YAML or JSON) holds. Raises ConfigError, which names the line: no YAML, a key that stands twice,
+    or more than a config can need."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        content = yaml.load(text, _StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"{where}: no valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path}: no valid YAML: {reason}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path}: holds {show(content)}, not a group of keys such as 'results: results'")
+    check_sane(content or {}, str(path))
+    return content or {}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake; in plain YAML the second one wins without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[tuple] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {show(key.value)} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def check_sane(content: object, source: str) -> None:
+    """Raises ConfigError for what no config holds and much code stumbles over: endless or huge groups, keys that are no
+    text, numbers that are none, texts that can't be written."""
+    found, parts = 0, [("", content, 0)]
+    while parts:
+        path, value, depth = parts.pop()
+        found += 1
+        if found > MAX_PARTS or depth > MAX_DEPTH:
+            raise ConfigError(
+                f"{source}: holds more than {MAX_PARTS} values or {MAX_DEPTH} groups in each other"
+            )
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                if not isinstance(key, str) or not _is_sane(key):
+                    raise ConfigError(f"{source}: {path or '(top)'}: the key {show(key)} is no plain text")
+                parts.append((f"{path}.{key}" if path else key, inner, depth + 1))
+        elif isinstance(value, list | tuple):
+            parts += [(f"{path}.{number}", inner, depth + 1) for number, inner in enumerate(value)]
+        elif not _is_sane(value):
+            raise ConfigError(f"{source}: {path or '(top)'}: {show(value)} is not allowed in a config")
+
+
+def _is_sane(value: object) -> bool:
+    if isinstance(value, str):
+        return all(c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cs") for c in value)
+    if isinstance(value, bool) or value is None:
+        return True
+    return isinstance(value, int | float) and abs(value) <= MAX_NUMBER
+
+
 def find_problems(instance: object, schema: Mapping) -> list[Problem]:
     """Every way in which `instance` breaks `schema`, in the order of their keys."""
     found = [p for error in Draft202012Validator(schema).iter_errors(instance) for p in _explain(error)]
@@ -77,6 +150,7 @@ def check_config(config: Mapping, schema: Mapping, source: str) -> dict:
     Raises ConfigError, listing every problem, unless it follows `schema`. `source` names the files it came
     from.
     """
+    check_sane(config, source)
     typed = _typed(config, schema)
     found = find_problems(typed, schema)
     if found:
@@ -108,13 +182,20 @@ def _typed(value: object, schema: Mapping) -> object:
         parts, others = schema.get("properties", {}), schema.get("additionalProperties")
         others = others if isinstance(others, Mapping) else {}
         return {key: _typed(part, parts.get(key, others)) for key, part in value.items()}
+    if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
+        return [_typed(part, schema["items"]) for part in value]
     kinds = schema.get("type", "string")
+    if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
+        return int(value)  # 1.0 and 1e3 are whole numbers to the schema, so they become ones
     return to_type(value, kinds) if isinstance(value, str) and "string" not in kinds else value
 
 
 def show(value: object) -> str:
     """A value as an error message shows it: quoted, on one line, at most 80 characters."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError):  # huge, endless, or with keys that JSON can't hold
+        text = f"a {type(value).__name__} that can't be shown"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

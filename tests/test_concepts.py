@@ -122,7 +122,9 @@ def test_disabled_rows_are_left_out(tmp_path):
         ),
         (
             "kind,target,anchor\nobject,a\0b,c\n",
-            ["concepts.csv:2: column 'target': 'a\\x00b' has the wrong form (allowed: 1 to 200"],
+            [
+                "concepts.csv:2: column 'target': holds the invisible character U+0000 (allowed: text that is seen)"
+            ],
         ),
         (
             "kind,target,anchor\nobject,a,b,c\n",

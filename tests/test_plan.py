@@ -192,10 +192,12 @@ def test_a_row_is_finished_when_all_its_files_exist(config):
     files = plan.files(plan.rows[0])
     for file in files[:-1]:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).touch()
+        Path(file).write_bytes(b"x")
     assert [row.concept.name for row in build_plan([CAT, INK], config).pending] == ["cat-1", "ink"]
     Path(files[-1]).parent.mkdir(parents=True, exist_ok=True)
     Path(files[-1]).touch()
+    assert len(build_plan([CAT, INK], config).pending) == 2, "an empty file is none"
+    Path(files[-1]).write_bytes(b"x")
     again = build_plan([CAT, INK], config)
     assert [row.concept.name for row in again.pending] == ["ink"]
     assert again.summary() == "2 concepts: 1 finished, 1 to do (ink)"

@@ -6,11 +6,12 @@ import yaml
 
 from concept_ablation.checks import check_rows
 from concept_ablation.concepts import ConceptsError
+from concept_ablation.failures import set_empty_aside
 from concept_ablation.handover import hand_over, handed_plan, take_back
 from concept_ablation.plan import PlanError
 from concept_ablation.settings import merge
 from concept_ablation.specs import load_plan
-from concept_ablation.validation import ConfigError
+from concept_ablation.validation import ConfigError, read_config
 
 # The checkout, also when another workflow uses this one as a module.
 ROOT = Path(workflow.current_basedir).parents[1]
@@ -33,9 +34,14 @@ def read_plan(config, configfiles):
         config.update(complete)
         files = ["config of the module"]
     try:
+        if workflow.is_main_process:
+            for file in configfiles:
+                read_config(file)  # Snakemake has read it; this also finds keys that stand twice
         checked, plan = load_plan(config, ROOT / "workflow" / "schemas", ", ".join(files))
         config.update(checked)
         if workflow.is_main_process:  # a job has nothing to say about the table
+            for file in set_empty_aside(plan):
+                logger.warning(f"{file} was empty: set aside as .damaged, to be made anew")
             warnings = check_rows(plan, plan.pending, config["concepts"])
             if warnings:
                 logger.warning(warnings)
@@ -51,6 +57,24 @@ def print_report(plan):
         from concept_ablation.report import print_summary
 
         print_summary(folder / "summary.parquet", folder / "index.html")
+
+
+def print_failures(plan, jobs):
+    """Make the report of what is finished, and tell which jobs failed and why; nothing if the run was just stopped.
+
+    Of a remote storage there is no report: what is finished is not here.
+    """
+    if jobs:
+        from concept_ablation.failures import failure_text, find_failures, report_unfinished
+
+        failed = [(job.rule.name, job.wildcards_dict.get("key"), str(job.log[0])) for job in jobs]
+        failures = find_failures(plan, failed)
+        failures = failures if stored else report_unfinished(plan, failures)
+        logger.error(
+            f"\n{failure_text(failures)}\n\nWhat is finished is kept: run the same command again for the rest."
+        )
+    else:
+        logger.error("Stopped. What is finished is kept: run the same command again for the rest.")
 
 
 plan = read_plan(config, workflow.configfiles)
@@ -83,6 +107,4 @@ onsuccess:
 
 onerror:
     take_back()
-    logger.error(
-        f"Some jobs failed. Each one's log is in {plan.results}/logs/<rule>/<key>.log; finished work is kept."
-    )
+    print_failures(plan, workflow.scheduler.failed)

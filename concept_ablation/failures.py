@@ -1,0 +1,131 @@
+"""What a run that failed still gives: the report of the rows that are finished, with what failed, where and why.
+
+Only a whole run writes the report's Parquet tables. A report with rows missing has the page and the CSV files alone, so
+that neither Snakemake nor another program takes it for a finished one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from concept_ablation.plan import Plan, Row, has_content
+from concept_ablation.runtime import set_aside
+
+TAIL = 12  # lines of a failed job's log that are shown
+WIDTH = 400  # characters of such a line
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One job that failed: its `stage` and `key`, the names of the rows that wait for it, its log and that one's end."""
+
+    stage: str
+    key: str
+    concepts: tuple[str, ...]
+    log: str
+    lines: tuple[str, ...]
+
+
+def find_failures(plan: Plan, failed: Iterable[tuple[str, str | None, str]]) -> list[Failure]:
+    """`failed` jobs, each a stage, its key (None: the report's) and its log, with the rows that each one stops."""
+    waiting: dict[str, list[str]] = {}
+    for row in unfinished(plan):
+        for key in plan.needed(row):
+            waiting.setdefault(key, []).append(row.concept.name)
+    return [
+        Failure(stage, key or "", tuple(waiting.get(key, ())), path, tail(path))
+        for stage, key, path in sorted(failed, key=lambda job: (job[0], job[1] or ""))
+    ]
+
+
+def unfinished(plan: Plan) -> list[Row]:
+    """The rows of which a file is missing now."""
+    return [row for row in plan.rows if not all(map(has_content, plan.files(row)))]
+
+
+def set_empty_aside(plan: Plan) -> list[str]:
+    """Sets the empty files of unfinished rows aside, since Snakemake takes them for good ones; returns their paths."""
+    keys = {key for row in plan.pending for key in plan.needed(row)}
+    files = {plan.path(key) for key in keys} | {plan.training_record(row) for row in plan.pending} - {None}
+    empty = sorted(file for file in files if os.path.exists(file) and not has_content(file))
+    for file in empty:
+        set_aside(file)
+    return empty
+
+
+def tail(path: str | Path) -> tuple[str, ...]:
+    """The last lines of a log, without what could move a terminal's cursor."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ("it wrote no log: it was ended before it began, or by the machine",)
+    lines = [line for line in text.splitlines() if line.strip()][-TAIL:]
+    return tuple("".join(c if c.isprintable() else " " for c in line)[:WIDTH] for line in lines) or (
+        "its log is empty: it was ended from outside",
+    )
+
+
+def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | None = None) -> list[Failure]:
+    """Makes the page and the CSV tables of the rows that are finished, and prints how these came out, as `print_summary`.
+
+    A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
+    """
+    from concept_ablation.report import print_summary, render
+    from concept_ablation.tables import aggregate_scores
+
+    folder, failures = Path(plan.results) / "report", list(failures)
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in ("scores.parquet", "summary.parquet"):
+        (folder / table).unlink(missing_ok=True)
+    while True:
+        missing = {row.concept.name for row in unfinished(plan)}
+        spec = json.loads(plan.report_spec([row for row in plan.rows if row.concept.name not in missing]))
+        told = {name for failure in failures for name in failure.concepts}
+        spec["failures"] = [asdict(failure) for failure in failures]
+        spec["waiting"] = sorted(missing - told)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as own:
+            scores, summary = Path(own) / "scores.parquet", Path(own) / "summary.parquet"
+            try:
+                aggregate_scores(spec, scores, summary)
+                render(spec, scores, summary, folder / "index.html")
+            except ValueError as error:
+                path = getattr(error, "damaged", None)
+                if path is None or not path.exists():  # a damaged file once set aside is no longer there
+                    raise
+                failures.append(_damage(plan, path, error))
+                continue
+            for table in (scores, summary):
+                os.replace(table.with_suffix(".csv"), folder / table.with_suffix(".csv").name)
+            print_summary(summary, folder / "index.html", file)
+            return failures
+
+
+def _damage(plan: Plan, path: Path, error: ValueError) -> Failure:
+    """The failure that a damaged file is; it is set aside."""
+    names = tuple(row.concept.name for row in plan.rows if str(path) in plan.files(row))
+    aside = set_aside(path)
+    return Failure(path.parent.name, path.stem, names, str(aside), (str(error),))
+
+
+def failure_text(failures: Sequence[Failure], most: int = 10) -> str:
+    """What failed, for a terminal: each job with the rows that it stops and the end of its log, `most` jobs at most."""
+    text = []
+    for failure in failures[:most]:
+        rows = ", ".join(failure.concepts[:5]) + (
+            f" and {len(failure.concepts) - 5} more" if len(failure.concepts) > 5 else ""
+        )
+        text += [
+            f"{failure.stage} failed" + (f", for {rows}" if rows else "") + f" (log: {failure.log})",
+            *(f"    {line}" for line in failure.lines),
+        ]
+    if len(failures) > most:
+        text.append(f"... and {len(failures) - most} more")
+    return "\n".join(text)
