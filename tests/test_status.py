@@ -38,7 +38,7 @@ def finish(plan, name):
     """A row's files, as if it were finished."""
     row = next(row for row in plan.rows if row.concept.name == name)
     for file in plan.files(row):
-        write(file)
+        write(file, "x")
     return row
 
 
