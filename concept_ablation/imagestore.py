@@ -126,7 +126,7 @@ def open_store(path: str | Path) -> ImageStore:
     if not Path(path).is_file():
         raise StoreError(f"{path}: there is no such image store")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
             table = file.read([field.name for field in COLUMNS if field.name != "image"])
             groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
@@ -203,12 +203,10 @@ class _OpenStore(ImageStore):
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
         if self._read[0] != group:
             try:
-                with pq.ParquetFile(self.path) as file:
+                with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                     self._read = group, file.read_row_group(group, ["image"])
             except (pa.ArrowException, OSError) as error:
-                raise StoreError(
-                    f"{self.path}: a damaged image store ({error}); delete it and run again"
-                ) from error
+                raise damaged(StoreError, self.path, f"a damaged image store ({error})") from error
         return self._read[1].column("image")[place - int(self._starts[group])].as_py()["bytes"]
 
     def _with(self, table: pa.Table) -> ImageStore:

@@ -103,7 +103,7 @@ def test_a_name_is_a_plain_word(tmp_path, name):
 def test_no_cell_of_the_csv_starts_a_formula_and_numbers_stay_numbers(tmp_path):
     texts = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\uff1d1", "plain", "a=b", None]
     table = pa.table({"text": texts, "number": [-1.5] * len(texts)})
-    write_table(table, tmp_path / "t.parquet")
+    write_table([table], tmp_path / "t.parquet", table.schema)
     read = pa.csv.read_csv(tmp_path / "t.csv", parse_options=pa.csv.ParseOptions(newlines_in_values=True))
     assert read["text"].to_pylist() == [f"'{text}" for text in texts[:7]] + ["plain", "a=b", ""]
     assert read["number"].to_pylist() == [-1.5] * len(texts)
