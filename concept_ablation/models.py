@@ -8,6 +8,7 @@ of the same shape. Of the text encoder's token embedding it holds rows, `text_en
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding"]
 METADATA_KEY = "concept_ablation"
+CHECKSUM = "values_sha256"  # another key of a delta's metadata
 TOKEN_ROW = "text_encoder.token_embedding."  # and a token's id: the name of that row in a delta
 # Up to this many latent positions a CPU computes attention as plain matrix products: a training step of 16
 # took 23 % less at 256 positions (bf16). Larger ones weren't measured; there the products' memory grows with
@@ -246,7 +248,17 @@ def save_delta(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
     content = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
     with atomic_output(path) as part:
-        save_file(content, part, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+        known = {METADATA_KEY: json.dumps(metadata, sort_keys=True), CHECKSUM: _checksum(content)}
+        save_file(content, part, {"format": "pt", **known})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -255,14 +267,18 @@ def load_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            written = file.metadata() or {}
+            metadata = json.loads(written[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except KeyError:
         raise DeltaError(f"{path}: no {METADATA_KEY!r} metadata, so it is no delta of this project") from None
     except FileNotFoundError:
         raise DeltaError(f"{path}: can't be read: there is no such file") from None
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise damaged(DeltaError, path, f"can't be read ({error})") from error
+    if written.get(CHECKSUM, now := _checksum(tensors)) != now:
+        raise damaged(DeltaError, path, "its values aren't those that were written")
+    return tensors, metadata
 
 
 @torch.no_grad()
