@@ -82,7 +82,9 @@ def test_the_key_is_used_and_never_written(make_checkout, server, monkeypatch):
     failed = checkout.snakemake(*run)
     assert failed.returncode != 0 and "write_prompts failed, for ink" in failed.stdout, failed.stdout
     assert f"Bearer {KEY}" in server.RequestHandlerClass.keys, "the server never saw the key"
-    assert KEY not in failed.stdout and "[key]" in failed.stdout
+    assert KEY not in failed.stdout
+    (answers,) = (checkout.folder / "results" / "prompts").glob("*.answers.jsonl")
+    assert "[key]" in answers.read_text(), "the server repeated it"
 
     server.RequestHandlerClass.fail = False
     done = checkout.snakemake(*run)
