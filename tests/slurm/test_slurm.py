@@ -260,39 +260,35 @@ def test_work_that_died_is_done_again_to_the_same_end(folder, cluster, local):
     # Too little memory at first; and one rule without a GPU, as on a cluster that has none.
     own = {"generate_anchors": {"mem_mb": "750 * attempt ** 3"}, "score_concept": {"gpu": 0}}
     checkout.edit("slurm/config.yaml", {"set-resources": own})
-    hurt, run = {}, checkout.start("--profile", "slurm")
+    run, hurt = checkout.start("--profile", "slurm"), {}
 
-    def hurt_one(running):
-        """Do the next harm that one of the running jobs lends itself to; True once snakemake itself was killed."""
-        for job in running:
-            stalled = hurt.get("stall")
-            if job.rule == "sample_base" and job.label == "style-picture" and not stalled:
-                hurt["stall"] = job
-                cluster.stall(job)
-            elif job.rule == "sample_base" and job.label == "style-ink" and "cancel" not in hurt:
-                hurt["cancel"] = job
-                cluster.cancel(job)
-                checkout.write(OWL)  # the table is edited while the run goes on
-            elif (
-                job.rule in ("ablate_concept", "sample_ablated")
-                and "node" not in hurt
-                and (
-                    stalled
-                    and (job.node != stalled.node or stalled.id not in {other.id for other in running})
-                )
-            ):
+    def hurt_one(job, ids):
+        """Do the next harm to `job`, one of the running `ids`, if it lends itself; True once snakemake was killed."""
+        stalled, base = hurt.get("stall"), job.rule == "sample_base"
+        if base and job.label == "style-picture" and not stalled:
+            hurt["stall"] = job
+            cluster.stall(job)
+        elif base and job.label == "style-ink" and "cancel" not in hurt:
+            hurt["cancel"] = job
+            cluster.cancel(job)
+            checkout.write(OWL)  # the table is edited while the run goes on
+        elif job.rule in ("ablate_concept", "sample_ablated") and stalled and "node" not in hurt:
+            if job.node != stalled.node or stalled.id not in ids:
                 hurt["node"] = job
                 cluster.kill_node(job.node)
-            elif job.rule == "score_concept" and len(hurt) == 3:
-                hurt["snakemake"] = job
-                psutil.Process(run.pid).children()[0].kill()
-                return True
+        elif job.rule == "score_concept" and len(hurt) == 3:
+            psutil.Process(run.pid).children()[0].kill()
+            return True
         return False
 
-    while not hurt_one(cluster.running()):
+    def hurt_some():
+        running = cluster.running()
+        return any([hurt_one(job, {other.id for other in running}) for job in running])
+
+    while not hurt_some():
         assert run.poll() is None, checkout.said()
         time.sleep(0.3)
-    assert run.wait() == 137
+    assert run.wait() in (-9, 137)
     cluster.start(hurt["node"].node)
 
     checkout.write(STYLES)
@@ -307,8 +303,10 @@ def test_work_that_died_is_done_again_to_the_same_end(folder, cluster, local):
     assert by_id[hurt["cancel"].id].state == "CANCELLED"
     assert by_id[hurt["node"].id].state == "NODE_FAIL"
     assert not any("gres/gpu" in job.devices for job in jobs if job.rule == "score_concept")
-    assert not any("gres/gpu" in job.devices for job in jobs if job.rule == "score_concept")
     anchors = [job for job in jobs if job.rule == "generate_anchors"]
-    assert [(job.state, job.memory) for job in anchors] == [("OUT_OF_MEMORY", "750M"), ("COMPLETED", "6000M")]
+    assert [job.memory for job in anchors] == ["750M", "6000M"]
+    # The state of the first is FAILED: OUT_OF_MEMORY is what SLURM says where it has cgroups.
+    (log,) = (checkout.folder / "results/logs/slurm").rglob(f"{anchors[0].id}.log")
+    assert "exceeded memory limit" in log.read_text() and anchors[1].state == "COMPLETED"
     again = [job for job in jobs if job.key == hurt["stall"].key]
     assert [(job.state, job.limit) for job in again] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "04:00:00")]
