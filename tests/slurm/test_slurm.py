@@ -283,7 +283,7 @@ def test_work_that_died_is_done_again_to_the_same_end(folder, cluster, local):
 
     def hurt_some():
         running = cluster.running()
-        return any([hurt_one(job, {other.id for other in running}) for job in running])
+        return any(hurt_one(job, {other.id for other in running}) for job in running)
 
     while not hurt_some():
         assert run.poll() is None, checkout.said()
