@@ -168,6 +168,9 @@ class _Table:
 
     def _text(self) -> str:
         """The file's text; an unreadable file or a wrong encoding ends the reading at once."""
+        if self.path.exists() and not self.path.is_file():  # of a device or a pipe the reading never ends
+            self.complain(1, "can't be read: it is no file; set `concepts` in the config to a CSV file")
+            self.raise_errors()
         try:
             data = self.path.read_bytes()
         except OSError as error:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def _read(path: str | Path) -> tuple[tuple[str, ...], str]:
     """A prompt file's templates and the sha256 of its content; read once as long as it doesn't change."""
     try:
         found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # of a device or a pipe the reading never ends
+            raise PromptsError(f"{path}: can't be read: it is no file")
         return _read_version(str(path), (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino))
     except OSError as error:
         raise PromptsError(f"{path}: can't be read: {error.strerror}") from None

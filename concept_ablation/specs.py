@@ -302,6 +302,8 @@ def _prompt_path(template: str, anchor: str) -> str:
 
 def _sha256(path: str, column: str) -> str:
     """SHA-256 of a file that a row names. Raises PlanError."""
+    if os.path.exists(path) and not os.path.isfile(path):  # of a device or a pipe the reading never ends
+        raise PlanError(f"column {column!r}: {path}: can't be read: it is no file")
     try:
         return _hash(path, os.stat(path).st_mtime_ns)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Hostile input is inert: tables, pages, pictures, weights and model folders from a stranger run nothing and reach no other file."""
 
 import json
+import os
 import pickle
 import struct
 import zlib
@@ -22,8 +23,10 @@ from concept_ablation.formats import FormatError, import_delta
 from concept_ablation.imagestore import PictureError, open_picture
 from concept_ablation.memorization import MemorizationError, _read_picture
 from concept_ablation.models import ModelError, load_pipeline
-from concept_ablation.plan import make_key
+from concept_ablation.plan import PlanError, make_key
+from concept_ablation.prompts import PromptsError, read_templates
 from concept_ablation.scoring import ScoreError, read_image
+from concept_ablation.specs import _sha256
 from concept_ablation.tables import write_table
 from concept_ablation.validation import load_schema
 from tests.tiny import make_tiny_pipeline
@@ -108,6 +111,18 @@ def test_no_cell_of_the_csv_starts_a_formula_and_numbers_stay_numbers(tmp_path):
     assert read["text"].to_pylist() == [f"'{text}" for text in texts[:7]] + ["plain", "a=b", ""]
     assert read["number"].to_pylist() == [-1.5] * len(texts)
     assert pa.parquet.read_table(tmp_path / "t.parquet")["text"].to_pylist() == texts
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "pipe"])
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(PromptsError, match="it is no file"):
+        read_templates(path)
+    with pytest.raises(PlanError, match="column 'delta'.*it is no file"):
+        _sha256(path, "delta")
+    with pytest.raises(ConceptsError, match="it is no file"):
+        load_concepts(path, {"properties": {}}, load_schema(ROOT / "workflow/schemas/config.schema.yaml"))
 
 
 # Pictures.
@@ -288,7 +303,7 @@ def test_code_runs_only_where_the_config_allows_it(model):
 
 
 def test_the_plan_refuses_a_model_with_code(model, monkeypatch):
-    from concept_ablation.plan import PlanError, fingerprint
+    from concept_ablation.plan import fingerprint
     from concept_ablation.specs import build_plan
 
     (model / "extra.py").write_text(CODE)

@@ -32,14 +32,6 @@ RUN = (
     'training={"steps": 3}',
 )
 TIMED = ("training_seconds", "peak_memory_mb")
-STAGES = {
-    "prompts": "write_prompts",
-    "anchors": "generate_anchors",
-    "concepts": "ablate_concept",
-    "base": "sample_base",
-    "samples": "sample_ablated",
-    "scores": "score_concept",
-}
 
 
 def tables(checkout: Checkout) -> dict[str, object]:
@@ -162,17 +154,17 @@ def wait_for(group: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "then"),
+    ("folder", "then", "how"),
     [
-        ("prompts", "anchors"),
-        ("anchors", "concepts"),
-        ("concepts", "samples"),
-        ("base", "scores"),
-        ("samples", "scores"),
-        ("scores", "report"),
+        ("prompts", "anchors", "missing"),
+        ("anchors", "concepts", "cut"),
+        ("concepts", "samples", "cut"),
+        ("concepts", "samples", "empty"),
+        ("base", "scores", "cut"),
+        ("samples", "scores", "cut"),
+        ("scores", "report", "cut"),
     ],
 )
-@pytest.mark.parametrize("how", ["cut", "empty", "missing"])
 def test_a_damaged_file_is_noticed_and_made_anew(undisturbed, done, folder, then, how):
     """A file of each stage is damaged, and what is made from it is gone, so that it would be read."""
     results = done.folder / "results"

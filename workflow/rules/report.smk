@@ -20,7 +20,7 @@ rule aggregate_scores:
     conda:
         "../envs/python.yaml"
     params:
-        spec=plan.report_spec(),
+        spec=lambda wildcards: plan.report_spec(),  # as text, braces in it would be wildcards
     script:
         "../scripts/aggregate_scores.py"
 
@@ -40,6 +40,6 @@ rule render_report:
     conda:
         "../envs/python.yaml"
     params:
-        spec=plan.report_spec(),
+        spec=lambda wildcards: plan.report_spec(),  # as text, braces in it would be wildcards
     script:
         "../scripts/render_report.py"
