@@ -73,7 +73,8 @@ def read_config(path: str | Path) -> dict:
     or more than a config can need."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        content = yaml.load(text, _StrictLoader)
+        is_json = Path(path).suffix == ".json"  # may be indented by tabs, which YAML forbids
+        content = json.loads(text) if is_json else yaml.load(text, _StrictLoader)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
