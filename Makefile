@@ -27,7 +27,7 @@ run: .venv/.installed
 	snakemake --cores $(CORES)
 
 report: .venv/.installed
-	snakemake --cores $(CORES) --forcerun render_report --until render_report
+	snakemake --cores $(CORES) --forcerun aggregate_scores --until render_report
 
 check: .venv/.installed
 	python -m concept_ablation check

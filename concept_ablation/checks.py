@@ -5,6 +5,7 @@ Run when the workflow is planned, for unfinished rows, and by `python -m concept
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,21 @@ def check_rows(plan: Plan, rows: Sequence[Row], table: str) -> str:
             f"{table}: {len(errors)} row(s) whose prompts can't work\n{format_findings(errors, table)}"
         )
     return format_findings(findings, table) if findings else ""
+
+
+def check_report(plan: Plan) -> str:
+    """A warning if the report in the results folder has other rows than the plan's: another table shares the folder."""
+    path = Path(plan.results, "report", "summary.csv")
+    if plan.pending or not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        made = {line[0] for line in list(csv.reader(file))[1:] if line}
+    if made == {row.concept.name for row in plan.rows}:
+        return ""
+    return (
+        f"{path.parent}: holds the report of other rows than the table's, which a run of another table left there. Where nothing "
+        "else is to be done, make it again: snakemake --cores all --forcerun aggregate_scores"
+    )
 
 
 def _lint_row(plan: Plan, row: Row) -> LintRow:

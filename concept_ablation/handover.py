@@ -36,7 +36,7 @@ class HandedPlan(Plan):
         self._database = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True)
         run = json.loads(self._find("select content from run"))
         self.results, self.config = run["results"], run["config"]
-        self._report, self._pending_files = run["report"], run["pending_files"]
+        self._report, self._pending_files, self._goals = run["report"], run["pending_files"], run["goals"]
         self.stages = _Lookup(lambda key: self._find("select stage from units where key = ?", key))
         one = "select spec from units where stage = ? and key = ?"
         self.specs = _Lookup(lambda stage: _Lookup(lambda key: json.loads(self._find(one, stage, key))))
@@ -49,6 +49,9 @@ class HandedPlan(Plan):
 
     def pending_files(self) -> list[str]:
         return self._pending_files
+
+    def goals(self) -> list[str]:
+        return self._goals
 
     def report_spec(self) -> str:
         return self._report
@@ -72,6 +75,7 @@ def hand_over(plan: Plan, config: Mapping, folder: str | Path) -> Path:
         "config": dict(config),
         "report": plan.report_spec(),
         "pending_files": plan.pending_files(),
+        "goals": plan.goals(),
     }
     database = sqlite3.connect(":memory:")
     database.execute("create table run (content blob)")

@@ -158,6 +158,17 @@ class Plan:
         """The files of all unfinished rows: what the report has to wait for."""
         return sorted({file for row in self.pending for file in self.files(row)})
 
+    def goals(self) -> list[str]:
+        """The files to ask for so that all unfinished rows are made: as few as possible, since each costs planning time.
+
+        A row's scores come last, so they stand for all its files, unless they are there and another one isn't.
+        """
+        found: set[str] = set()
+        for row in self.pending:
+            scores = self.path(row.scores)
+            found.update(self.files(row) if os.path.exists(scores) else [scores])
+        return sorted(found)
+
     def report_spec(self, rows: Sequence[Row] | None = None) -> str:
         """All rows (or these), sorted by name, with their files and the report's settings, as canonical JSON."""
         rows = self.rows if rows is None else rows

@@ -34,7 +34,7 @@ def test_a_job_finds_its_work_as_the_run_planned_it(plan, tmp_path, monkeypatch)
     )
     assert handed.path(key) == plan.path(key)
     assert handed.report_spec() == plan.report_spec() and json.loads(handed.report_spec())["rows"] == []
-    assert handed.pending_files() == plan.pending_files()
+    assert handed.pending_files() == plan.pending_files() and handed.goals() == plan.goals()
     take_back()
     assert not file.exists() and VARIABLE not in os.environ
 

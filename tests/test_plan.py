@@ -335,6 +335,19 @@ def test_rows_share_no_setting_that_one_of_them_changes(config):
     assert sorted(spec["sampler"]["steps"] for spec in plan.specs["generate_anchors"].values()) == [9, 20]
 
 
+def test_an_unfinished_rows_scores_stand_for_all_its_files_unless_they_are_there(config):
+    plan = build_plan([CAT, INK], config)
+    cat, ink = plan.rows
+    assert plan.goals() == sorted([plan.path(cat.scores), plan.path(ink.scores)])
+    for file in plan.files(cat):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("x")
+    assert build_plan([CAT, INK], config).goals() == [plan.path(ink.scores)]
+    Path(plan.path(cat.samples)).unlink()
+    again = build_plan([CAT, INK], config).goals()
+    assert set(again) == {*plan.files(cat), plan.path(ink.scores)}
+
+
 def test_every_stage_has_a_path_of_its_own():
     assert PATHS.keys() == VERSIONS.keys() and len(set(PATHS.values())) == len(PATHS)
 

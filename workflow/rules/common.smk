@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from concept_ablation.checks import check_rows
+from concept_ablation.checks import check_report, check_rows
 from concept_ablation.concepts import ConceptsError
 from concept_ablation.failures import set_empty_aside
 from concept_ablation.handover import hand_over, handed_plan, take_back
@@ -42,9 +42,9 @@ def read_plan(config, configfiles):
         if workflow.is_main_process:  # a job has nothing to say about the table
             for file in set_empty_aside(plan):
                 logger.warning(f"{file} was empty: set aside as .damaged, to be made anew")
-            warnings = check_rows(plan, plan.pending, config["concepts"])
-            if warnings:
-                logger.warning(warnings)
+            for warnings in (check_rows(plan, plan.pending, config["concepts"]), check_report(plan)):
+                if warnings:
+                    logger.warning(warnings)
         return plan
     except (ConceptsError, ConfigError, PlanError) as error:
         sys.exit(f"\n{error}")
@@ -81,7 +81,7 @@ plan = read_plan(config, workflow.configfiles)
 stored = workflow.storage_settings.default_storage_provider is not None  # results are in a remote storage
 # Targets too, since a report that another checkout made is no reason to leave a row out. Of a remote storage all rows count
 # as unfinished, so that only their smallest files are.
-unfinished = [file for file in plan.pending_files() if not stored or "/scores/" in file]
+unfinished = [file for file in plan.pending_files() if "/scores/" in file] if stored else plan.goals()
 
 
 pathvars:

@@ -7,7 +7,7 @@
 rule aggregate_scores:
     """Put all rows' scores into one long and one wide table."""
     input:
-        plan.pending_files(),
+        plan.pending_files() if stored else unfinished,
     output:
         scores="<results>/report/scores.parquet",
         scores_csv="<results>/report/scores.csv",
