@@ -4,7 +4,8 @@
     python bench/plan.py --rows 10000 --floor # also an empty workflow of as many jobs: Snakemake's own share
 
 The real Snakefile, config and embedded model are used, in a temporary folder. Targets are made up, under 50 anchors, with
-four neighbors each, of ten that an anchor's rows share. `all`: nothing is there yet. `done`: every file is there (made-up). `one more`: the same, and a new row. Wall and CPU seconds, and the most memory, are the process's own.
+four neighbors each, of ten that an anchor's rows share. `all`: nothing is there yet. `done`: every file is there, made up.
+`one more`: the same, and a new row. Wall and CPU seconds, and the most memory, are the process's own.
 """
 
 from __future__ import annotations
