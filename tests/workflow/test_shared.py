@@ -15,7 +15,10 @@ def second(finished, make_checkout):
     checkout = make_checkout()
     own = {**SMALL, "results": str(finished.folder / "results")}
     (checkout.folder / "small.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
-    return checkout
+    yield checkout
+    checkout.write(HEADER + CAT + INK)  # the report as the first one made it
+    done = checkout.snakemake("--cores", "1", "--configfile", "small.yaml", "--forcerun", "aggregate_scores")
+    assert done.returncode == 0, done.stdout
 
 
 def contents(folder):
