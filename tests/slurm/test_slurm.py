@@ -184,7 +184,7 @@ def assert_same_results(checkout, local, concepts):
         assert table == local.read_table(name, concepts)
     mine, theirs = checkout.folder / "results", local.folder / "results"
     files = [path.relative_to(mine) for pattern in SAME for path in mine.glob(pattern)]
-    assert len(files) > 10
+    assert len(files) >= 10
     different = [str(file) for file in files if (mine / file).read_bytes() != (theirs / file).read_bytes()]
     assert not different
     for delta in mine.glob("concepts/*/delta.safetensors"):
