@@ -78,9 +78,8 @@ def print_failures(plan, jobs):
         logger.error("Stopped. What is finished is kept: run the same command again for the rest.")
 
 
-gc.set_threshold(
-    100_000, 50, 100
-)  # a graph of many jobs is no garbage: searching it for some is a sixth of the planning
+# A graph of many jobs is no garbage: searching it for some is a sixth of the planning.
+gc.set_threshold(100_000, 50, 100)
 plan = read_plan(config, workflow.configfiles)
 stored = workflow.storage_settings.default_storage_provider is not None  # results are in a remote storage
 # Targets too, since a report that another checkout made is no reason to leave a row out. Of a remote storage all rows count
