@@ -45,6 +45,7 @@ ROWS = [
     "tokens",
     "memorized",
     "unsafe",
+    "unsafe-terms",
 ]
 
 
