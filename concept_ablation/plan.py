@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +166,7 @@ class Plan:
         found: set[str] = set()
         for row in self.pending:
             scores = self.path(row.scores)
-            found.update(self.files(row) if os.path.exists(scores) else [scores])
+            found.update(self.files(row) if has_content(scores) else [scores])
         return sorted(found)
 
     def report_spec(self, rows: Sequence[Row] | None = None) -> str:
@@ -174,16 +174,21 @@ class Plan:
         rows = self.rows if rows is None else rows
         return canonical({"rows": [self._report_row(row) for row in rows], **self.report})
 
+    def sources(self, key: str) -> Iterator[str]:
+        """The keys of the work that a unit is made from: those that its spec names."""
+        for value in self.specs[self.stages[key]][key].values():
+            for name in value.values() if isinstance(value, Mapping) else [value]:
+                if isinstance(name, str) and name in self.stages:
+                    yield name
+
     def needed(self, row: Row) -> dict[str, None]:
         """The keys of all work that a row needs, each after what it is made from."""
         found: dict[str, None] = {}
 
         def visit(key: str) -> None:
-            spec = self.specs[self.stages[key]][key]
-            for value in spec.values():
-                for name in value.values() if isinstance(value, Mapping) else [value]:
-                    if isinstance(name, str) and name in self.stages and name not in found:
-                        visit(name)
+            for name in self.sources(key):
+                if name not in found:
+                    visit(name)
             found[key] = None
 
         visit(row.scores)

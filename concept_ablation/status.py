@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from concept_ablation.cleanup import FRESH, disk_used, locked_since, size_text
-from concept_ablation.plan import Plan
+from concept_ablation.plan import Plan, has_content
 
 State = Literal["running", "failed", "waiting"]
 TAIL = 64 * 1024  # bytes of a log that are read
@@ -48,7 +48,7 @@ def status_text(plan: Plan, checkout: str | Path = ".", most: int = 10) -> str:
     units = {key: read_unit(plan, key, since, now) for key in unfinished_keys(plan)}
     rows: dict[str, list[str]] = {"failed": [], "running": [], "waiting": []}
     for row in plan.pending:
-        found = [units[key] for key in needed_keys(plan, row.scores) if key in units]
+        found = [units[key] for key in plan.needed(row) if key in units]
         state = next((name for name in rows if any(unit.state == name for unit in found)), "waiting")
         told = next((unit for unit in found if unit.state == state and unit.line), None)
         text = f": {told.stage}: {told.line} ({told.log})" if told else ""
@@ -67,41 +67,20 @@ def status_text(plan: Plan, checkout: str | Path = ".", most: int = 10) -> str:
     return "\n".join(lines)
 
 
-def needed_keys(plan: Plan, key: str) -> list[str]:
-    """A unit's key and those of all work that it is made from, itself last."""
-    found: dict[str, None] = {}
-
-    def visit(key: str) -> None:
-        for value in plan.specs[plan.stages[key]][key].values():
-            for name in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(name, str) and name in plan.stages and name not in found:
-                    visit(name)
-        found[key] = None
-
-    visit(key)
-    return list(found)
-
-
 def unfinished_keys(plan: Plan) -> list[str]:
     """The keys of all work that is still to be done: what unfinished rows lack, and what that is made from if it lacks it."""
     found: dict[str, None] = {}
+
+    def visit(key: str) -> None:
+        if key not in found and not has_content(plan.path(key)):
+            found[key] = None
+            for source in plan.sources(key):
+                visit(source)
+
     for row in plan.pending:
         for key in (row.ablation, row.samples, row.scores, *row.base.values()):
-            if key not in found and _absent(plan, key):
-                _visit_missing(plan, key, found)
+            visit(key)
     return list(found)
-
-
-def _visit_missing(plan: Plan, key: str, found: dict[str, None]) -> None:
-    found[key] = None
-    for value in plan.specs[plan.stages[key]][key].values():
-        for name in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(name, str) and name in plan.stages and name not in found and _absent(plan, name):
-                _visit_missing(plan, name, found)
-
-
-def _absent(plan: Plan, key: str) -> bool:
-    return not Path(plan.path(key)).exists()
 
 
 def read_unit(plan: Plan, key: str, since: float | None, now: float) -> Unit:
