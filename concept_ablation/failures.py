@@ -62,15 +62,25 @@ def set_empty_aside(plan: Plan) -> list[str]:
 def tail(path: str | Path) -> tuple[str, ...]:
     """The last lines of a log, without what could move a terminal's cursor."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
-            text = file.read().decode("utf-8", "replace")
+        lines = log_lines(path)
     except OSError:
         return ("it wrote no log: it was ended before it began, or by the machine",)
-    lines = [line for line in text.splitlines() if line.strip()][-TAIL:]
-    return tuple("".join(c if c.isprintable() else " " for c in line)[:WIDTH] for line in lines) or (
+    return tuple(printable(line, WIDTH) for line in lines[-TAIL:]) or (
         "its log is empty: it was ended from outside",
     )
+
+
+def log_lines(path: str | Path) -> list[str]:
+    """The lines that hold something of a log's last 64 KiB. Raises OSError."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
+        return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+
+
+def printable(line: str, width: int) -> str:
+    """A log's line for a terminal: no control characters, at most `width` characters."""
+    text = "".join(letter if letter.isprintable() else " " for letter in line)
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | None = None) -> list[Failure]:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from concept_ablation.cleanup import FRESH, disk_used, locked_since, size_text
+from concept_ablation.failures import log_lines, printable
 from concept_ablation.plan import Plan, has_content
 
 State = Literal["running", "failed", "waiting"]
-TAIL = 64 * 1024  # bytes of a log that are read
+WIDTH = 160  # characters of a log's line that are shown
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,20 @@ def read_unit(plan: Plan, key: str, since: float | None, now: float) -> Unit:
     log = Path(plan.results, "logs", stage, f"{key}.log")
     try:
         changed = log.stat().st_mtime
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL))
-            lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        lines = log_lines(log)
     except FileNotFoundError:
         return Unit(stage, "waiting", log)
     errors = [line for line in lines if " CRITICAL " in line or " ERROR " in line]
     if since is not None and changed < since:
         return Unit(stage, "waiting", log)  # an earlier run's; this one tries again
     if errors:
-        return Unit(stage, "failed", log, _clean(errors[-1]))
+        return Unit(stage, "failed", log, printable(errors[-1], WIDTH))
     if since is not None or now - changed < FRESH:
         silent = "" if now - changed < FRESH else f"silent for {duration(now - changed)}, last: "
-        return Unit(stage, "running", log, silent + _clean(lines[-1] if lines else "no line yet"))
-    return Unit(stage, "failed", log, "was killed, last: " + _clean(lines[-1] if lines else "no line"))
+        return Unit(stage, "running", log, silent + printable(lines[-1] if lines else "no line yet", WIDTH))
+    return Unit(
+        stage, "failed", log, "was killed, last: " + printable(lines[-1] if lines else "no line", WIDTH)
+    )
 
 
 def read_costs(results: str | Path) -> Costs:
@@ -152,12 +153,6 @@ def _run_text(since: float | None, rows: dict[str, Iterable[str]]) -> str:
     return (
         "A run seems to go on in another checkout" if rows["running"] else "No run of this checkout goes on"
     )
-
-
-def _clean(line: str, width: int = 160) -> str:
-    """A log's line for a terminal: no control characters, at most `width` long."""
-    text = "".join(letter if letter.isprintable() else " " for letter in line).strip()
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def duration(seconds: float) -> str:
