@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from concept_ablation.plan import Plan, Row, has_content
+from concept_ablation.plan import Plan, has_content
 from concept_ablation.runtime import set_aside
 
 TAIL = 12  # lines of a failed job's log that are shown
@@ -35,18 +35,13 @@ class Failure:
 def find_failures(plan: Plan, failed: Iterable[tuple[str, str | None, str]]) -> list[Failure]:
     """`failed` jobs, each a stage, its key (None: the report's) and its log, with the rows that each one stops."""
     waiting: dict[str, list[str]] = {}
-    for row in unfinished(plan):
+    for row in plan.unfinished():
         for key in plan.needed(row):
             waiting.setdefault(key, []).append(row.concept.name)
     return [
         Failure(stage, key or "", tuple(waiting.get(key, ())), path, tail(path))
         for stage, key, path in sorted(failed, key=lambda job: (job[0], job[1] or ""))
     ]
-
-
-def unfinished(plan: Plan) -> list[Row]:
-    """The rows of which a file is missing now."""
-    return [row for row in plan.rows if not all(map(has_content, plan.files(row)))]
 
 
 def set_empty_aside(plan: Plan) -> list[str]:
@@ -96,7 +91,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
     for table in ("scores.parquet", "summary.parquet"):
         (folder / table).unlink(missing_ok=True)
     while True:
-        missing = {row.concept.name for row in unfinished(plan)}
+        missing = {row.concept.name for row in plan.unfinished()}
         spec = json.loads(plan.report_spec([row for row in plan.rows if row.concept.name not in missing]))
         told = {name for failure in failures for name in failure.concepts}
         spec["failures"] = [asdict(failure) for failure in failures]

@@ -151,7 +151,11 @@ class Plan:
 
     @functools.cached_property
     def pending(self) -> list[Row]:
-        """The rows of which a file is missing or empty; the others are finished and leave the workflow."""
+        """The rows that were unfinished when this was first asked for; the others leave the workflow."""
+        return self.unfinished()
+
+    def unfinished(self) -> list[Row]:
+        """The rows of which a file is missing or empty now."""
         return [row for row in self.rows if not all(map(has_content, self.files(row)))]
 
     def pending_files(self) -> list[str]:

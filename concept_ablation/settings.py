@@ -9,17 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-from concept_ablation.concepts import SECTIONS, Concept
+from concept_ablation.concepts import SECTIONS
 from concept_ablation.validation import did_you_mean, show
 
 
 class SettingsError(ValueError):
     """A row asks for settings that the config doesn't have; the message says what is allowed."""
-
-
-def row_settings(config: Mapping, concept: Concept) -> dict:
-    """The sections as they hold for one row. Raises SettingsError for an unknown preset."""
-    return with_own(shared_settings(config, concept.kind, concept.preset), concept.overrides)
 
 
 def shared_settings(config: Mapping, kind: str, preset: str | None) -> dict:
