@@ -62,9 +62,7 @@ def load_pipeline(
     checker and no progress bar. A folder that brings Python code of its own is refused, unless `allow_custom_code`: then
     that code may run. Raises ModelError, DeviceError.
     """
-    # Here, not at the top: it takes about three seconds, which scripts that load no pipeline needn't wait
-    # for.
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    # Here, not at the top: it takes about three seconds, which scripts that load no pipeline needn't wait for.
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -81,23 +79,7 @@ def load_pipeline(
     elif config is not None:
         raise ModelError(f"{path}: a config ({config}) is for a checkpoint in one file alone")
     else:
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                source,
-                revision=revision,
-                local_files_only=True,
-                trust_remote_code=allow_custom_code,
-                **parts,
-            )
-        except pickle.UnpicklingError as error:
-            raise ModelError(f"{path}: {why_refused(error)}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            cure = (
-                ""
-                if os.path.isdir(source)
-                else f" (nothing is downloaded in a run: `hf download {path}` once)"
-            )
-            raise ModelError(f"{path}: not a StableDiffusionPipeline that loads{cure}: {error}") from error
+        pipeline = _load_folder(source, revision, parts | {"trust_remote_code": allow_custom_code})
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(place)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -107,6 +89,21 @@ def load_pipeline(
 
         pipeline.unet.set_attn_processor(AttnProcessor())
     return pipeline
+
+
+def _load_folder(path: str, revision: str | None, parts: Mapping) -> StableDiffusionPipeline:
+    """The pipeline in a folder, or of a hub id that is in this machine's cache. Raises ModelError."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            path, revision=revision, local_files_only=True, **parts
+        )
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path}: {why_refused(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cure = "" if os.path.isdir(path) else f" (nothing is downloaded in a run: `hf download {path}` once)"
+        raise ModelError(f"{path}: not a StableDiffusionPipeline that loads{cure}: {error}") from error
 
 
 def _load_single_file(path: str, config: str | None, parts: Mapping) -> StableDiffusionPipeline:
