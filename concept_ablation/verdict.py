@@ -21,9 +21,11 @@ HARMED = "removed, neighbors harmed"
 ANCHOR_HARMED = "removed, anchor harmed"
 ALONE = "removed, no neighbors measured"
 PRESENT = "not removed"
-TOO_WIDE = "inconclusive: interval too wide"
+TARGET_WIDE = "inconclusive: the target's interval is too wide"
+NEIGHBORS_WIDE = "inconclusive: the neighbors' interval is too wide"
+ANCHOR_WIDE = "inconclusive: the anchor's interval is too wide"
 NOT_SHOWN = "inconclusive: the base model rarely shows the target"
-VERDICTS = (KEPT, HARMED, ANCHOR_HARMED, ALONE, PRESENT, TOO_WIDE, NOT_SHOWN)
+VERDICTS = (KEPT, HARMED, ANCHOR_HARMED, ALONE, PRESENT, TARGET_WIDE, NEIGHBORS_WIDE, ANCHOR_WIDE, NOT_SHOWN)
 
 
 @dataclass(frozen=True)
@@ -181,18 +183,19 @@ def _words(
     removed: Decision, neighbors: Decision | None, anchor: Decision | None, half_width_max: float
 ) -> str:
     """What the decisions say; harm that was measured stands, whatever else is still undecided."""
+    parts = {TARGET_WIDE: removed, NEIGHBORS_WIDE: neighbors, ANCHOR_WIDE: anchor}
     undecided = [
-        part
-        for part in (removed, neighbors, anchor)
+        words
+        for words, part in parts.items()
         if part and not part.settled and part.half_width > half_width_max
     ]
-    if removed in undecided:
-        return TOO_WIDE
+    if TARGET_WIDE in undecided:
+        return TARGET_WIDE
     if not removed.within:
         return PRESENT
-    for spared, harmed in ((neighbors, HARMED), (anchor, ANCHOR_HARMED)):
-        if spared and not spared.within and spared not in undecided:
+    for spared, harmed, wide in ((neighbors, HARMED, NEIGHBORS_WIDE), (anchor, ANCHOR_HARMED, ANCHOR_WIDE)):
+        if spared and not spared.within and wide not in undecided:
             return harmed
     if undecided:
-        return TOO_WIDE
+        return undecided[0]
     return KEPT if neighbors else ALONE

@@ -53,9 +53,9 @@ def verdict_on(kind="object", target=(0.95, 0.05), thresholds=None, n=40, neutra
         ({"anchor": 0.7, "neighbors": 0.3}, verdict.HARMED, True),
         ({"target": (0.95, 0.9), "anchor": 0.9}, verdict.PRESENT, True),
         ({"target": (0.95, 0.25)}, verdict.PRESENT, False),
-        ({"target": (1, 0.5), "n": 6}, verdict.TOO_WIDE, False),
+        ({"target": (1, 0.5), "n": 6}, verdict.TARGET_WIDE, False),
         ({"target": (1, 1), "n": 6}, verdict.PRESENT, True),  # few images, but they leave no doubt
-        ({"neighbors": 1 / 6, "n_lost": 6}, verdict.TOO_WIDE, False),
+        ({"neighbors": 1 / 6, "n_lost": 6}, verdict.NEIGHBORS_WIDE, False),
         ({"target": (0.3, 0)}, verdict.NOT_SHOWN, False),
     ],
 )
@@ -94,7 +94,7 @@ def test_harm_that_was_measured_is_told_though_something_else_is_undecided():
         wide = {name: value for name, value in losses(anchor=anchor, n=8).items() if "anchor" in name}
         return judge("object", [presence(1, 0.0)], losses(neighbors=neighbors) | wide, Thresholds()).verdict
 
-    assert verdict_of(neighbors=0.0, anchor=0.5) == verdict.TOO_WIDE
+    assert verdict_of(neighbors=0.0, anchor=0.5) == verdict.ANCHOR_WIDE
     assert verdict_of(neighbors=0.2, anchor=0.5) == verdict.HARMED
 
 
