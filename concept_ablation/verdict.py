@@ -21,9 +21,9 @@ HARMED = "removed, neighbors harmed"
 ANCHOR_HARMED = "removed, anchor harmed"
 ALONE = "removed, no neighbors measured"
 PRESENT = "not removed"
-TARGET_WIDE = "inconclusive: the target's interval is too wide"
-NEIGHBORS_WIDE = "inconclusive: the neighbors' interval is too wide"
-ANCHOR_WIDE = "inconclusive: the anchor's interval is too wide"
+TARGET_WIDE = "inconclusive about the target"
+NEIGHBORS_WIDE = "inconclusive about the neighbors"
+ANCHOR_WIDE = "inconclusive about the anchor"
 NOT_SHOWN = "inconclusive: the base model rarely shows the target"
 VERDICTS = (KEPT, HARMED, ANCHOR_HARMED, ALONE, PRESENT, TARGET_WIDE, NEIGHBORS_WIDE, ANCHOR_WIDE, NOT_SHOWN)
 
