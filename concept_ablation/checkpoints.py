@@ -29,9 +29,17 @@ def fingerprint(spec: Mapping) -> str:
 
 
 def save_checkpoint(path: str | Path, spec: Mapping, state: Mapping) -> None:
-    """Write `state` (tensors, and what JSON can hold) for the training of `spec`: whole, or not at all."""
-    with atomic_output(path) as part:
-        torch.save({"fingerprint": fingerprint(spec), "state": dict(state)}, part)
+    """Write `state` (tensors, and what JSON can hold) for the training of `spec`: whole, or not at all.
+
+    Raises OSError if the disk is full.
+    """
+    with atomic_output(path) as part, part.open("wb") as file:
+        try:
+            torch.save({"fingerprint": fingerprint(spec), "state": dict(state)}, file)
+        except RuntimeError as error:  # torch tells of a wrong position, and hides why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | Path, spec: Mapping) -> dict | None:

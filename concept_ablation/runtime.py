@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CURE = "; delete it and run again"  # of a damaged file, where nobody sets it aside
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+# Some virtual machines announce AMX but have no tiles: oneDNN asks for the announcement alone, and the first bf16 product
+# ends the process with an illegal instruction. Without AMX nothing is lost but time, and only on a CPU; DEFAULT allows it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 
 class DeviceError(ValueError):

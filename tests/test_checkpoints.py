@@ -223,3 +223,12 @@ def test_a_checkpoint_is_read_without_running_code(tmp_path):
     assert torch.load(tmp_path / "c.pt", weights_only=True)["state"]["step"] == 1
     assert torch.equal(load_checkpoint(tmp_path / "c.pt", {"a": 1})["x"], torch.ones(2))
     assert load_checkpoint(tmp_path / "none.pt", {"a": 1}) is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here: it stands for a full disk")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *mode: opened(Path("/dev/full"), *mode))
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(tmp_path / "checkpoint.pt", {}, {"weight": torch.zeros(100_000)})
+    assert not list(tmp_path.iterdir())
