@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from concept_ablation.amx import avoid_hidden_tiles
+
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
@@ -25,9 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CURE = "; delete it and run again"  # of a damaged file, where nobody sets it aside
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-# Some virtual machines announce AMX but have no tiles: oneDNN asks for the announcement alone, and the first bf16 product
-# ends the process with an illegal instruction. Without AMX nothing is lost but time, and only on a CPU; DEFAULT allows it.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+avoid_hidden_tiles()
 
 
 class DeviceError(ValueError):
