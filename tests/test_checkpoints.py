@@ -158,8 +158,8 @@ def content(world, tmp_path_factory):
 def test_a_kill_while_a_checkpoint_is_written_keeps_the_one_before(world, content, tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").write_bytes(content)
 
-    def breaks(content, path):
-        Path(path).write_bytes(b"half")
+    def breaks(content, file):
+        file.write(b"half")
         raise Killed
 
     monkeypatch.setattr(torch, "save", breaks)
