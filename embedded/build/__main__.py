@@ -12,6 +12,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from concept_ablation.amx import avoid_hidden_tiles
+
 ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("embedded")
 # For training on a CPU: keep freed memory, so that every step doesn't ask the kernel for the same pages again.
@@ -155,6 +157,7 @@ def main() -> None:
         parser.error(f"unknown stage {', '.join(sorted(unknown))} (allowed: {', '.join(STAGES)})")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.cache.mkdir(parents=True, exist_ok=True)
+    avoid_hidden_tiles()  # before the first product of any stage
     for stage in options.stages or [name for name in STAGES if name != "restore"]:
         log.info("stage %s", stage)
         STAGES[stage](options)
