@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CURE = "; delete it and run again"  # of a damaged file, where nobody sets it aside
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-avoid_hidden_tiles()
+avoid_hidden_tiles()  # here, since oneDNN reads its variable once, at the first product
 
 
 class DeviceError(ValueError):
