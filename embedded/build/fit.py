@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,8 @@ def run_workers(target: Callable, workers: int, *args) -> None:
 
 def _worker(rank: int, target: Callable, workers: int, args: tuple) -> None:
     torch.set_num_threads(1)
+    # What ends a worker whose parent was killed; a shell starts background jobs with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     dist.init_process_group("gloo", rank=rank, world_size=workers)
     target(rank, workers, *args)
