@@ -11,6 +11,6 @@ FROM python:3.11.11-slim-bookworm
 COPY pyproject.toml README.md /tmp/build/
 RUN pip install --no-cache-dir '/tmp/build[gpu,nudenet]' && pip uninstall --yes concept-ablation && rm -r /tmp/build
 
-# A user without a home can write here.
-ENV HOME=/tmp
+# `--user` names a user that this image doesn't know: a home to write to, and the name that Snakemake asks for.
+ENV HOME=/tmp LOGNAME=user
 CMD ["snakemake", "--cores", "all"]
