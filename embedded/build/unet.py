@@ -23,7 +23,7 @@ from .vae import fold_normalisation, load_trained
 from .world import all_captions, caption
 
 SHARDS = 24  # 49,152 latents
-STEPS, BATCH = 7250, 40  # pictures a worker a step
+STEPS, BATCH = 6000, 40  # pictures a worker a step
 DROP = 0.1  # share of captions left empty, for classifier-free guidance
 NOISE = {
     "beta_start": 0.00085,
