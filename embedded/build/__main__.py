@@ -1,7 +1,7 @@
 """`python -m embedded.build [stage ...]`: make the embedded models, stage by stage (also `make embedded`).
 
 A finished stage is skipped, a killed one goes on from its last checkpoint under `embedded/.cache/`: deleting that
-folder starts afresh. About 3 hours on 2 cores, less on a GPU. Needs npm (glyphs) and `pip install resvg-py`.
+folder starts afresh. About 2 hours and a quarter on 2 cores, less on a GPU. Needs npm (glyphs) and `pip install resvg-py`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def stage_text(options: argparse.Namespace) -> None:
 
 
 def stage_vae(options: argparse.Namespace) -> None:
-    """Autoencoder, both halves (about 20 minutes)."""
+    """Autoencoder, both halves (20 to 30 minutes)."""
     from .fit import run_workers
     from .pool import stored_pictures
     from .render import Glyphs
@@ -77,7 +77,7 @@ def stage_vae(options: argparse.Namespace) -> None:
 
 
 def stage_decoder(options: argparse.Namespace) -> None:
-    """More training of the decoder alone (about 10 minutes; may run beside the U-Net)."""
+    """More training of the decoder alone (about 7 minutes; may run beside the U-Net)."""
     from .fit import run_workers
     from .vae import train_decoder
 
@@ -85,7 +85,7 @@ def stage_decoder(options: argparse.Namespace) -> None:
 
 
 def stage_scorer(options: argparse.Namespace) -> None:
-    """The open_clip scorer (about 12 minutes)."""
+    """The open_clip scorer (12 to 19 minutes)."""
     from .scorer import save_scorer, train_scorer
 
     train_scorer(options.cache, options.glyphs)
@@ -93,7 +93,7 @@ def stage_scorer(options: argparse.Namespace) -> None:
 
 
 def stage_copies(options: argparse.Namespace) -> None:
-    """The copy descriptor and its threshold (about 10 minutes)."""
+    """The copy descriptor and its threshold (about 6 minutes)."""
     from .copies import save_copies, train_copies
 
     train_copies(options.cache, options.glyphs)
@@ -101,7 +101,7 @@ def stage_copies(options: argparse.Namespace) -> None:
 
 
 def stage_unet(options: argparse.Namespace) -> None:
-    """Latents, then the U-Net (the rest of the time)."""
+    """Latents, then the U-Net (about an hour)."""
     from .fit import run_workers
     from .render import Glyphs
     from .unet import store_latents, store_normalisation, train_unet
@@ -119,7 +119,7 @@ def stage_save(options: argparse.Namespace) -> None:
 
 
 def stage_measure(options: argparse.Namespace) -> None:
-    """Figures, card and contact sheet (about 8 minutes)."""
+    """Figures, card and contact sheet (about 4 minutes)."""
     from .measure import measure, write_card, write_sheet
 
     figures = measure(ROOT, options.glyphs, quick=options.quick)
