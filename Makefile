@@ -3,7 +3,7 @@
 # make report  the report again from what is there                make check  read the table and all prompts, run nothing
 # make fuzz    thousands of malformed tables and configs  make chaos  kills, a full disk, damaged files (as root; half an hour)
 # make test-world  every kind of row for real, on the embedded model (about 15 minutes)
-# make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 6 minutes)
+# make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 7 minutes)
 # make status  what is done, running, failed, waiting     make gc      list what no row refers to (REMOVE=1: remove it)
 # make test-s3  results in a bucket: installs and starts an S3 server on this machine (about 5 minutes)
 # make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
