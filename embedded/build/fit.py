@@ -39,7 +39,7 @@ def run_workers(target: Callable, workers: int, *args) -> None:
 
 def _worker(rank: int, target: Callable, workers: int, args: tuple) -> None:
     torch.set_num_threads(1)
-    # What ends a worker whose parent was killed; a shell starts background jobs with it ignored.
+    # torch sends it to a worker whose parent was killed; a shell starts background jobs with it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     dist.init_process_group("gloo", rank=rank, world_size=workers)
