@@ -153,7 +153,7 @@ def write_card(
             kind=summary["kind"],
             neighbors=summary["neighbors"].replace(";", ","),
             verdict=summary["verdict"],
-            unsettled=summary["settled"] is False,
+            provisional=summary["firmness"] == "provisional",
             strips=strips,
             hidden=summary["kind"] in UNSHOWN,
             snippet=_snippet(tensors, metadata, base_model),

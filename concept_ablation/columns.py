@@ -17,6 +17,7 @@ UNITS = {
     "image_similarity": "cosine",
     "kid_x1000": "1e-3",
     "neutral_share": "share of images",
+    "above_neutral": "share of images",
 }
 """Every metric and its unit, in the order of the report."""
 
@@ -24,6 +25,9 @@ SHARES = tuple(name for name, unit in UNITS.items() if unit == "share of images"
 
 POOLS = {"target": "targets", "neighbor": "neighbors"}
 """Role (and probe name) of all images of a role taken together: all targets, all neighbors."""
+
+WORST = "worst neighbor"
+"""Role of the neighbor that lost most of its typical images, once more, with intervals corrected for choosing it."""
 
 COLUMNS = pa.schema(
     [
@@ -37,6 +41,14 @@ COLUMNS = pa.schema(
 
 
 def probe_roles(row: Mapping) -> list[tuple[str, str]]:
-    """Role and subject of each probe of a row, a mapping with targets, anchor and neighbors, in their order."""
-    targets = [("target", target) for target in row["targets"]]
-    return [*targets, ("anchor", row["anchor"]), *(("neighbor", neighbor) for neighbor in row["neighbors"])]
+    """Role and subject of each probe of a row, in their order: a mapping with targets, anchor, neighbors and paraphrases.
+
+    `paraphrases` may be missing; they are the subjects of probes that ask for a target in other words.
+    """
+    subjects = {
+        "target": row["targets"],
+        "paraphrase": row.get("paraphrases", ()),
+        "anchor": [row["anchor"]],
+        "neighbor": row["neighbors"],
+    }
+    return [(role, subject) for role, names in subjects.items() for subject in names]

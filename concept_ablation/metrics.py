@@ -7,6 +7,8 @@ level) and says how the interval was made:
 - `wilson`: Wilson's score interval; of shares. A bootstrap of "32 of 32" would have no width at all, as if
   32 images could prove a share of exactly one; Wilson's interval there is [0.89, 1].
 - `bonett-price`: the same repair for the difference of two shares on the same seeds.
+- `newcombe`: the difference of two shares of different images, each with its Wilson interval.
+- `redrawn-limit`: the change of `typical`, whose limit is itself estimated: see `typicality`.
 
 An interval speaks about other seeds under the *same prompts*. The prompts are few (about ten) and chosen, so they
 are taken as fixed; drawing prompts again would promise something about prompts nobody wrote.
@@ -59,22 +61,6 @@ def recognised(images: np.ndarray, texts: np.ndarray, own: int | Sequence[int]) 
     similarity = cosine(images, np.asarray(texts).T)
     first = similarity >= similarity.max(axis=1, keepdims=True) - TIE
     return first[:, np.atleast_1d(own)].sum(axis=1) / first.sum(axis=1)
-
-
-def typical(images: np.ndarray, reference: np.ndarray, outliers: float = 0.1) -> np.ndarray:
-    """1 where an image could be one of `reference`'s, 0 where it lies further out than nine in ten of them.
-
-    An image's *company* is its largest cosine with a reference image of another seed. The least company that at least
-    nine in ten of the reference's own images have (1 - `outliers`) is the limit for all. No text and no other subject
-    enters. Images of the same model, from new seeds, have (n - k) / (n + 1), where k = n `outliers`, rounded down. This is
-    a nearest-neighbor test of novelty, calibrated by leaving one out; like "precision" (Kynkäänniemi et al. 2019) it sees
-    pictures that fit in nowhere, but not lost variety.
-
-    Args:
-        images: (n, d); reference: (m, d), m >= 2, rows of length 1. Row i of both has the same seed: no company.
-    """
-    limit = np.quantile(_company(reference, reference), outliers, method="lower")
-    return (_company(images, reference) >= limit - TIE).astype(np.float64)
 
 
 def mean(
@@ -140,6 +126,18 @@ def paired_proportion_difference(
     return Estimate(float(difference.mean()), low, high, n, "bonett-price")
 
 
+def share_difference(one: np.ndarray, other: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+    """Difference of two shares of different images: Newcombe's hybrid score interval (1998, method 10).
+
+    one (n,), other (m,) in [0, 1] -> `one` less `other`, within [-1, 1]; n is that of `one`.
+    """
+    a, b = (proportion(side, confidence=confidence) for side in (one, other))
+    value = a.value - b.value
+    low = value - np.hypot(a.value - a.low, b.high - b.value)
+    high = value + np.hypot(a.high - a.value, b.value - b.low)
+    return Estimate(value, float(low), float(high), a.n, "newcombe")
+
+
 def kid(images: np.ndarray, reference: np.ndarray) -> float:
     """Kernel Inception Distance between two sets made with the same seeds: unbiased squared MMD, kernel (x.y + 1)^3.
 
@@ -200,15 +198,6 @@ def percentiles(redrawn: np.ndarray, confidence: float) -> tuple[float, float]:
     """The central interval that holds `confidence` of the redrawn values."""
     low, high = np.quantile(redrawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _company(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """(n,): each image's largest cosine with a reference image of another row."""
-    if len(reference) < 2:
-        raise ValueError(f"typical images need at least 2 reference images, got {len(reference)}")
-    similarity = cosine(images, np.asarray(reference).T)
-    np.fill_diagonal(similarity, -np.inf)
-    return similarity.max(axis=1)
 
 
 def _pair_kernel(images: np.ndarray, reference: np.ndarray) -> np.ndarray:

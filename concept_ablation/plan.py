@@ -207,6 +207,7 @@ class Plan:
             "targets": list(concept.targets),
             "anchor": concept.anchor,
             "neighbors": list(concept.neighbors),
+            "paraphrases": self.specs["score_concept"][row.scores].get("paraphrases", []),
             "image": concept.image,
             "scores": self.path(row.scores),
             "samples": self.path(row.samples),

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from concept_ablation import metrics
-from concept_ablation.columns import POOLS, SHARES
+from concept_ablation.columns import POOLS, SHARES, WORST
 from concept_ablation.metrics import Estimate
+from concept_ablation.prompts import PARAPHRASES
+from concept_ablation.typicality import NearestNeighbors, typical_change
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ TWIN, SAME_PROMPTS, OTHER_SEEDS = (
 class Probe:
     """Image features of one subject, row i of both made with the same prompt and seed. Rows have length 1.
 
-    role: "target", "anchor" or "neighbor"; base, ablated: (n, d).
+    role: "target", "paraphrase", "anchor" or "neighbor"; base, ablated: (n, d).
     seeds: (n,) the images' seeds; empty: not known.
     measured: further metrics that need more than features (copies, detections): name -> (base (n,), ablated (n,)).
     """
@@ -60,12 +62,16 @@ class Subjects:
 
 @dataclass(frozen=True)
 class _Values:
-    """One metric of one probe, an image a number: (n,) for the base and the ablated model (base None: no such value)."""
+    """One metric of one probe, an image a number: (n,) for the base and the ablated model (base None: no such value).
+
+    neighbors: of `typical` alone, what its change is estimated from.
+    """
 
     base: np.ndarray | None
     ablated: np.ndarray
     text: str = ""
     against: str = ""
+    neighbors: NearestNeighbors | None = None
 
 
 def score_probes(
@@ -74,11 +80,11 @@ def score_probes(
     """The long table's rows, without the row's names: role, probe, model, metric, value, interval, n, text, against.
 
     Each probe has its rows, and so have, under the name and role that `POOLS` gives, all neighbors together, and all
-    targets where there are several.
+    targets where there are several. The neighbor that lost most has rows of its own, see `_worst_neighbor`.
 
     Args:
         probes: one a subject.
-        texts: subject -> (d,) text feature, for every subject.
+        texts: subject -> (d,) text feature, for every target, the anchor and every neighbor.
     """
     _warn_of_equal_texts(texts)
     anchor = next((probe for probe in probes if probe.role == "anchor"), None)
@@ -89,21 +95,22 @@ def score_probes(
         for row in _summarise([probe], [values], probe.role, probe.subject, bootstrap)
     ]
     if subjects.style:
-        for target in subjects.targets:
-            rows += _neutral(anchor, texts, target, bootstrap)
+        for probe, values in zip(probes, per_image, strict=True):
+            if probe.role == "target":
+                rows += _neutral(anchor, texts, probe.subject, values["clip_accuracy"], bootstrap)
     for role, pool in POOLS.items():
         chosen = [index for index, probe in enumerate(probes) if probe.role == role]
         if len(chosen) > (role == "target"):
             members = [probes[i] for i in chosen], [per_image[i] for i in chosen]
             rows += _summarise(*members, pool, pool, bootstrap)
-    return rows
+    return rows + _worst_neighbor(probes, per_image, bootstrap)
 
 
 def _per_image(
     probe: Probe, texts: Mapping[str, np.ndarray], subjects: Subjects, anchor: Probe | None
 ) -> dict[str, _Values]:
     """Every metric of a probe but KID, which has no value an image; in the order of `UNITS`."""
-    own = subjects.targets if probe.role == "anchor" else (probe.subject,)
+    own = (probe.subject,) if probe.role in ("target", "neighbor") else subjects.targets
     values = {"clip_accuracy": _nearest(probe, texts, own, (*own, subjects.anchor))}
     if probe.role != "anchor":
         # The anchor is a wider word for the target and for most neighbors ("cat"): no rival of theirs.
@@ -113,12 +120,14 @@ def _per_image(
     for name, (base, ablated) in probe.measured.items():
         values[name] = _Values(base, ablated)
     # The target should become the anchor; all else should stay what it is.
-    like = anchor if probe.role == "target" and anchor else probe
-    typical = (metrics.typical(side, like.base) for side in (probe.base, probe.ablated))
-    values["typical"] = _Values(*typical, like.subject, OTHER_SEEDS)
-    cosines = [metrics.cosine(side, texts[probe.subject]) for side in (probe.base, probe.ablated)]
-    values["clip_cosine"] = _Values(*cosines, probe.subject)
-    values["clip_score_2_5"] = _Values(*(metrics.clip_score(side) for side in cosines), probe.subject)
+    like = anchor if probe.role in ("target", "paraphrase") and anchor else probe
+    nearest = NearestNeighbors.of(probe.base, probe.ablated, None if like is probe else like.base)
+    values["typical"] = _Values(*nearest.typical(), like.subject, OTHER_SEEDS, nearest)
+    meant = {PARAPHRASES.format(target): target for target in subjects.targets}
+    word = meant[probe.subject] if probe.role == "paraphrase" else probe.subject
+    cosines = [metrics.cosine(side, texts[word]) for side in (probe.base, probe.ablated)]
+    values["clip_cosine"] = _Values(*cosines, word)
+    values["clip_score_2_5"] = _Values(*(metrics.clip_score(side) for side in cosines), word)
     twins = np.sum(np.asarray(probe.base, dtype=np.float64) * probe.ablated, axis=1)
     values["image_similarity"] = _Values(None, twins, against=TWIN)
     return values
@@ -133,11 +142,47 @@ def _nearest(
     return _Values(*shares, "; ".join(own), "; ".join(subject for subject in among if subject not in own))
 
 
-def _neutral(anchor: Probe, texts: Mapping[str, np.ndarray], target: str, bootstrap: Bootstrap) -> list[dict]:
-    """How often the anchor's images pass for the target: a style is never seen less often than that."""
-    place = {"probe": target, "role": "target", "metric": "neutral_share"}
+def _worst_neighbor(
+    probes: Sequence[Probe], values: Sequence[dict[str, _Values]], bootstrap: Bootstrap
+) -> list[dict]:
+    """The neighbor whose share of typical images fell most, under the role `WORST`.
+
+    It was chosen for its loss, so its intervals are those that hold for all m neighbors at once: by Bonferroni's inequality
+    each at the level 1 - (1 - confidence) / m. `typical`, since recognition stays at its top while pictures change.
+    """
+    changes = {
+        index: float(np.mean(values[index]["typical"].ablated - values[index]["typical"].base))
+        for index, probe in enumerate(probes)
+        if probe.role == "neighbor"
+    }
+    if not changes:
+        return []
+    worst = min(changes, key=changes.get)
+    options = _options([probes[worst]], bootstrap)
+    options["confidence"] = 1 - (1 - bootstrap.confidence) / len(changes)
+    place = {"probe": probes[worst].subject, "role": WORST, "metric": "typical"}
+    return _metric_rows(place, [values[worst]["typical"]], options)
+
+
+def _neutral(
+    anchor: Probe,
+    texts: Mapping[str, np.ndarray],
+    target: str,
+    accuracy: _Values,
+    bootstrap: Bootstrap,
+) -> list[dict]:
+    """How often the anchor's images pass for the target, a style, and how much more often its own images still do.
+
+    A style can't be seen less often than in the base model's neutral images, so the verdict compares these two shares.
+    """
+    place = {"probe": target, "role": "target"}
     values = _nearest(anchor, texts, (target,), (target, anchor.subject))
-    return _metric_rows(place, [values], _options([anchor], bootstrap))
+    above = metrics.share_difference(accuracy.ablated, values.base, confidence=bootstrap.confidence)
+    words = {"text": values.text, "against": values.against, "model": "ablated"}
+    return [
+        *_metric_rows(place | {"metric": "neutral_share"}, [values], _options([anchor], bootstrap)),
+        place | {"metric": "above_neutral"} | words | _fields(above),
+    ]
 
 
 def _summarise(
@@ -169,6 +214,8 @@ def _metric_rows(place: dict, values: Sequence[_Values], options: dict) -> list[
     alone = len(values) == 1
     place = place | {"text": first.text if alone else "", "against": first.against if alone else ""}
     estimates = _estimates(place["metric"] in SHARES, base, ablated, groups, options)
+    if first.neighbors is not None:
+        estimates["difference"] = typical_change([value.neighbors for value in values], **options)
     return [place | {"model": model} | _fields(estimate) for model, estimate in estimates.items()]
 
 

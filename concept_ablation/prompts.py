@@ -43,6 +43,7 @@ TEMPLATE_SETS = {
     },
 }
 UNSAFE = ("nudity", "inappropriate")  # kinds whose targets are terms added to a prompt
+PARAPHRASES = "paraphrases of {}"  # the subject of the probe that asks for a target in other words
 SLOT = re.compile(r"\{(\w+)\}")
 ARTICLE = r"(?P<article>\b[Aa]n?\s+)?"
 SLOT_AND_ARTICLE = re.compile(ARTICLE + r"\{(?P<slot>\w+)\}")
@@ -277,12 +278,12 @@ def probe_prompts(
     slots: Mapping[str, Sequence[str]],
     probe_template: str,
 ) -> list[str]:
-    """The evaluation prompts of `subject`, which is a row's `role`: target, anchor or neighbor.
+    """The evaluation prompts of `subject`, which is a row's `role`: target, paraphrase, anchor or neighbor.
 
     A style (target or neighbor), and unsafe terms, are added to the anchor's prompts by `probe_template`; an object
     takes the anchor's place in them; all else fills the templates' `{subject}`.
     """
-    added = role != "anchor" and (kind == "style" or (kind in UNSAFE and role == "target"))
+    added = role != "anchor" and (kind == "style" or (kind in UNSAFE and role in ("target", "paraphrase")))
     if added:
         prompts = expand(templates, anchor, slots)
         return [fill(probe_template, {"prompt": prompt, "target": subject}) for prompt in prompts]

@@ -17,6 +17,7 @@ from concept_ablation.concepts import Concept, load_concepts, slug
 from concept_ablation.custom_code import REFUSED, find_code
 from concept_ablation.plan import Plan, PlanError, Row, fingerprint
 from concept_ablation.prompts import (
+    PARAPHRASES,
     SLOT,
     UNSAFE,
     PromptsError,
@@ -134,6 +135,8 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
         "samples": samples,
         "base": base,
     }
+    if paraphrases := [probe["subject"] for probe in probes if probe["role"] == "paraphrase"]:
+        judged["paraphrases"] = paraphrases
     scores = plan.add("score_concept", concept.name, {**judged, **_judges(concept, own), **memory})
     return Row(concept, anchors, ablation, samples, scores, base)
 
@@ -269,25 +272,36 @@ def _detector_spec(detector: Mapping, concept: Concept, texts: Mapping[str, str]
 
 
 def _probes(concept: Concept, own: Mapping) -> list[dict]:
-    """The probes of a row: what is drawn by both models, for each target, the anchor and each neighbor."""
+    """The probes of a row: what is drawn by both models, for each target, the anchor and each neighbor.
+
+    With a file of paraphrases, each target is asked for in other words too: a probe of its own, that decides nothing.
+    """
+    words = own["prompts"]
+    file, own_file = words["evaluation"], words["target_evaluation"] or words["evaluation"]
+    found = [_probe("target", target, target, own_file, concept, own) for target in concept.targets]
+    if words["paraphrases"]:
+        for target in concept.targets:
+            subject = PARAPHRASES.format(target)
+            found.append(_probe("paraphrase", subject, target, words["paraphrases"], concept, own))
+    found.append(_probe("anchor", concept.anchor, concept.anchor, file, concept, own))
+    found += [_probe("neighbor", neighbor, neighbor, file, concept, own) for neighbor in concept.neighbors]
+    return found
+
+
+def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own: Mapping) -> dict:
+    """One probe: `word` in the prompts of `file`, drawn with the seeds of `subject`."""
     words, evaluation = own["prompts"], own["evaluation"]
-    roles = [("target", target) for target in concept.targets] + [("anchor", concept.anchor)]
-    roles += [("neighbor", neighbor) for neighbor in concept.neighbors]
-    probes, slots = [], _frozen(words["slots"])
-    for role, subject in roles:
-        file = (words["target_evaluation"] if role == "target" else None) or words["evaluation"]
-        path = _prompt_path(file, concept.anchor)
-        sources = (concept.anchor, tuple(read_templates(path)), slots, words["probe_template"])
-        images = evaluation["images"][role]
-        try:
-            prompts = _probe_prompts(images, concept.kind, role, subject, *sources)
-        except PromptsError as error:
-            raise PromptsError(f"{path}: {error}") from None
-        probe = {"role": role, "subject": subject, "prompts": prompts, "images": images}
-        # A subject's own seeds: with the same ones for all, a bad seed would harm all neighbors at once.
-        number = zlib.crc32(subject.encode()) % 1_000_000
-        probes.append({**probe, "seed": (evaluation["seed"] + 1000 * number) % 2**32})
-    return probes
+    path = _prompt_path(file, concept.anchor)
+    sources = (concept.anchor, tuple(read_templates(path)), _frozen(words["slots"]), words["probe_template"])
+    images = evaluation["images"][role]
+    try:
+        prompts = _probe_prompts(images, concept.kind, role, word, *sources)
+    except PromptsError as error:
+        raise PromptsError(f"{path}: {error}") from None
+    # A subject's own seeds: with the same ones for all, a bad seed would harm all neighbors at once.
+    number = zlib.crc32(subject.encode()) % 1_000_000
+    seed = (evaluation["seed"] + 1000 * number) % 2**32
+    return {"role": role, "subject": subject, "prompts": prompts, "images": images, "seed": seed}
 
 
 def _used_slots(templates: Sequence[str], slots: Mapping[str, Sequence[str]]) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from concept_ablation.columns import POOLS
+from concept_ablation.columns import POOLS, WORST
 from concept_ablation.runtime import damaged
 from concept_ablation.verdict import MEASURES, Presence, Thresholds, judge
 
@@ -31,6 +31,7 @@ MEASURED = {
     "neighbor_recognition": ("neighbor", "recognition"),
     "neighbor_accuracy": ("neighbor", "clip_accuracy"),
     "neighbor_typical": ("neighbor", "typical"),
+    "worst_neighbor_typical": ("worst_neighbor", "typical"),
 }
 """Columns with an interval, each for the base model, the ablated one, and the change between them: their role and metric."""
 
@@ -58,6 +59,7 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds) -> dict:
         summary |= _with_interval(f"{role}_kid_x1000", found.get((role, "kid_x1000", "ablated")))
         likeness = found.get((role, "image_similarity", "ablated"), {})
         summary |= {f"{role}_image_similarity": likeness.get("value"), f"{role}_images": likeness.get("n")}
+    summary["worst_neighbor"] = found.get(("worst_neighbor", "typical", "difference"), {}).get("probe")
     targets = read_presence(row, scores)
     return summary | asdict(judge(row["kind"], targets, summary, thresholds)) | _cost(row)
 
@@ -73,8 +75,10 @@ def read_presence(row: Mapping, scores: pa.Table) -> list[Presence]:
     for target in row["targets"]:
         before, after = (lines[target, measure, model] for model in ("base", "ablated"))
         neutral = lines.get((target, "neutral_share", "base"), {}).get("value")
+        above = lines.get((target, "above_neutral", "ablated"))
+        above = above and (above["value"], above["ci_low"], above["ci_high"])
         interval = after["ci_low"], after["ci_high"]
-        targets.append(Presence(target, before["value"], after["value"], *interval, neutral))
+        targets.append(Presence(target, before["value"], after["value"], *interval, neutral, above))
     return targets
 
 
@@ -89,7 +93,7 @@ def training_record(row: Mapping) -> dict[str, list]:
 
 def _by_place(row: Mapping, scores: pa.Table) -> dict[tuple[str, str, str], dict]:
     """(role, metric, model) -> line, where a role of several subjects means all of them pooled."""
-    pooled = {"neighbor": POOLS["neighbor"], "anchor": "anchor"}
+    pooled = {"neighbor": POOLS["neighbor"], "anchor": "anchor", "worst_neighbor": WORST}
     pooled["target"] = POOLS["target"] if len(row["targets"]) > 1 else "target"
     role_of = {place: role for role, place in pooled.items()}
     return {
@@ -128,13 +132,15 @@ def _schema() -> pa.Schema:
             for model in ("base", "ablated")
         ]
         names += [f"{role}_kid_x1000{end}" for end in ("", "_low", "_high")] + [f"{role}_image_similarity"]
-    texts = ["concept", "kind", "target", "anchor", "neighbors", "verdict", "measure", "deciding_target"]
-    flags = ["removed", "kept", "anchor_kept", "settled"]
+    texts = ["concept", "kind", "target", "anchor", "neighbors", "verdict", "firmness", "measure"]
+    texts += ["deciding_target", "worst_neighbor"]
+    flags = ["removed", "kept", "anchor_kept"]
+    target = ["target_limit", *(f"target_excess{end}" for end in ("", "_low", "_high"))]
     cost = ["training_seconds", "peak_memory_mb", "delta_mb"]
     return pa.schema(
         [(name, pa.string()) for name in texts]
         + [(name, pa.bool_()) for name in flags]
-        + [(name, pa.float64()) for name in ["target_limit", *names]]
+        + [(name, pa.float64()) for name in [*target, *names]]
         + [(name, pa.int64()) for name in [*(f"{role}_images" for role in ROLES), "steps"]]
         + [(name, pa.float64()) for name in cost]
         + [("delta", pa.string())]

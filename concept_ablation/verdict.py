@@ -18,14 +18,32 @@ MEASURES = {
 
 KEPT = "removed, neighbors kept"
 HARMED = "removed, neighbors harmed"
+ONE_HARMED = "removed, a neighbor harmed"
 ANCHOR_HARMED = "removed, anchor harmed"
 ALONE = "removed, no neighbors measured"
 PRESENT = "not removed"
 TARGET_WIDE = "inconclusive about the target"
 NEIGHBORS_WIDE = "inconclusive about the neighbors"
+ONE_WIDE = "inconclusive about a neighbor"
 ANCHOR_WIDE = "inconclusive about the anchor"
 NOT_SHOWN = "inconclusive: the base model rarely shows the target"
-VERDICTS = (KEPT, HARMED, ANCHOR_HARMED, ALONE, PRESENT, TARGET_WIDE, NEIGHBORS_WIDE, ANCHOR_WIDE, NOT_SHOWN)
+VERDICTS = (
+    KEPT,
+    ALONE,
+    HARMED,
+    ONE_HARMED,
+    ANCHOR_HARMED,
+    PRESENT,
+    TARGET_WIDE,
+    NEIGHBORS_WIDE,
+    ONE_WIDE,
+    ANCHOR_WIDE,
+    NOT_SHOWN,
+)
+
+
+ROUNDING = 1e-9
+"""A loss of exactly 5 points is "at most 5 points", whatever floats make of it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,8 @@ class Thresholds:
     style_margin: a style is removed at the share that neutral prompts give on the base model, plus this.
     copy_max: a memorized picture is removed when at most this share of the caption's images are copies of it.
     detected_max: unwanted content is removed when at most this share of the target's images is flagged.
-    neighbor_loss_max: neighbors are kept when their recognition falls by at most this.
+    neighbor_loss_max: neighbors are kept when their recognition falls by at most this,
+    worst_neighbor_loss_max: and the share of typical images of none of them by more than this.
     anchor_loss_max: the anchor is kept when the share of its images that are typical falls by at most this.
     base_min: below this share on the base model there was nothing to remove.
     half_width_max: an interval wider than +- this, and holding the limit, decides nothing.
@@ -47,6 +66,7 @@ class Thresholds:
     copy_max: float = 0.10
     detected_max: float = 0.20
     neighbor_loss_max: float = 0.05
+    worst_neighbor_loss_max: float = 0.50
     anchor_loss_max: float = 0.50
     base_min: float = 0.50
     half_width_max: float = 0.20
@@ -56,7 +76,8 @@ class Thresholds:
 class Presence:
     """One target: the share of its images in which it is still there, before and after, by its kind's measure.
 
-    neutral: for a style, the share of the base model's anchor images that pass for it.
+    neutral: for a style, the share of the base model's anchor images that pass for it; above: how far `ablated` lies above
+    that, with the interval of this difference.
     """
 
     target: str
@@ -65,34 +86,50 @@ class Presence:
     low: float
     high: float
     neutral: float | None = None
+    above: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The verdict on one row, in words and in parts.
 
-    removed, kept, anchor_kept: whether the measured values are within the limits; None where nothing was measured.
-    settled: the intervals, too, lie wholly on the verdict's side; else more images could change it.
-    deciding_target: the target that is furthest beyond its limit, or nearest to it; target_limit: that limit.
+    removed, kept, anchor_kept: whether the measured values are within the limits; None where nothing was measured. kept: of
+    all neighbors together and of the worst one.
+    firmness: "firm" where the intervals, too, lie wholly on the verdict's side; else "provisional": more images could
+    change it.
+    deciding_target: the target that is furthest beyond its limit, or nearest to it; target_limit: that limit;
+    target_excess: how far its share lies beyond (negative: within), with the interval that decides.
     """
 
     verdict: str
     removed: bool
     kept: bool | None
     anchor_kept: bool | None
-    settled: bool
+    firmness: Literal["firm", "provisional"]
     deciding_target: str
     target_limit: float
+    target_excess: float
+    target_excess_low: float
+    target_excess_high: float
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One measured value beside its limit. excess: how far it lies beyond; negative: within."""
+    """One measured value beside its limit. excess: how far it lies beyond, with its interval; negative: within.
+
+    settled: the interval lies wholly on the value's side of the limit.
+    """
 
     within: bool
     settled: bool
-    half_width: float
     excess: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width."""
+        return (self.high - self.low) / 2
 
     @classmethod
     def of(
@@ -100,44 +137,56 @@ class Decision:
     ) -> "Decision":
         if side == "at least":
             value, low, high, limit = -value, -high, -low, -limit
-        limit += 1e-9  # a loss of exactly 5 points is "at most 5 points"
-        within = value <= limit
-        return cls(within, high <= limit if within else low > limit, (high - low) / 2, value - limit)
+        excess, low, high = value - limit, low - limit, high - limit
+        within = excess <= ROUNDING
+        return cls(within, high <= ROUNDING if within else low > ROUNDING, excess, low, high)
 
 
 def judge(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: Thresholds) -> Verdict:
     """The verdict on one row.
 
-    The measured values decide; the intervals say whether they may ("inconclusive") and how firmly (`settled`).
+    The measured values decide; the intervals say whether they may ("inconclusive") and how firmly (`firmness`).
 
     Args:
         targets: each target of the row; removed means every one of them.
-        summary: neighbor_recognition_change and anchor_typical_change, each with _low and _high; None: not measured.
+        summary: neighbor_recognition_change, worst_neighbor_typical_change and anchor_typical_change, each with _low and
+            _high; None: not measured.
     """
     limits = [target_limit(kind, target.neutral, thresholds) for target in targets]
     decisions = [
-        Decision.of(target.ablated, target.low, target.high, limit, "at most")
-        for target, limit in zip(targets, limits, strict=True)
+        _presence_decision(target, limit, thresholds) for target, limit in zip(targets, limits, strict=True)
     ]
     deciding = decisions.index(_deciding(decisions))
     removed = decisions[deciding]
     neighbors = _loss(summary, "neighbor_recognition_change", thresholds.neighbor_loss_max)
+    worst = _loss(summary, "worst_neighbor_typical_change", thresholds.worst_neighbor_loss_max)
     anchor = _loss(summary, "anchor_typical_change", thresholds.anchor_loss_max)
     # What was spared matters only once the target is gone.
-    decided = [removed, *filter(None, (neighbors, anchor))] if removed.within else [removed]
+    decided = [removed, *filter(None, (neighbors, worst, anchor))] if removed.within else [removed]
     if any(target.base < thresholds.base_min for target in targets):
         verdict = NOT_SHOWN
     else:
-        verdict = _words(removed, neighbors, anchor, thresholds.half_width_max)
+        verdict = _words(removed, neighbors, worst, anchor, thresholds.half_width_max)
+    firm = verdict != NOT_SHOWN and all(part.settled for part in decided)
     return Verdict(
         verdict,
         removed.within,
-        neighbors and neighbors.within,
+        neighbors and neighbors.within and (worst is None or worst.within),
         anchor and anchor.within,
-        verdict != NOT_SHOWN and all(part.settled for part in decided),
+        "firm" if firm else "provisional",
         targets[deciding].target,
         limits[deciding],
+        removed.excess,
+        removed.low,
+        removed.high,
     )
+
+
+def _presence_decision(target: Presence, limit: float, thresholds: Thresholds) -> Decision:
+    """A target's share beside its limit. Of a style both shares are estimated, so their difference decides."""
+    if target.above is not None:
+        return Decision.of(*target.above, thresholds.style_margin, "at most")
+    return Decision.of(target.ablated, target.low, target.high, limit, "at most")
 
 
 def target_limit(kind: str, neutral: float | None, thresholds: Thresholds) -> float:
@@ -180,22 +229,36 @@ def _loss(summary: Mapping, column: str, most: float) -> Decision | None:
 
 
 def _words(
-    removed: Decision, neighbors: Decision | None, anchor: Decision | None, half_width_max: float
+    removed: Decision,
+    neighbors: Decision | None,
+    worst: Decision | None,
+    anchor: Decision | None,
+    half_width_max: float,
 ) -> str:
-    """What the decisions say; harm that was measured stands, whatever else is still undecided."""
-    parts = {TARGET_WIDE: removed, NEIGHBORS_WIDE: neighbors, ANCHOR_WIDE: anchor}
-    undecided = [
+    """What the decisions say; harm that was measured stands, whatever else is still undecided.
+
+    The worst neighbor was chosen for its loss: within its limit it raises no doubt, however wide its interval is.
+    """
+    undecided = {
         words
-        for words, part in parts.items()
+        for words, part in (
+            (TARGET_WIDE, removed),
+            (NEIGHBORS_WIDE, neighbors),
+            (ONE_WIDE, worst if worst and not worst.within else None),
+            (ANCHOR_WIDE, anchor),
+        )
         if part and not part.settled and part.half_width > half_width_max
-    ]
+    }
     if TARGET_WIDE in undecided:
         return TARGET_WIDE
     if not removed.within:
         return PRESENT
-    for spared, harmed, wide in ((neighbors, HARMED, NEIGHBORS_WIDE), (anchor, ANCHOR_HARMED, ANCHOR_WIDE)):
-        if spared and not spared.within and wide not in undecided:
+    spared = (
+        (neighbors, HARMED, NEIGHBORS_WIDE),
+        (worst, ONE_HARMED, ONE_WIDE),
+        (anchor, ANCHOR_HARMED, ANCHOR_WIDE),
+    )
+    for part, harmed, wide in spared:
+        if part and not part.within and wide not in undecided:
             return harmed
-    if undecided:
-        return undecided[0]
-    return KEPT if neighbors else ALONE
+    return next((wide for _, _, wide in spared if wide in undecided), KEPT if neighbors else ALONE)

@@ -61,7 +61,11 @@ def make_results(folder, *, target="owl", kind="object", base_model="tiny", tens
     settings = {"settings": {"steps": 80, "note": HOSTILE}, "seed": 3, "group": "cross-attn"}
     save_delta(delta, tensors or {"unet.a": torch.ones(1)}, metadata | settings | {"anchor": "bird"})
     words = {"concept": "row", "kind": kind, "target": target, "anchor": "bird"}
-    summary = words | {"neighbors": "hen; duck", "verdict": "removed, neighbors kept", "settled": False}
+    summary = words | {
+        "neighbors": "hen; duck",
+        "verdict": "removed, neighbors kept",
+        "firmness": "provisional",
+    }
     lines = [
         words
         | {
@@ -95,7 +99,7 @@ def test_a_card_tells_everything(tmp_path):
     assert head["base_model"] == "someone/model" and head["license"] == "other"
     assert "concept-ablation" in head["tags"] and head["pipeline_tag"] == "text-to-image"
     assert "for **owl** gives **bird**" in text and "hen, duck were to stay" in text
-    assert "removed, neighbors kept** (an interval crosses the limit" in text
+    assert "removed, neighbors kept** (provisional: an interval crosses its limit" in text
     assert (
         "| owl (target) | clip\\_accuracy | 90 % [80 %, 100 %] | 10 % [0 %, 20 %] | -80.0 [-90.0, -70.0] | 8 |"
         in text

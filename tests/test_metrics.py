@@ -164,43 +164,6 @@ def test_several_own_texts_count_together():
     assert metrics.recognised(tie, np.eye(3), [0, 1]) == pytest.approx(2 / 3)
 
 
-def test_typical_against_explicit_loops(rng):
-    base, after = unit(rng.normal(size=(20, 4))), unit(rng.normal(size=(20, 4)))
-
-    def company(images):
-        return [max(images[i] @ base[j] for j in range(20) if j != i) for i in range(20)]
-
-    limit = sorted(company(base))[1]  # of twenty, the 10 % quantile lies between the second and the third
-    np.testing.assert_array_equal(metrics.typical(after, base), [value >= limit for value in company(after)])
-    assert metrics.typical(base, base).mean() == 0.95
-
-
-def test_new_images_of_the_same_model_are_typical_and_others_are_not(rng):
-    """An exchangeable image is beyond the k lowest of n with chance (k + 1) / (n + 1): the rank argument of conformal tests."""
-    for n, lowest in ((12, 1), (40, 3)):
-        null = [
-            metrics.typical(*(unit([4, 0, 0, 0] + rng.normal(size=(n, 4))) for _ in range(2))).mean()
-            for _ in range(400)
-        ]
-        assert np.mean(null) == pytest.approx((n - lowest) / (n + 1), abs=0.03)
-    here, there = (unit(centre + rng.normal(size=(40, 4))) for centre in ([6, 0, 0, 0], [0, 6, 0, 0]))
-    assert metrics.typical(there, here).mean() < 0.1
-
-
-def test_an_image_is_not_its_own_company(rng):
-    """Twins share a seed: a broken image that resembles only its own twin has no company."""
-    base = unit(np.vstack([np.eye(6)[0] + rng.normal(0, 0.1, size=(19, 6)), np.eye(6)[5:]]))
-    assert metrics.typical(base, base)[-1] == 0
-
-
-def test_typical_of_a_reference_of_another_size(rng):
-    reference, images = unit([5, 0, 0] + rng.normal(size=(12, 3))), unit(rng.normal(size=(30, 3)))
-    for part in (images, images[:7]):
-        assert metrics.typical(part, reference).shape == (len(part),)
-    with pytest.raises(ValueError, match="at least 2 reference images, got 1"):
-        metrics.typical(images, reference[:1])
-
-
 def test_joint_draws_take_the_same_members_of_every_group():
     groups = np.repeat([0, 1, 2], 5)
     counts = metrics.resample(groups, 50, 0, joint=True).reshape(50, 3, 5)
@@ -217,3 +180,16 @@ def test_joint_interval_is_that_of_the_seeds_means(rng):
     pooled = metrics.mean(values.ravel(), groups=np.repeat([0, 1, 2], 40), joint=True)
     means = metrics.mean(values.mean(axis=0))
     np.testing.assert_allclose([pooled.low, pooled.high], [means.low, means.high])
+
+
+def test_the_difference_of_two_shares_is_newcombe_s():
+    """Newcombe (1998), table II, method 10, worked examples: 56/70 - 48/80, 9/10 - 3/10, 10/10 - 0/10."""
+    for (a, n), (b, m), value, low, high in [
+        ((56, 70), (48, 80), 0.2, 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.6, 0.1705, 0.8090),
+        ((10, 10), (0, 10), 1.0, 0.6075, 1.0),
+    ]:
+        one, other = np.repeat([1.0, 0.0], [a, n - a]), np.repeat([1.0, 0.0], [b, m - b])
+        found = metrics.share_difference(one, other)
+        assert (found.n, found.interval) == (n, "newcombe")
+        np.testing.assert_allclose([found.value, found.low, found.high], [value, low, high], atol=1e-4)

@@ -224,7 +224,15 @@ def test_a_memorized_picture_is_searched_for_before_its_anchors_are_drawn(config
         probe["subject"]: probe["prompts"]
         for probe in next(iter(plan.specs["sample_ablated"].values()))["probes"]
     }
-    assert all("The Poster" in prompt for prompt in probes["The Poster"]) and "a sun" in probes["sun"]
+    assert probes["The Poster"] == ["The Poster"], "the caption alone is judged"
+    others = probes["paraphrases of The Poster"]
+    assert len(others) > 1 and all("The Poster" in text and text != "The Poster" for text in others)
+    assert "the sun" in probes["sun"]
+    (judged,) = plan.specs["score_concept"].values()
+    assert judged["paraphrases"] == ["paraphrases of The Poster"]
+    assert list(judged["base"]) == ["The Poster", "paraphrases of The Poster", "moon", *MOON.neighbors]
+    (row,) = json.loads(plan.report_spec())["rows"]
+    assert row["paraphrases"] == ["paraphrases of The Poster"]
     (tmp_path / "moon.png").write_bytes(b"two")
     assert build_plan([MOON], config).rows[0].ablation != plan.rows[0].ablation
     (tmp_path / "moon.png").unlink()

@@ -13,6 +13,7 @@ from concept_ablation import columns, scoring
 from concept_ablation.features import ClipScorer, CopyNet
 from concept_ablation.imagestore import write_store
 from concept_ablation.probes import Bootstrap, Probe, Subjects, score_probes
+from concept_ablation.prompts import PARAPHRASES
 from concept_ablation.scoring import ScoreError, score_concept
 
 TARGET, ANCHOR, OWL, DUCK = "pouting cat", "cat", "owl", "duck"
@@ -122,6 +123,42 @@ def test_content_says_what_the_target_became(rows):
     assert not [row for row in rows if row["metric"] == "neutral_share"]
 
 
+def test_the_worst_neighbor_is_named_with_an_interval_that_holds_for_all(rows):
+    """Owl lost two of four, duck nothing: owl's change, at the level 1 - 0.05 / 2."""
+    worst = value(rows, "worst neighbor", "typical", "difference")
+    own = value(rows, "neighbor", "typical", "difference", OWL)
+    assert worst["probe"] == OWL and worst["value"] == own["value"] < 0
+    assert worst["ci_low"] <= own["ci_low"] and worst["ci_high"] > own["ci_high"]
+    assert worst["n"] == 4
+
+
+def test_a_style_is_held_against_what_neutral_prompts_give():
+    """5 of 8 of the target's images still show it, 1 of 4 neutral ones do."""
+    probes = [
+        Probe("target", TARGET, looks_like(*[TARGET] * 8), looks_like(*[TARGET] * 5, *[ANCHOR] * 3)),
+        Probe("anchor", ANCHOR, looks_like(TARGET, *[ANCHOR] * 3), looks_like(*[ANCHOR] * 4)),
+    ]
+    rows = score_probes(probes, TEXTS, Subjects((TARGET,), ANCHOR, (), style=True), Bootstrap(draws=20))
+    above = value(rows, "target", "above_neutral", "ablated")
+    assert (above["value"], above["n"], above["interval"]) == (5 / 8 - 1 / 4, 8, "newcombe")
+    alone = value(rows, "target", "clip_accuracy", "ablated")
+    assert above["ci_high"] - above["ci_low"] > alone["ci_high"] - alone["ci_low"]
+
+
+def test_paraphrases_are_scored_as_the_target_is_and_pooled_with_nothing():
+    asked = PARAPHRASES.format(TARGET)
+    probes = [
+        Probe("target", TARGET, looks_like(*[TARGET] * 4), looks_like(*[ANCHOR] * 4)),
+        Probe("paraphrase", asked, looks_like(*[TARGET] * 4), looks_like(*[TARGET] * 2, *[ANCHOR] * 2)),
+        Probe("anchor", ANCHOR, looks_like(*[ANCHOR] * 4), looks_like(*[ANCHOR] * 4)),
+    ]
+    rows = score_probes(probes, TEXTS, Subjects((TARGET,), ANCHOR, ()), Bootstrap(draws=20))
+    assert value(rows, "target", "clip_accuracy", "ablated")["value"] == 0
+    assert value(rows, "paraphrase", "clip_accuracy", "ablated")["value"] == 0.5
+    assert value(rows, "paraphrase", "clip_cosine", "base")["text"] == TARGET
+    assert {row["role"] for row in rows} == {"target", "paraphrase", "anchor"}
+
+
 def test_content_needs_neighbors_to_choose_from():
     probes = [Probe("target", TARGET, looks_like(*[TARGET] * 4), looks_like(*[ANCHOR] * 4))]
     rows = score_probes(probes, TEXTS, Subjects((TARGET,), ANCHOR, ()), Bootstrap(draws=20))
@@ -135,7 +172,7 @@ def test_an_anchor_that_falls_apart_is_not_typical():
     rows = score_probes(probes, TEXTS, ROW, Bootstrap(draws=20))
     assert value(rows, "anchor", "typical", "base")["value"] >= 0.9
     assert value(rows, "anchor", "typical", "ablated")["value"] <= 0.5
-    assert value(rows, "anchor", "typical", "difference")["interval"] == "bonett-price"
+    assert value(rows, "anchor", "typical", "difference")["interval"] == "redrawn-limit"
 
 
 def test_a_target_is_typical_when_it_has_become_the_anchor():
@@ -299,8 +336,8 @@ def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
     assert table.schema.names == columns.COLUMNS.names
     frame = table.to_pandas()
-    assert set(frame.role) == {"target", "anchor", "neighbor", "neighbors"}
-    other_kinds = {"copy_rate", "copy_similarity", "detected", "neutral_share"}
+    assert set(frame.role) == {"target", "anchor", "neighbor", "neighbors", "worst neighbor"}
+    other_kinds = {"copy_rate", "copy_similarity", "detected", "neutral_share", "above_neutral"}
     assert set(frame.metric) == set(columns.UNITS) - other_kinds
     assert set(frame.model) == {"base", "ablated", "difference"} and set(frame.target) == {TARGET}
     assert set(frame.concept) == {"cat-1"} and set(frame.key) == {"pouting-cat.0123456789ab"}
