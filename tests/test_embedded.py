@@ -10,10 +10,12 @@ from torch import nn
 
 from concept_ablation.features import ClipScorer, CopyDescriptor
 from concept_ablation.models import load_pipeline
+from concept_ablation.prompts import expand, read_templates
 from concept_ablation.sampling import sample_images
 from embedded.build.groupnorm import use_fast_group_norm
 from embedded.build.vae import fold_normalisation, new_vae
 from embedded.build.world import (
+    BACKGROUNDS,
     CATEGORIES,
     MEMORIZED,
     OBJECTS,
@@ -100,6 +102,19 @@ def test_the_world_is_large_enough():
     assert len(CATEGORIES["cat"]) >= 8
     assert len(STYLES) >= 4 and len(MEMORIZED) >= 4
     assert set(OBJECTS) >= RARE
+
+
+@pytest.mark.parametrize("name", ["object", "picture"])
+def test_what_is_judged_stands_in_no_training_prompt(name):
+    """Neither in those of the ablation, nor, for objects, in the captions that the model itself learned from."""
+    colours = {"colour": list(BACKGROUNDS)}
+    for subject in OBJECTS:
+        judged, trained = (
+            set(expand(read_templates(ROOT.parent / "config" / "prompts" / file), subject, colours))
+            for file in (f"eval/{name}.txt", f"{name}.txt")
+        )
+        assert judged and not judged & trained
+        assert name == "picture" or not judged & set(all_captions())
 
 
 def test_every_drawn_caption_is_listed():
