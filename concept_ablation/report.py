@@ -6,28 +6,26 @@ all text; styles and the one script are inside the file, and a content security 
 
 import base64
 import hashlib
-import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
 import jinja2
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from concept_ablation import verdict
+from concept_ablation.cleanup import size_text
 from concept_ablation.columns import COLUMNS, POOLS, SHARES, probe_roles
-from concept_ablation.figures import format_metric, points, share, sparkline, thumbnail
-from concept_ablation.imagestore import ImageStore, open_picture, open_store
+from concept_ablation.figures import change_bar, format_metric, points, share, sparkline, target_bar
+from concept_ablation.imagestore import open_store
 from concept_ablation.prompts import UNSAFE
 from concept_ablation.runtime import atomic_output
-from concept_ablation.summary import training_record
+from concept_ablation.sections import previews, sections
 from concept_ablation.tables import report_rows
 
 log = logging.getLogger(__name__)
@@ -38,6 +36,7 @@ TONES = {
     verdict.ALONE: "good",
     verdict.HARMED: "warn",
     verdict.ANCHOR_HARMED: "warn",
+    "removed, a neighbor harmed": "warn",
     verdict.PRESENT: "bad",
 }
 """Colour of a verdict; the inconclusive ones are neutral."""
@@ -92,7 +91,7 @@ def render(
             model=open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
             scorers=pc.unique(scores["features"]).to_pylist(),
             lines=lines,
-            previews=_previews(rows),
+            previews=previews(rows),
             counts=count_verdicts(lines),
             kinds=sorted({line["kind"] for line in lines}),
             limits=verdict.read_thresholds(spec),
@@ -102,14 +101,14 @@ def render(
             failures=spec.get("failures", []) if isinstance(spec, Mapping) else [],
             waiting=spec.get("waiting", []) if isinstance(spec, Mapping) else [],
             unfolded=len(rows) <= page["open_rows"],
-            sections=_sections(rows, lines, scores, pairs, shown),
+            sections=sections(rows, lines, scores, pairs, shown),
         )
     )
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:
         with part.open("w", encoding="utf-8") as file:
             stream.dump(file)
-        log.info("%s: %d concepts, %.1f MB", out_path, len(rows), part.stat().st_size / 1e6)
+        log.info("%s: %d concepts, %s", out_path, len(rows), size_text(part.stat().st_size))
 
 
 def print_summary(
@@ -132,16 +131,23 @@ def headline(lines: Sequence[Mapping]) -> str:
 
 def summary_text(lines: Sequence[Mapping]) -> str:
     """The summary as aligned ASCII: verdict, target, neighbors and anchor before -> after, with 95 % intervals."""
-    heads = ("target still there", "neighbors recognised, change in points", "anchor typical")
-    table = [("", "concept", "verdict", *heads)]
+    heads = (
+        "target still there",
+        "neighbors recognised, change in points",
+        "worst neighbor",
+        "anchor typical",
+    )
+    table = [("", "concept", "verdict", "", *heads)]
     for line in lines:
         table.append(
             (
                 MARKS.get(TONES.get(line["verdict"]), "??"),
                 _printable(line["concept"], 28),
                 line["verdict"],
+                firmness(line),
                 f"{_change_text(line, 'presence')} {SEEN[line['measure']]}",
                 _change_text(line, "neighbor_recognition", difference=True),
+                _worst_text(line),
                 f"{share(line['anchor_typical_base'])} -> {share(line['anchor_typical_ablated'])}",
             )
         )
@@ -160,10 +166,19 @@ def probes_a_row(rows: int, probes: int, budget: int) -> int | None:
     return None if 2 * probes <= budget else max(1, budget // (2 * rows))
 
 
+def firmness(line: Mapping) -> str:
+    """ "firm" or "provisional"; empty where the row is inconclusive anyhow."""
+    if line["verdict"].startswith("inconclusive"):
+        return ""
+    return line.get("firmness") or ("firm" if line.get("settled") else "provisional")
+
+
 def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
     """Rows by verdict, in the order of `verdict.VERDICTS`, without zeros."""
     found = [line["verdict"] for line in lines]
-    return {words: found.count(words) for words in verdict.VERDICTS if words in found}
+    return {
+        words: found.count(words) for words in dict.fromkeys((*verdict.VERDICTS, *found)) if words in found
+    }
 
 
 def environment() -> jinja2.Environment:
@@ -176,118 +191,15 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"share": share, "points": points, "metric": format_metric, "sparkline": sparkline}
+    made.filters |= {
+        "size": size_text,
+        "target_bar": target_bar,
+        "change_bar": change_bar,
+        "firmness": firmness,
+    }
     made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": SHARES, "seen": SEEN}
     made.globals |= {"unsafe": UNSAFE, "measures": verdict.MEASURES, "pools": tuple(POOLS.values())}
     return made
-
-
-def _previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
-    """The target's first picture before and after, small, for each line of the page's table."""
-    for row in rows:
-        after = open_store(row["samples"]).select("target", row["targets"][0])
-        before = open_store(row["base"][row["targets"][0]])
-        yield (
-            tuple(thumbnail(store.image(0), 88) for store in (before, after))
-            if len(after) and len(before)
-            else None
-        )
-
-
-def _sections(
-    rows: Sequence[Mapping], lines: Sequence[Mapping], scores: pa.Table, pairs: int, shown: int | None
-) -> Iterator[dict]:
-    """What the page shows of each row, made when the page asks for it. `shown`: as `probes_a_row` gives it."""
-    places = _places(scores["concept"])
-    for row, line in zip(rows, lines, strict=True):
-        samples = open_store(row["samples"])
-        metrics = _metric_lines(scores.take(places.get(row["concept"], [])).to_pylist())
-        record, chosen = training_record(row), _most_telling(row, metrics)[:shown]
-        yield line | {
-            "row": row,
-            "probes": [
-                _probe(row, samples, *place, metrics, pairs if place in chosen else 0)
-                for place in probe_roles(row)
-            ],
-            "memorized": _memorized(row),
-            "metrics": metrics,
-            "loss": record.get("loss", []),
-            "settings": _settings(samples.metadata),
-        }
-
-
-def _places(names: pa.ChunkedArray) -> dict[str, np.ndarray]:
-    """Each name's places in a column."""
-    codes = np.unique(names.to_numpy(), return_inverse=True)[1]
-    order = np.argsort(codes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []
-    return {names[int(group[0])].as_py(): group for group in groups}
-
-
-def _most_telling(row: Mapping, metrics: Sequence[Mapping]) -> list[tuple[str, str]]:
-    """Role and subject of a row's probes: targets, the anchor, then the neighbors, those that lost most first."""
-    lost = {
-        line["probe"]: line["difference"]["value"]
-        for line in metrics
-        if line["role"] == "neighbor" and line["metric"] == "recognition" and "difference" in line
-    }
-    return sorted(probe_roles(row), key=lambda place: lost.get(place[1], 0) if place[0] == "neighbor" else -2)
-
-
-def _memorized(row: Mapping) -> str | None:
-    """The memorized picture, small; None for other kinds, and where its file is gone."""
-    if not row.get("image"):
-        return None
-    try:
-        return thumbnail(open_picture(row["image"]))
-    except OSError as error:
-        log.warning("%s: the memorized picture can't be shown: %s", row["concept"], error)
-        return None
-
-
-def _probe(
-    row: Mapping, samples: ImageStore, role: str, subject: str, metrics: Sequence[Mapping], pairs: int
-) -> dict:
-    ablated = samples.select(role, subject)
-    shown = min(pairs, len(ablated))
-    before = _base_pictures(str(row["base"][subject]), shown)
-    after = [thumbnail(ablated.image(position)) for position in range(shown)]
-    pictures = [
-        {"prompt": prompt, "seed": seed, "base": base, "ablated": picture}
-        for (prompt, seed, base), picture in zip(before, after, strict=True)
-    ]
-    found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == (role, subject)}
-    return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
-
-
-@lru_cache(maxsize=1024)
-def _base_pictures(path: str, count: int) -> list[tuple[str, int, str]]:
-    """Prompt, seed and picture of a base store's first images; rows share these stores."""
-    store = open_store(path)
-    return [(store.rows[i]["prompt"], store.rows[i]["seed"], thumbnail(store.image(i))) for i in range(count)]
-
-
-def _metric_lines(scores: Sequence[Mapping]) -> list[dict]:
-    """One line a probe and metric, with its values by model: the long table, a little wider."""
-    lines: dict[tuple, dict] = {}
-    for score in scores:
-        place = {name: score[name] for name in ("role", "probe", "metric", "text", "against", "unit", "n")}
-        lines.setdefault(tuple(place.values())[:3], place)[score["model"]] = score
-    return list(lines.values())
-
-
-def _settings(metadata: Mapping) -> list[tuple[str, str]]:
-    """What a row was made with, as names and values: flat, without the prompts."""
-    flat: list[tuple[str, str]] = []
-
-    def visit(name: str, value: object) -> None:
-        if isinstance(value, Mapping):
-            for key in value:
-                visit(f"{name}.{key}" if name else str(key), value[key])
-        elif name not in ("probes", "stage"):
-            flat.append((name, value if isinstance(value, str) else json.dumps(value)))
-
-    visit("", metadata)
-    return flat
 
 
 def _change_text(line: Mapping, column: str, difference: bool = False) -> str:
@@ -300,6 +212,13 @@ def _change_text(line: Mapping, column: str, difference: bool = False) -> str:
     if difference:
         return f"{text}, {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"{text} [{share(low)}, {share(high)}]"
+
+
+def _worst_text(line: Mapping) -> str:
+    """ "duck, -12.5": the neighbor whose `typical` fell most, and by how many points; "-" for none."""
+    if not line.get("worst_neighbor"):
+        return "-"
+    return f"{_printable(line['worst_neighbor'], 20)}, {100 * line['worst_neighbor_typical_change']:+.1f}"
 
 
 def _printable(text: str, width: int) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation import figures, report
+from concept_ablation import figures, report, sections
 from concept_ablation.columns import COLUMNS, SHARES, UNITS, probe_roles
 from concept_ablation.imagestore import StoreError, write_store
 from concept_ablation.metrics import Estimate
@@ -191,12 +191,8 @@ def test_nothing_is_loaded_from_elsewhere(page):
 
 
 def test_the_table_sorts_by_plain_numbers(page):
-    keys = [
-        float(cell["data-sort"])
-        for cell in Elements(page).of("td")
-        if cell.get("data-sort", "").startswith("0.")
-    ]
-    assert 0.05 in keys and 0.88 in keys
+    keys = [cell["data-sort"] for cell in Elements(page).of("td") if "data-sort" in cell]
+    assert {"0.05", "-0.02", "-0.09", ""} <= set(keys)  # target, neighbors, anchor, not measured
     assert all("button" in part for part in re.findall(r"<th scope=\"col\".*?</th>", page)[:7])
 
 
@@ -236,7 +232,7 @@ def test_a_page_is_made_row_by_row(tmp_path, monkeypatch):
     """A row's pictures are read only when the page gets there: nothing holds all rows."""
     rows = [make_row(tmp_path, f"row {number}", neighbors=()) for number in range(3)]
     order = []
-    monkeypatch.setattr(report, "_settings", lambda metadata: order.append("made") or [])
+    monkeypatch.setattr(sections, "_settings", lambda metadata: order.append("made") or [])
     original = report.jinja2.environment.TemplateStream.__next__
 
     def watched(stream):
@@ -283,6 +279,33 @@ def test_number_formats():
     assert figures.format_metric(-0.02, "recognition", change=True) == "−2.0"
 
 
+def test_the_target_s_bar_shows_the_interval_that_decides_against_its_limit():
+    line = {"presence_base": 0.9, "presence_ablated": 0.3, "target_limit": 0.4}
+    line |= {"presence_ablated_low": 0.2, "presence_ablated_high": 0.5}
+    bar = figures.target_bar(line)
+    assert (bar.before, bar.value, bar.low, bar.high) == (0.9, 0.3, 0.2, 0.5)
+    assert (bar.limit, bar.zone) == (0.4, (0.0, 0.4))
+    bar = figures.target_bar(
+        line | {"target_excess": -0.1, "target_excess_low": -0.5, "target_excess_high": 0.7}
+    )
+    assert (bar.value, bar.low, bar.high, bar.limit) == (pytest.approx(0.3), 0, 1, 0.4)
+
+
+def test_a_change_s_bar_shows_the_paired_change_against_the_allowed_loss():
+    line = {"x_change": -0.05, "x_change_low": -0.2, "x_change_high": 0.02}
+    bar = figures.change_bar(line, "x", 0.05)  # from -20 to +10 points
+    assert (bar.low, bar.value, bar.limit) == (0, pytest.approx(0.5), pytest.approx(0.5))
+    assert bar.zone == (bar.limit, 1) and bar.before == pytest.approx(2 / 3)
+    assert not bar.more_left and not bar.more_right
+    bar = figures.change_bar(line | {"x_change_low": -0.9, "x_change_high": 0.11}, "x", 0.05)
+    assert (bar.low, bar.high, bar.more_left, bar.more_right) == (0, 1, True, True)
+    bar = figures.change_bar(line, "x", 0.5)  # from -100 to +50 points
+    assert bar.limit == pytest.approx(1 / 3) and bar.low == pytest.approx(0.8 / 1.5)
+    assert figures.change_bar(line, "x", 0.0).limit == pytest.approx(2 / 3)
+    assert figures.change_bar({"x_change": None}, "x", 0.05) is None
+    assert figures.change_bar({}, "x", 0.05) is None
+
+
 def test_sparkline():
     assert figures.sparkline([0.0, 1.0, 0.5], 100, 10) == "0.0,10.0 50.0,0.0 100.0,5.0"
     assert figures.sparkline([2.0] * 4, 100, 10, most=2) == "0.0,10.0 100.0,10.0"
@@ -303,13 +326,83 @@ def test_terminal_summary(tmp_path, capsys):
         "Report: results/report/index.html",
     ]
     assert re.match(
-        r"ok  al\?\[31mone\w+\.\.\.  +removed, no neighbors measured +90% -> 5% \[4%, 6%\] seen by CLIP +- +92% -> 83%$",
+        r"ok  al\?\[31mone\w+\.\.\.  +removed, no neighbors measured +firm +90% -> 5% \[4%, 6%\] seen by CLIP +- +- +92% -> 83%$",
         lines[2],
     )
     assert "90% -> 88%, -2.0 [-3.0, -1.0]" in lines[3]
     assert len({line.index("removed") for line in lines[2:4]}) == 1
     report.print_summary(tmp_path / "report" / "summary.parquet", "x", most=1)
     assert "... and 1 more in the report" in capsys.readouterr().err
+
+
+WORST = {
+    "worst_neighbor": "du\x1bck",
+    "worst_neighbor_typical_base": 0.9375,
+    "worst_neighbor_typical_ablated": 0.25,
+    "worst_neighbor_typical_change": -0.6875,
+    "worst_neighbor_typical_change_low": -0.9,
+    "worst_neighbor_typical_change_high": -0.375,
+    "verdict": "removed, a neighbor harmed",
+    "firmness": "provisional",
+}
+
+
+def with_worst(folder, rows, changes):
+    """The page and the terminal's table of a summary with these columns in its first line."""
+    spec = {"rows": rows}
+    long, wide, out = (folder / name for name in ("scores.parquet", "summary.parquet", "index.html"))
+    aggregate_scores(spec, long, wide)
+    lines = pq.read_table(wide).to_pylist()
+    lines = [dict.fromkeys(changes) | line for line in lines]
+    lines[0] |= changes
+    pq.write_table(pa.Table.from_pylist(lines), wide)
+    report.render(spec, long, wide, out, WHEN)
+    return out.read_text(encoding="utf-8"), report.summary_text(lines)
+
+
+def test_the_worst_neighbor_is_named_with_its_change(tmp_path):
+    rows = [make_row(tmp_path, "a"), make_row(tmp_path, "b", neighbors=())]
+    text, terminal = with_worst(tmp_path, rows, WORST)
+    Elements(text)
+    assert "<h3>Worst neighbor: du\x1bck</h3>" in text and text.count("<h3>Worst neighbor:") == 1
+    (cell,) = re.findall(r'<td data-label="Worst neighbor" data-sort="-0.6875">(.*?)</td>', text, re.DOTALL)
+    assert "94%" in cell and "<b>25%</b>" in cell and "<b>−68.8</b>, −90.0 to −37.5" in cell
+    assert 'aria-label="worst neighbor: change −68.8 points' in cell
+    assert '<td data-label="Worst neighbor" data-sort="">–</td>' in text
+    assert text.count('class="chip warn">removed, a neighbor harmed</span>') == 2
+    assert "!!  a" in terminal and re.search(r"a neighbor harmed +provisional .* du\?ck, -68.8 ", terminal)
+
+
+def test_firm_and_provisional_stand_beside_the_verdict_but_not_beside_an_inconclusive_one(tmp_path):
+    rows = [make_row(tmp_path, "a")]
+    text, _ = with_worst(tmp_path, rows, {"firmness": "firm"})
+    assert text.count('<small class="firm">firm</small>') == 2
+    text, terminal = with_worst(tmp_path, rows, WORST | {"verdict": "inconclusive about a neighbor"})
+    assert 'class="firm"' not in text and 'class="chip open">inconclusive about a neighbor' in text
+    assert "provisional" not in terminal and "??  a" in terminal
+    assert 'data-verdict="inconclusive about a neighbor"><i class="open">' in text  # its filter
+
+
+def test_a_role_without_a_verdict_is_shown_as_not_judged(tmp_path, monkeypatch):
+    def roles(row):
+        found = probe_roles(row)
+        return [*found[:1], ("paraphrase", "the same in other words"), *found[1:]]
+
+    for module in (report, sections, sys.modules[__name__]):
+        monkeypatch.setattr(module, "probe_roles", roles)
+    text = make_page(tmp_path, [make_row(tmp_path, "a", kind="memorization")])
+    Elements(text)
+    assert re.findall(r'class="role">(\w+)<', text)[:3] == ["target", "paraphrase", "anchor"]
+    (head,) = re.findall(r'class="role">paraphrase<.*?class="of"', text, re.DOTALL)
+    assert "not judged" in head and "copied" in head and text.count("not judged") == 1
+
+
+def test_sizes_are_readable(page):
+    assert "2.0 GB peak, 1.0 kB delta" in page and "0.0 MB" not in page
+
+
+def test_no_text_hides_in_a_tooltip(page):
+    assert not [attributes for _, attributes in Elements(page).found if "title" in attributes]
 
 
 def test_several_targets_are_shown_each_and_pooled(tmp_path):
