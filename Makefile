@@ -4,6 +4,7 @@
 # make fuzz    thousands of malformed tables and configs  make chaos  kills, a full disk, damaged files (as root; half an hour)
 # make test-world  every kind of row for real, on the embedded model (about 15 minutes)
 # make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 7 minutes)
+# make page-test  the report in a browser: installs Debian's chromium if it is missing, as root (about a minute)
 # make status  what is done, running, failed, waiting     make gc      list what no row refers to (REMOVE=1: remove it)
 # make test-s3  results in a bucket: installs and starts an S3 server on this machine (about 5 minutes)
 # make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
@@ -13,7 +14,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check status gc test test-world slurm-test test-s3 fuzz chaos lint format report embedded clean install
+.PHONY: run check status gc test test-world slurm-test test-s3 page-test fuzz chaos lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -50,6 +51,12 @@ slurm-test: .venv/.installed
 test-s3: .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[dev,s3-test]'
 	OMP_NUM_THREADS=1 pytest -m s3
+
+page-test: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[dev,page-test]'
+	[ -n "$$CHROMIUM" ] || command -v chromium || [ "$$(id -u)" != 0 ] || { apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core; }
+	OMP_NUM_THREADS=1 pytest -m browser tests/test_page.py
 
 fuzz: .venv/.installed
 	pytest -m fuzz tests/test_fuzz.py

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation import figures, report, sections
+from concept_ablation import columns, figures, report, sections
 from concept_ablation.columns import COLUMNS, SHARES, UNITS, probe_roles
 from concept_ablation.imagestore import StoreError, write_store
 from concept_ablation.metrics import Estimate
@@ -364,7 +364,8 @@ def test_the_worst_neighbor_is_named_with_its_change(tmp_path):
     rows = [make_row(tmp_path, "a"), make_row(tmp_path, "b", neighbors=())]
     text, terminal = with_worst(tmp_path, rows, WORST)
     Elements(text)
-    assert "<h3>Worst neighbor: du\x1bck</h3>" in text and text.count("<h3>Worst neighbor:") == 1
+    assert "<p><b>du\x1bck</b>: −68.8 points, 95% interval −90.0 to −37.5" in text
+    assert text.count('<div class="card">\n      <h3>Worst neighbor</h3>') == 1
     (cell,) = re.findall(r'<td data-label="Worst neighbor" data-sort="-0.6875">(.*?)</td>', text, re.DOTALL)
     assert "94%" in cell and "<b>25%</b>" in cell and "<b>−68.8</b>, −90.0 to −37.5" in cell
     assert 'aria-label="worst neighbor: change −68.8 points' in cell
@@ -385,7 +386,7 @@ def test_firm_and_provisional_stand_beside_the_verdict_but_not_beside_an_inconcl
 
 def test_a_role_without_a_verdict_is_shown_as_not_judged(tmp_path, monkeypatch):
     def roles(row):
-        found = probe_roles(row)
+        found = columns.probe_roles(row)
         return [*found[:1], ("paraphrase", "the same in other words"), *found[1:]]
 
     for module in (report, sections, sys.modules[__name__]):

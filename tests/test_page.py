@@ -1,0 +1,278 @@
+"""The report's page in a real browser, as a reader uses it (`make page-test`): no model is needed, the rows are made up.
+
+The browser is Debian's chromium, or the one that CHROMIUM names; Playwright drives it.
+"""
+
+import os
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from concept_ablation.columns import COLUMNS
+from tests.test_report import make_page, make_row
+
+pytestmark = pytest.mark.browser
+HEADS = [
+    "Concept",
+    "Verdict",
+    "Target still there",
+    "Neighbors recognised",
+    "Worst neighbor",
+    "Anchor typical",
+]
+HEADS += ["Training"]
+SIZES = {1440: 1000, 1024: 800, 800: 1000, 390: 844}  # width -> height of the window, pixels
+KEPT, PRESENT = "removed, neighbors kept", "not removed"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    try:
+        import axe_playwright_python  # noqa: F401
+        import pypdf  # noqa: F401
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        pytest.fail(f"{error}: make page-test installs what this test needs")
+    if not program or not shutil.which(program):
+        pytest.fail(
+            f"no browser at {program or 'chromium'}: apt-get install chromium, or name one in CHROMIUM"
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Two pages: `few` has unfolded rows, one of them veiled; `many` has folded ones. Every third row is not removed."""
+    made = {}
+    for name, count, kept in (("few", 4, 12), ("many", 21, 12)):
+        folder, rows = tmp_path_factory.mktemp(name), []
+        for number in range(count):
+            kind = "nudity" if number == 1 else "object"
+            row = make_row(
+                folder, f"row {number:02}", kind=kind, neighbors=("owl", "goose" if number == 3 else "duck")
+            )
+            set_score(row, "target", "ablated", 0.9 if number % 3 == 2 else 0.01 * (20 - number) / 2)
+            rows.append(row)
+        make_page(folder, rows, images_per_probe=8, open_rows=kept)
+        made[name] = (folder / "report" / "index.html").as_uri()
+    return made
+
+
+def set_score(row, role, model, value):
+    """Gives the measure that decides another value."""
+    lines = pq.read_table(row["scores"]).to_pylist()
+    for line in lines:
+        if (line["role"], line["model"]) == (role, model) and line["metric"] in ("clip_accuracy", "detected"):
+            line |= {"value": value, "ci_low": value - 0.004, "ci_high": value + 0.004}
+    pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), row["scores"])
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens an address in a window of its own; at the end nothing may have gone wrong in it or asked another host."""
+    contexts, trouble = [], []
+
+    def visit(address, width=1440, scheme="light"):
+        context = browser.new_context(
+            viewport={"width": width, "height": SIZES.get(width, 900)}, color_scheme=scheme
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on(
+            "request",
+            lambda request: request.url.startswith(("file:", "data:")) or trouble.append(request.url),
+        )
+        page.goto(address)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert trouble == []
+
+
+def landed(page, number):
+    """Whether row `number` is unfolded and its heading at the top of the window, or as near as the page's end allows."""
+    return page.evaluate(
+        """(id) => {
+            const top = document.getElementById(id + "-name").getBoundingClientRect().top;
+            const end = scrollY + innerHeight >= document.documentElement.scrollHeight - 2;
+            return document.querySelector(`#${id} details`).open && top >= 0 && top < (end ? innerHeight - 40 : 60);
+        }""",
+        f"row-{number}",
+    )
+
+
+def lines(page):
+    """Concepts of the table's lines that are shown, in order."""
+    return page.eval_on_selector_all(
+        "#summary tbody tr:not([hidden])", "all => all.map((line) => line.querySelector('a').textContent)"
+    )
+
+
+def sections(page):
+    return page.eval_on_selector_all(
+        ".row:not([hidden])", "all => all.map((row) => row.querySelector('h2').textContent)"
+    )
+
+
+@pytest.mark.parametrize("width", SIZES)
+@pytest.mark.parametrize("name", ["few", "many"])
+def test_a_link_lands_on_its_row(visit, pages, name, width):
+    page = visit(pages[name], width)
+    for link in page.locator("#summary tbody a").all()[:: 1 if name == "few" else 6]:
+        link.click()
+        page.wait_for_timeout(50)
+        assert landed(page, link.get_attribute("href").removeprefix("#row-"))
+    page = visit(f"{pages[name]}#row-4", width)
+    page.wait_for_timeout(50)
+    assert landed(page, 4)
+
+
+def test_going_back_lands_too_and_brings_back_what_is_filtered_out(visit, pages):
+    page = visit(pages["many"])
+    page.locator("#summary a", has_text="row 02").click()
+    page.locator("#summary a", has_text="row 12").click()
+    page.get_by_role("button", name=KEPT).click()
+    page.go_back()
+    page.wait_for_timeout(50)
+    assert landed(page, 3) and len(lines(page)) == 21
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_sections_are_sorted_with_the_table(visit, pages, width):
+    page = visit(pages["many"], width)
+    assert lines(page) == sections(page) == sorted(lines(page))
+    for head, first in (("Target still there", "row 19"), ("Target still there", "row 02")):
+        page.get_by_role("button", name=head).click()
+        assert lines(page) == sections(page) and lines(page)[0] == first
+    page.get_by_role("button", name="Concept").click()
+    assert lines(page) == sections(page) == sorted(lines(page))
+
+
+def test_verdicts_are_filtered_by_buttons_and_the_text_seeks_names(visit, pages):
+    page = visit(pages["many"])
+    kept, present = (page.get_by_role("button", name=words) for words in (KEPT, PRESENT))
+    assert kept.inner_text() == f"14 {KEPT}" and present.inner_text() == f"7 {PRESENT}"
+    kept.click()
+    assert len(lines(page)) == 14 and "row 02" not in lines(page) and lines(page) == sections(page)
+    assert page.get_by_role("status").inner_text() == "14 of 21 concepts shown"
+    present.click()
+    assert len(lines(page)) == 21
+    kept.click()
+    assert lines(page) == sections(page) == [f"row {number:02}" for number in range(2, 21, 3)]
+    present.click()
+    page.get_by_role("searchbox").fill("Goose")  # a neighbor
+    assert lines(page) == sections(page) == ["row 03"]
+    page.get_by_role("searchbox").fill("removed")
+    assert lines(page) == []
+
+
+def test_the_keyboard_reaches_everything(visit, pages):
+    page, reached = visit(pages["few"]), []
+    for _ in range(400):
+        page.keyboard.press("Tab")
+        name = page.evaluate(
+            """() => {
+                const here = document.activeElement;
+if (here === document.body) return "";
+                const label = here.getAttribute("aria-label") ?? here.labels?.[0]?.textContent ?? here.textContent;
+                return label.trim().split("\\n")[0];
+            }"""
+        )
+        if not name:
+            break
+        reached.append(name)
+        if name == "Anchor typical":
+            page.keyboard.press("Enter")
+            assert page.locator("th[aria-sort]").inner_text().startswith("Anchor typical")
+        if name == "show the pictures of seed 100":
+            first = page.locator(":focus ~ img").first
+            assert "blur" in first.evaluate("(picture) => getComputedStyle(picture).filter")
+            page.keyboard.press("Space")
+            assert first.evaluate("(picture) => getComputedStyle(picture).filter") == "none"
+            page.keyboard.press("Space")
+    assert {*HEADS, "Unfold all", "Fold all", "Find a name, target, anchor, neighbor or kind"} <= set(reached)
+    assert {f"3 {KEPT}", f"1 {PRESENT}", "row 00", "All scores of this row", "How to read this page"} <= set(
+        reached
+    )
+    assert {"Show all pictures of this row", "show the pictures of seed 100"} <= set(reached)
+    head = page.locator("#row-1 summary").first
+    head.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#row-1 > details:not([open])").count() == 1
+
+
+def test_all_rows_unfold_and_fold_at_once(visit, pages):
+    page = visit(pages["many"])
+    assert page.locator(".fold[open]").count() == 0
+    page.get_by_role("button", name=PRESENT).click()
+    page.get_by_role("button", name="Unfold all").click()
+    assert page.locator(".fold[open]").count() == 7  # what is filtered out stays as it is
+    page.get_by_role("button", name="Fold all", exact=True).click()
+    assert page.locator(".fold[open]").count() == 0
+
+
+@pytest.mark.parametrize("width", [1440, 1281, 1280, 1200, 1024, 800, 390, 320])
+def test_nothing_overlaps_or_leaves_the_window(visit, pages, width):
+    page = visit(pages["few"], width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = (
+        "all => all.filter((part) => part.scrollWidth > part.clientWidth + 1).map((part) => part.outerHTML)"
+    )
+    assert page.eval_on_selector_all(".card, #summary th, #summary td", wide) == []
+    outside = "(all) => all.some((part) => part.getBoundingClientRect().right > innerWidth)"
+    assert not page.eval_on_selector_all("#summary td *, .card *", outside)
+
+
+def test_paper_has_every_column_and_picture_in_light_colours(visit, pages, tmp_path):
+    from pypdf import PdfReader
+
+    page = visit(pages["few"], 390, "dark")
+    page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
+    sheets = PdfReader(tmp_path / "page.pdf").pages
+    first = " ".join(sheets[0].extract_text().split())
+    assert all(head in first for head in HEADS)
+    text = " ".join(" ".join(sheet.extract_text().split()) for sheet in sheets)
+    assert all(f"row {number:02}" in text for number in range(4)) and "How to read this page" in text
+    drawn = sum(sheet.get_contents().get_data().count(b" Do") for sheet in sheets)
+    assert drawn >= page.locator("img").count() > 250
+    page.set_viewport_size({"width": 970, "height": 700})
+    page.emulate_media(media="print", color_scheme="dark")
+    colours = "(body) => { const s = getComputedStyle(body); return [s.color, s.backgroundColor, s.printColorAdjust] }"
+    assert page.locator("body").evaluate(colours) == ["rgb(26, 28, 32)", "rgb(255, 255, 255)", "exact"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 970
+    cut = "(all) => all.some((part) => part.scrollWidth > part.clientWidth + 1)"
+    assert not page.eval_on_selector_all(".strip, .board, .card, .scroll", cut)
+
+
+def test_folded_rows_print_their_headings(visit, pages, tmp_path):
+    from pypdf import PdfReader
+
+    page = visit(pages["many"])
+    page.locator("#summary a", has_text="row 05").click()
+    page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
+    sheets = PdfReader(tmp_path / "page.pdf").pages
+    text = " ".join(" ".join(sheet.extract_text().split()) for sheet in sheets)
+    assert text.count("row 05") == text.count("row 06") == 2  # in the table and as a heading
+    assert text.count("Training loss") == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
+def test_accessibility(visit, pages, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(pages["few"], width, scheme)
+    page.eval_on_selector_all(".more", "(all) => all.forEach((part) => { part.open = true })")
+    found = Axe().run(page).response["violations"]
+    assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found] == []
