@@ -55,7 +55,10 @@ def pages(tmp_path_factory):
         for number in range(count):
             kind = "nudity" if number == 1 else "object"
             row = make_row(
-                folder, f"row {number:02}", kind=kind, neighbors=("owl", "goose" if number == 3 else "duck")
+                folder,
+                f"row {number:02}",
+                kind=kind,
+                neighbors=("owl", "goose" + "s" * 80 if number == 3 else "duck"),
             )
             set_score(row, "target", "ablated", 0.9 if number % 3 == 2 else 0.01 * (20 - number) / 2)
             rows.append(row)

@@ -179,6 +179,17 @@ def test_pictures_of_a_seed_stand_together(page):
     assert colours == [0, 2]  # red before, blue after
 
 
+def test_a_prompt_that_all_pictures_share_is_written_once(tmp_path, page):
+    assert page.count('<p class="prompt">a picture</p>') == 6 and "<figcaption>a picture" not in page
+    row = make_row(tmp_path, "a", neighbors=())
+    other = [
+        picture | {"prompt": f"picture {n}"} for n, picture in enumerate(images(None, "cat", 12, "red", ""))
+    ]
+    write_store(row["base"]["cat"], other, {})
+    text = make_page(tmp_path, [row])
+    assert text.count('class="prompt"') == 1 and "<figcaption>picture 1 <" in text
+
+
 def test_nothing_is_loaded_from_elsewhere(page):
     elements = Elements(page)
     assert all(image["src"].startswith("data:image/") for image in elements.of("img"))
