@@ -103,16 +103,18 @@ def visit(browser):
     assert trouble == []
 
 
-def landed(page, number):
-    """Whether row `number` is unfolded and its heading at the top of the window, or as near as the page's end allows."""
-    return page.evaluate(
-        """(id) => {
-            const top = document.getElementById(id + "-name").getBoundingClientRect().top;
-            const end = scrollY + innerHeight >= document.documentElement.scrollHeight - 2;
-            return document.querySelector(`#${id} details`).open && top >= 0 && top < (end ? innerHeight - 40 : 60);
-        }""",
-        f"row-{number}",
-    )
+LANDED = """(id) => {
+    const top = document.getElementById(id + "-name").getBoundingClientRect().top;
+    const end = scrollY + innerHeight >= document.documentElement.scrollHeight - 2;
+    return document.querySelector(`#${id} details`).open && top >= 0 && top < (end ? innerHeight - 40 : 60);
+}"""
+
+
+def assert_landed(page, row):
+    """Row `row` gets unfolded, its heading comes to the window's top, or as near as the page's end allows, and stays there."""
+    page.wait_for_function(LANDED, arg=row)
+    page.wait_for_timeout(100)
+    assert page.evaluate(LANDED, row)
 
 
 def lines(page):
@@ -134,11 +136,9 @@ def test_a_link_lands_on_its_row(visit, pages, name, width):
     page = visit(pages[name], width)
     for link in page.locator("#summary tbody a").all()[:: 1 if name == "few" else 6]:
         link.click()
-        page.wait_for_timeout(50)
-        assert landed(page, link.get_attribute("href").removeprefix("#row-"))
+        assert_landed(page, link.get_attribute("href").removeprefix("#"))
     page = visit(f"{pages[name]}#row-4", width)
-    page.wait_for_timeout(50)
-    assert landed(page, 4)
+    assert_landed(page, "row-4")
 
 
 def test_going_back_lands_too_and_brings_back_what_is_filtered_out(visit, pages):
@@ -147,8 +147,8 @@ def test_going_back_lands_too_and_brings_back_what_is_filtered_out(visit, pages)
     page.locator("#summary a", has_text="row 12").click()
     page.get_by_role("button", name=KEPT).click()
     page.go_back()
-    page.wait_for_timeout(50)
-    assert landed(page, 3) and len(lines(page)) == 21
+    assert_landed(page, "row-3")
+    assert len(lines(page)) == 21
 
 
 @pytest.mark.parametrize("width", [1440, 390])
