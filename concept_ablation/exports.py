@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from concept_ablation.cleanup import size_text
 from concept_ablation.compvis import TEXT_ENCODER, compvis_names
 from concept_ablation.formats import FormatError, delta_parameters
 from concept_ablation.lora import factorise, save_diffusers, save_kohya
@@ -76,7 +77,7 @@ def export_delta(
         text = _write_pipeline(out, pipeline, metadata, half)
     else:
         text = {"delta-bin": _write_delta_bin, "compvis": _write_compvis}[form](out, pipeline, tensors)
-    text = f"{out}: {form}, {_size(out) / 1e6:.1f} MB: {text}"
+    text = f"{out}: {form}, {size_text(_size(out))}: {text}"
     log.info(text)
     return text
 

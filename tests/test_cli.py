@@ -45,7 +45,7 @@ def test_forms_are_those_that_can_be_written():
 
 def test_export_and_import(delta, folder, tmp_path, capsys):
     assert main(["export", str(delta), "--to", "compvis", "--out", str(tmp_path / "d.ckpt")]) == 0
-    assert f"{tmp_path / 'd.ckpt'}: compvis, 0.1 MB: 8 tensors" in capsys.readouterr().out
+    assert f"{tmp_path / 'd.ckpt'}: compvis, 69.6 kB: 8 tensors" in capsys.readouterr().out
     arguments = [
         "import",
         str(tmp_path / "d.ckpt"),
