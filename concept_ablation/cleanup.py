@@ -52,10 +52,11 @@ def collect(plans: Sequence[Plan], now: float | None = None) -> list[Waste]:
         )
     results, now = Path(plans[0].results), time.time() if now is None else now
     needed = {key for plan in plans for key in plan.stages}
+    unknown = {slug for plan in plans for slug in plan.unknown}
     found = []
     for stage, entry in _entries(results):
         key, left = KEY.fullmatch(entry.name), LEFT.fullmatch(entry.name)
-        unneeded = key and key[1] not in needed
+        unneeded = key and key[1] not in needed and key[1].partition(".")[0] not in unknown
         if not (left or unneeded) or entry.is_symlink():
             continue
         size, changed = measure(entry.path)

@@ -47,7 +47,7 @@ class Concept:
     """One row: remove `targets`, so that they become `anchor`, and keep `neighbors` as they are.
 
     `prompts`: a file of anchor prompts; `image`: the memorized picture; `delta`: a result made elsewhere, to be
-    judged; `preset`: a preset of the config; `overrides`: dotted config key -> value.
+    judged; `preset`: a preset of the config; `overrides`: dotted config key -> value; `enabled`: not switched off.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Concept:
     preset: str | None = None
     overrides: Mapping[str, object] = field(default_factory=dict)
     line: int = 0
+    enabled: bool = True
 
     @property
     def target(self) -> str:
@@ -91,7 +92,7 @@ def load_concepts(
     """
     table = _Table(Path(path), _columns(schema, config_schema))
     header: list[str] | None = None
-    rows: list[tuple[Concept, bool]] = []
+    rows: list[Concept] = []
     for line, cells in table.parse():
         if header is None:
             header = table.check_header(line, cells)
@@ -101,12 +102,12 @@ def load_concepts(
         table.complain(1, "has no header line", table.names_allowed())
     elif not rows and not table.errors:
         table.complain(1, "has no row below its header", "one row a concept")
-    table.check_works([concept for concept, _ in rows])
-    enabled = [concept for concept, on in rows if on]
+    table.check_works(rows)
+    enabled = [concept for concept in rows if concept.enabled]
     if rows and not enabled and not table.errors:
         table.complain(1, "has no row that is enabled", "set 'enabled' to true in at least one row")
     table.raise_errors()
-    return [concept for concept, _ in rows] if disabled else enabled
+    return rows if disabled else enabled
 
 
 def _columns(schema: Mapping, config_schema: Mapping) -> dict[str, dict]:
@@ -213,10 +214,8 @@ class _Table:
         """The columns that a message lists: all but the dotted ones."""
         return ", ".join([name for name in self.columns if "." not in name] + ["and dotted config keys"])
 
-    def read_row(
-        self, line: int, cells: dict[str, str], width: int, count: int
-    ) -> list[tuple[Concept, bool]]:
-        """The row as a Concept and whether it is enabled; an empty list if it can't be made into one."""
+    def read_row(self, line: int, cells: dict[str, str], width: int, count: int) -> list[Concept]:
+        """The row as a Concept; an empty list if it can't be made into one."""
         before = len(self.errors)
         if count > width:
             self.complain(line, f"has {count} values under {width} columns; quote a value that holds a comma")
@@ -253,8 +252,8 @@ class _Table:
         fixed = {column: values.pop(column) for column in ("kind", "anchor")}
         fixed |= {column: values.pop(column, None) for column in ("prompts", "image", "delta", "preset")}
         overrides = {OVERRIDES.get(column, column): value for column, value in values.items()}
-        concept = Concept(name, targets=targets, neighbors=neighbors, overrides=overrides, line=line, **fixed)
-        return [(concept, enabled)]
+        words = {"targets": targets, "neighbors": neighbors, "overrides": overrides}
+        return [Concept(name, **words, **fixed, line=line, enabled=enabled)]
 
     def _allowed(self, column: str, message: str) -> str:
         """What the column allows, as its schema's description says, unless the message has said it."""

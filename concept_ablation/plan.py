@@ -113,6 +113,9 @@ class Plan:
         self.rows: list[Row] = []
         self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in VERSIONS}
         self.stages: dict[str, str] = {}  # key -> its stage
+        self.unknown: set[str] = (
+            set()
+        )  # slugs of rows that are switched off and lack a file: their keys aren't known
 
     def add(self, stage: str, label: str, spec: Mapping) -> str:
         """Enter one unit of work; returns its key. Equal work is entered once."""

@@ -52,7 +52,7 @@ def load_plan(config: Mapping, schemas: Path, source: str, disabled: bool = Fals
 def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     """The plan of all rows under a valid config; relative paths start at the working directory.
 
-    Raises PlanError, which lists every row that can't be planned.
+    Raises PlanError, which lists every row that can't be planned; of one that is switched off the plan keeps the slugs.
     """
     plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
     try:
@@ -68,7 +68,10 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
             own = with_own(settings(concept.kind, concept.preset), concept.overrides)
             plan.rows.append(_plan_row(plan, concept, own, model))
         except (PlanError, PromptsError, SettingsError) as error:
-            errors.append(f"  {config['concepts']}:{concept.line}: {error}")
+            if concept.enabled:
+                errors.append(f"  {config['concepts']}:{concept.line}: {error}")
+            else:  # hardly anything is here that it needs, and nobody asks for it
+                plan.unknown |= _slugs(concept)
     if errors:
         raise PlanError("\n".join([f"{config['concepts']}: {len(errors)} row(s) can't be planned", *errors]))
     plan.rows.sort(key=lambda row: row.concept.name)
@@ -139,6 +142,12 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
         judged["paraphrases"] = paraphrases
     scores = plan.add("score_concept", concept.name, {**judged, **_judges(concept, own), **memory})
     return Row(concept, anchors, ablation, samples, scores, base)
+
+
+def _slugs(concept: Concept) -> set[str]:
+    """What the keys of a row's work begin with."""
+    subjects = ("-".join(concept.targets), *concept.targets, concept.anchor, *concept.neighbors)
+    return {slug(concept.name), *(slug(f"{concept.kind}-{subject}") for subject in subjects)}
 
 
 def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
@@ -235,7 +244,8 @@ def _memory_spec(concept: Concept, evaluation: Mapping) -> dict:
     descriptor = dict(evaluation["descriptor"])
     if not os.path.exists(descriptor["model"]):
         raise PlanError(
-            f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here"
+            f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here. Kind memorization tells "
+            "copies by it: put it there, or set the path of one that is here"
         )
     if os.path.isfile(descriptor["model"]) and not descriptor["sha256"]:
         found = _sha256(descriptor["model"], "descriptor")

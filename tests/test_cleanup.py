@@ -37,10 +37,10 @@ def table(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = []
 
-    def write(rows: list[str], **config) -> str:
+    def write(rows: list[str], header: str = HEADER, **config) -> str:
         made.append(None)
         csv, own = tmp_path / f"{len(made)}.csv", tmp_path / f"{len(made)}.yaml"
-        csv.write_text(HEADER + "".join(rows))
+        csv.write_text(header + "".join(rows))
         own.write_text(yaml.safe_dump({"concepts": str(csv), "results": str(tmp_path / "results"), **config}))
         return str(own)
 
@@ -109,6 +109,23 @@ def test_a_row_that_is_switched_off_keeps_its_results(table, tmp_path, capsys):
     make(files)
     assert main(["gc", "--configfile", table(ROWS), "--remove"]) == 0
     assert there(tmp_path / "results") == files and "Nothing to remove" in capsys.readouterr().out
+
+
+def test_the_results_of_a_row_that_is_switched_off_stay_also_without_its_files(table, tmp_path, capsys):
+    picture = tmp_path / "moon.png"
+    picture.write_bytes((ROOT / "docs" / "before-after.png").read_bytes())
+    row = f"moon,memorization,a caption,moon,star,{{}},{picture}\n"
+    header = HEADER.replace("\n", ",image\n")
+    other, gone = ROWS[0].replace("\n", ",\n"), ROWS[2].replace("\n", ",\n")
+    files = files_of(read_table([table([other, row.format("true")], header)])[1])
+    waste = files_of(read_table([table([gone], header)])[1])
+    make(files | waste)
+    picture.unlink()
+    assert main(["gc", "--configfile", table([other, row.format("false")], header), "--remove"]) == 0
+    assert there(tmp_path / "results") == files
+    assert main(["check", "--configfile", table([other, row.format("true")], header)]) == 2
+    said = capsys.readouterr().err
+    assert "1 row(s) can't be planned" in said and f"{picture}: can't be read" in said
 
 
 def test_links_are_neither_followed_nor_removed(table, tmp_path):
