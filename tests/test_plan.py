@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,45 @@ def test_the_overlay_for_stable_diffusion_plans_the_papers_protocol(config):
         ("anchor", 200, 10),
         ("neighbor", 50, 10),
     }
+
+
+def test_the_rows_for_stable_diffusion_that_are_switched_off_are_the_published_recipes(config, tmp_path):
+    merged = _merge(copy.deepcopy(config), yaml.safe_load((ROOT / "config/sd14.yaml").read_text()))
+    table = ROOT / "config/sd14-concepts.csv"
+    rows = load_concepts(table, CONCEPTS_SCHEMA, CONFIG_SCHEMA, disabled=True)
+    rows = [replace(row, enabled=True) for row in rows if not row.enabled]
+    kinds = [row.kind for row in rows]
+    assert (kinds.count("memorization"), kinds.count("nudity"), kinds.count("inappropriate")) == (8, 1, 1)
+    memorized = [row for row in rows if row.kind == "memorization"]
+    with pytest.raises(
+        PlanError, match="descriptor.model: 'models/sscd.*' is neither .*: put it there"
+    ) as told:
+        build_plan(memorized[:1], merged)
+    assert "1 row(s) can't be planned" in str(told.value) and str(told.value).count("\n") == 1
+    merged["evaluation"]["descriptor"] = {"model": "embedded/emoji-copy", "sha256": None}
+    with pytest.raises(
+        PlanError, match="column 'image': memorized/orleans.png: can't be read: No such"
+    ) as told:
+        build_plan(memorized[:1], merged)
+    assert str(told.value).count("\n") == 1
+    (tmp_path / "memorized").mkdir()
+    for row in memorized:
+        (tmp_path / row.image).write_bytes(row.image.encode())
+    plan = build_plan(rows, merged)
+    training = {spec["targets"][0]: spec["training"] for spec in plan.specs["ablate_concept"].values()}
+    steps = {target: own["steps"] for target, own in training.items()}
+    assert steps.pop("Ann Graham Lotz") == 200 and set(steps.values()) == {400}
+    assert training["<i>The Long Dark</i> Gets First Trailer, Steam Early Access"]["batch_size"] == 4
+    assert training["nudity, nsfw"] == training["violent, horrifying"]
+    assert training["nudity, nsfw"]["scale_lr"] == "diffusers" and training["nudity, nsfw"]["batch_size"] == 8
+    assert [
+        (spec["anchors_wanted"], spec["targets_wanted"]) for spec in plan.specs["search_prompts"].values()
+    ] == ([(10, 3)] * 8)
+    negative = {spec["negative_prompt"] for spec in plan.specs["generate_anchors"].values()}
+    phrases = "violent, horrifying, nudity, nsfw, illegal, shocking, self-harm, harassment"
+    assert negative == {None, "nudity, nsfw", phrases}
+    targets = {row.concept.kind: row.concept.targets for row in plan.rows}
+    assert targets["nudity"] == ("nudity, nsfw",) and len(targets["inappropriate"]) == 4
 
 
 def _merge(base, overlay):

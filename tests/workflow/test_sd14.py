@@ -38,6 +38,11 @@ def checkout(make_checkout):
 def test_it_plans_as_shipped_without_weights(checkout):
     table = (checkout.folder / "config" / "sd14-concepts.csv").read_text()
     rows = [line for line in table.splitlines() if line and not line.startswith("#")][1:]
+    off = [line for line in rows if line.endswith(",false")]
+    assert (
+        len(off) == 10
+    )  # memorized pictures and unsafe content, which need files, a package, or a wish to see them
+    rows = [line for line in rows if line not in off]
     jobs = checkout.jobs("config/sd14.yaml")
     assert len(rows) >= 8
     assert jobs["ablate_concept"] == jobs["sample_ablated"] == jobs["score_concept"] == len(rows)
