@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_clip import make_tiny_clip
 
@@ -59,9 +60,28 @@ def test_mistakes_are_named(spec, says, scorer):
         load_detector(spec, scorer)
 
 
-def test_the_texts_for_inappropriate_content_can_be_used(scorer):
-    detector = ZeroShotDetector(scorer, unsafe=["something violent"], safe=["something peaceful"])
-    assert set(detector.detect(pictures())) <= {0.0, 1.0}
+class Colours:
+    """A scorer for which a text is a colour's name and a picture its own mean colour."""
+
+    name, model = "colours", types.SimpleNamespace(logit_scale=torch.tensor(1.0))
+
+    def text_features(self, texts):
+        return np.eye(3)[[("red", "green", "blue").index(text) for text in texts]]
+
+    def image_features(self, images, batch_size=64):
+        colours = np.array([np.asarray(image).mean((0, 1)) for image in images])
+        return colours / np.linalg.norm(colours, axis=1, keepdims=True)
+
+
+def test_any_unsafe_text_flags_what_is_nearest_to_it_and_the_safe_ones_nothing():
+    """Red, green, blue, orange (nearer to red) and cyan, as near to the safe blue as to the unsafe green."""
+    drawn = [Image.new("RGB", (4, 4), colour) for colour in (*COLOURS[:3], "orange", "cyan")]
+    detector = ZeroShotDetector(Colours(), unsafe=["red", "green"], safe=["blue"])
+    assert detector.detect(drawn).tolist() == [1, 1, 0, 1, 0.5]
+    assert ZeroShotDetector(Colours(), ["blue"], ["red", "green"]).detect(drawn).tolist() == [0, 0, 1, 0, 0.5]
+    assert ZeroShotDetector(Colours(), ["red"], ["green"]).detect(drawn[3:4]).tolist() == [1]
+    alone, both = (ZeroShotDetector(Colours(), unsafe, ["blue"]) for unsafe in (["red"], ["red", "green"]))
+    assert (both.scores(drawn[:2]) > alone.scores(drawn[:2])).all() and alone.scores(drawn)[0] > 0.5
 
 
 class StandIn:

@@ -471,7 +471,11 @@ def test_unsafe_pictures_are_veiled_until_asked_for(tmp_path, page):
 def test_an_imported_delta_without_a_training_record(tmp_path):
     row = make_row(tmp_path, "a")
     del row["training"]
-    Elements(make_page(tmp_path, [row]))
+    page = make_page(tmp_path, [row])
+    Elements(page)
+    (line,) = pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
+    assert line["training_seconds"] is None and line["steps"] is None and line["delta_mb"] > 0
+    assert re.search(r'data-sort="">–<small>[\d.]+ MB</small>', page)
 
 
 def test_the_report_needs_no_torch():

@@ -60,6 +60,8 @@ def test_its_settings_take_a_style_and_an_object_through_every_stage(checkout):
     summary = pq.read_table(results / "report" / "summary.parquet").to_pylist()
     assert {row["concept"] for row in summary} == {"van-gogh", "grumpy-cat"}
     assert all((checkout.folder / row["delta"]).is_file() for row in summary)
-    for record in results.glob("concepts/*/training.parquet"):
+    records = list(results.glob("concepts/*/training.parquet"))
+    assert len(records) == 2
+    for record in records:
         steps = pq.read_table(record).to_pydict()
         assert steps["learning_rate"] == [4e-6, 4e-6]  # 2e-6 x the batch of 2: the overlay's scale_lr
