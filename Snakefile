@@ -28,4 +28,5 @@ rule all:
     input:
         "<results>/report/index.html",
         unfinished,
-        "<results>/report/summary.parquet",  # a report with rows missing has none, so it is never up to date
+        "<results>/report/summary.parquet",
+        "<results>/report/complete.json",  # a report with rows missing has none, so it is never up to date

@@ -69,7 +69,7 @@ def read_plan(folder: Path) -> Plan:
 def touch_outputs(plan: Plan) -> None:
     """Every file that a finished run leaves in the results folder, without its content."""
     files = {plan.path(key) for key in plan.stages} | {file for row in plan.rows for file in plan.files(row)}
-    report = ("scores.parquet", "scores.csv", "summary.parquet", "summary.csv", "index.html")
+    report = ("scores.parquet", "scores.csv", "summary.parquet", "summary.csv", "complete.json", "index.html")
     for file in [*sorted(files), *(f"{plan.results}/report/{name}" for name in report)]:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("made up")

@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(bring, required=True, text="the base model that it changes")
     bring.add_argument("--out", required=True, metavar="DELTA", help="the delta.safetensors to write")
 
-    card = command(_card, "write the model card of one concept of a finished run")
+    card = command(_card, "write the model card of one concept that is finished")
     card.add_argument("results", metavar="RESULTS", help="the folder of a run's results")
     card.add_argument("concept", metavar="CONCEPT", help="the concept's name, as in the report")
     card.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from concept_ablation.imagestore import METADATA_KEY, ImageStore, read_store
+from concept_ablation.tables import missing_rows
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,9 +50,14 @@ class CardError(ValueError):
 def card_of_results(
     results: str | Path, concept: str, out_folder: str | Path, base_model: str | None = None
 ) -> Path:
-    """Write the card of one concept of a finished run; see `write_card`. Raises CardError, StoreError, DeltaError."""
+    """Write the card of one concept that is finished; see `write_card`. Raises CardError, StoreError, DeltaError."""
     results = Path(results)
-    lines = {line["concept"]: line for line in _read(results / "report" / "summary.parquet").to_pylist()}
+    summary = _read(results / "report" / "summary.parquet")
+    lines = {line["concept"]: line for line in summary.to_pylist()}
+    if concept in missing_rows(summary):
+        raise CardError(
+            f"{results}: {concept!r} is not finished ({results / 'report' / 'index.html'} says why); run the workflow again"
+        )
     if concept not in lines:
         raise CardError(f"{results}: no concept {concept!r} (allowed: {', '.join(lines)})")
     scores = [
@@ -78,7 +84,7 @@ def _read(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise CardError(f"{path}: can't be read ({error}); is this the folder of a finished run?") from error
+        raise CardError(f"{path}: can't be read ({error}); is this the folder of a run's results?") from error
 
 
 def _find_delta(results: Path, path: Path) -> Path:

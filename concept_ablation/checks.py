@@ -61,8 +61,8 @@ def check_rows(plan: Plan, rows: Sequence[Row], table: str) -> str:
 def check_report(plan: Plan) -> str:
     """A warning if the report in the results folder has other rows than the plan's: another table shares the folder."""
     path = Path(plan.results, "report", "summary.csv")
-    if plan.pending or not path.is_file():
-        return ""
+    if plan.pending or not path.is_file() or not path.with_name("complete.json").exists():
+        return ""  # without its mark the report is made again anyway
     with path.open(encoding="utf-8", newline="") as file:
         made = {line[0] for line in list(csv.reader(file))[1:] if line}
     if made == {row.concept.name for row in plan.rows}:

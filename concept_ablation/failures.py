@@ -1,14 +1,14 @@
 """What a run that failed still gives: the report of the rows that are finished, with what failed, where and why.
 
-Only a whole run writes the report's Parquet tables. A report with rows missing has the page and the CSV files alone, so
-that neither Snakemake nor another program takes it for a finished one.
+Its tables and its page are those of any report, without the other rows; the tables name these in their metadata. Only a
+whole run leaves the mark `report/complete.json`, which Snakemake asks for: so a report with rows missing is never taken for
+up to date.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def printable(line: str, width: int) -> str:
 
 
 def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | None = None) -> list[Failure]:
-    """Makes the page and the CSV tables of the rows that are finished, and prints how these came out, as `print_summary`.
+    """Makes the tables and the page of the rows that are finished, and prints how these came out, as `print_summary`.
 
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
@@ -87,30 +87,27 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
     from concept_ablation.tables import aggregate_scores
 
     folder, failures = Path(plan.results) / "report", list(failures)
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in ("scores.parquet", "summary.parquet"):
-        (folder / table).unlink(missing_ok=True)
+    names = ("scores.parquet", "summary.parquet", "index.html", "complete.json")
+    scores, summary, page, mark = (folder / name for name in names)
     while True:
         missing = {row.concept.name for row in plan.unfinished()}
         spec = json.loads(plan.report_spec([row for row in plan.rows if row.concept.name not in missing]))
         told = {name for failure in failures for name in failure.concepts}
         spec["failures"] = [asdict(failure) for failure in failures]
-        spec["waiting"] = sorted(missing - told)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as own:
-            scores, summary = Path(own) / "scores.parquet", Path(own) / "summary.parquet"
-            try:
-                aggregate_scores(spec, scores, summary)
-                render(spec, scores, summary, folder / "index.html")
-            except ValueError as error:
-                path = getattr(error, "damaged", None)
-                if path is None or not path.exists():  # a damaged file once set aside is no longer there
-                    raise
-                failures.append(_damage(plan, path, error))
-                continue
-            for table in (scores, summary):
-                os.replace(table.with_suffix(".csv"), folder / table.with_suffix(".csv").name)
-            print_summary(summary, folder / "index.html", file)
-            return failures
+        spec["missing"], spec["waiting"] = sorted(missing), sorted(missing - told)
+        mark.unlink(missing_ok=True)  # first, since all that follows may be interrupted
+        try:
+            aggregate_scores(spec, scores, summary)
+            mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
+            render(spec, scores, summary, page)
+        except ValueError as error:
+            path = getattr(error, "damaged", None)
+            if path is None or not path.exists():  # a damaged file once set aside is no longer there
+                raise
+            failures.append(_damage(plan, path, error))
+            continue
+        print_summary(summary, page, file)
+        return failures
 
 
 def _damage(plan: Plan, path: Path, error: ValueError) -> Failure:

@@ -26,7 +26,7 @@ from concept_ablation.imagestore import open_store
 from concept_ablation.prompts import UNSAFE
 from concept_ablation.runtime import atomic_output
 from concept_ablation.sections import previews, sections
-from concept_ablation.tables import report_rows
+from concept_ablation.tables import missing_rows, report_rows
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +115,12 @@ def print_summary(
     summary_path: str | Path, report_path: str | Path, file: TextIO | None = None, most: int = 40
 ) -> None:
     """Prints how each row came out, one line a row (at most `most`), and where the report is; to stderr if `file` is None."""
-    lines = pq.read_table(summary_path).to_pylist()
+    table = pq.read_table(summary_path)
+    lines, missing = table.to_pylist(), missing_rows(table)
     text = [summary_text(lines[:most])] if lines else []
     text += [f"... and {len(lines) - most} more in the report"] if len(lines) > most else []
     text += ["", f"{headline(lines)}.", f"Report: {report_path}"]
+    text += [f"Rows that are not in it, since they are not finished: {len(missing)}"] if missing else []
     print("\n".join(text), file=file or sys.stderr)
 
 

@@ -1,8 +1,10 @@
 """The report's tables: all scores (long) and, made of them, one row a concept (wide, see `summary`).
 
-docs/report.md explains every column to a reader.
+docs/report.md explains every column to a reader. Each Parquet file says in its metadata, under `concept_ablation`, how many
+rows it has and which are missing because they aren't finished; a whole run leaves the same beside them, as a mark.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from concept_ablation import __version__
 from concept_ablation.columns import COLUMNS
+from concept_ablation.imagestore import METADATA_KEY
 from concept_ablation.runtime import atomic_output, damaged
 from concept_ablation.summary import SUMMARY, summarise
 from concept_ablation.verdict import read_thresholds
@@ -35,7 +39,8 @@ def aggregate_scores(
 
     Args:
         spec: the report's rows (concept, kind, targets, target, anchor, neighbors, scores, samples, base, delta, and where
-            they exist training, image), or {"rows": rows, "verdict": thresholds}.
+            they exist training, image), or {"rows": rows, "verdict": thresholds, "missing": names of unfinished rows}, all
+            but the rows optional.
         scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
 
     Raises:
@@ -49,9 +54,28 @@ def aggregate_scores(
             summary.append(summarise(row, table, thresholds))
             yield table
 
-    scores = write_table(read_all(), scores_path, COLUMNS)
-    write_table([pa.Table.from_pylist(summary, schema=SUMMARY)], summary_path, SUMMARY)
+    about = {METADATA_KEY: json.dumps(describe(spec))}
+    scores = write_table(read_all(), scores_path, COLUMNS.with_metadata(about))
+    wide = pa.Table.from_pylist(summary, schema=SUMMARY)
+    write_table([wide], summary_path, SUMMARY.with_metadata(about))
     log.info("%d concepts, %d scores", len(rows), scores)
+
+
+def describe(spec: Mapping | Sequence[Mapping]) -> dict:
+    """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the program's version."""
+    missing = spec.get("missing", []) if isinstance(spec, Mapping) else []
+    return {"rows": len(report_rows(spec)), "missing": list(missing), "version": __version__}
+
+
+def mark_complete(spec: Mapping | Sequence[Mapping], path: str | Path) -> None:
+    """Writes the mark of a whole report, the JSON of `describe`: the last of a report's tables to be written."""
+    with atomic_output(path) as part:
+        part.write_text(json.dumps(describe(spec)) + "\n", encoding="utf-8")
+
+
+def missing_rows(table: pa.Table) -> list[str]:
+    """The names of the rows that a table of the report lacks because they weren't finished when it was made."""
+    return json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}")).get("missing", [])
 
 
 def report_rows(spec: Mapping | Sequence[Mapping]) -> list[Mapping]:

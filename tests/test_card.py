@@ -124,9 +124,8 @@ def test_values_of_the_table_are_no_markup(tmp_path):
     assert set(head) == {"license", "pipeline_tag", "tags"}  # a folder is no base_model that a hub knows
     assert "<script" not in text and r"{{ 7\*7 }}" in text
     assert not re.search(r"^# <|^# &lt;", text, re.MULTILINE)
-    for line in text.splitlines():
-        if line.startswith("| ow"):
-            assert len(re.findall(r"(?<!\\)\|", line)) == 7
+    lines = [line for line in text.splitlines() if line.startswith("| ow")]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in lines] == [7, 7]
     assert r"\[a\]\(b\)" in text and r"\`x\`" in text
 
 
@@ -172,11 +171,16 @@ def test_pictures_that_are_not_to_be_published_are_left_out(kind, tmp_path):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(CardError, match="summary.parquet: can't be read .*finished run"):
+    with pytest.raises(CardError, match="summary.parquet: can't be read .*a run's results"):
         card_of_results(tmp_path, "row", tmp_path / "card")
     results = make_results(tmp_path)
     with pytest.raises(CardError, match=r"no concept 'other' \(allowed: row\)"):
         card_of_results(results, "other", tmp_path / "card")
+    summary = results / "report" / "summary.parquet"
+    about = {"concept_ablation": '{"missing": ["late"]}'}
+    pq.write_table(pq.read_table(summary).replace_schema_metadata(about), summary)
+    with pytest.raises(CardError, match=r"'late' is not finished .*index.html says why"):
+        card_of_results(results, "late", tmp_path / "card")
     (results / "base" / "0-2.parquet").unlink()
     with pytest.raises(CardError, match="base: no pictures of owl by the base model"):
         card_of_results(results, "row", tmp_path / "card")

@@ -27,6 +27,7 @@ FOREIGN = [
     "anchors/mine.parquet",
     "concepts/mine/delta.safetensors",
     "report/index.html",
+    "report/complete.json",
     "x.0123456789ab/y",
 ]
 

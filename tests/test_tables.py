@@ -1,5 +1,7 @@
 """The verdict rule, and the two tables made from rows' scores."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,7 @@ import pytest
 from concept_ablation import metrics, verdict
 from concept_ablation.columns import COLUMNS
 from concept_ablation.summary import SUMMARY
-from concept_ablation.tables import TableError, aggregate_scores, at_hand
+from concept_ablation.tables import TableError, aggregate_scores, at_hand, mark_complete, missing_rows
 from concept_ablation.training import StepRecord, write_records
 from concept_ablation.verdict import Presence, Thresholds, judge, read_thresholds
 
@@ -263,6 +265,22 @@ def test_tables_do_not_depend_on_the_order_of_rows(tmp_path):
 def test_no_rows_give_empty_tables(tmp_path):
     aggregate_scores([], tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     assert pq.read_table(tmp_path / "summary.parquet").num_rows == 0
+
+
+def test_tables_say_which_rows_they_lack_and_a_whole_report_has_a_mark(tmp_path):
+    spec = {"rows": [write_row(tmp_path, "a")], "missing": ["b", "c"]}
+    tables = [tmp_path / "scores.parquet", tmp_path / "summary.parquet"]
+    aggregate_scores(spec, *tables)
+    for table in tables:
+        about = json.loads(pq.read_schema(table).metadata[b"concept_ablation"])
+        assert (about["rows"], about["missing"]) == (1, ["b", "c"])
+        assert missing_rows(pq.read_table(table)) == ["b", "c"]
+    del spec["missing"]
+    aggregate_scores(spec, *tables)
+    mark_complete(spec, tmp_path / "complete.json")
+    about = json.loads((tmp_path / "complete.json").read_text())
+    assert about == json.loads(pq.read_schema(tables[0]).metadata[b"concept_ablation"])
+    assert (about["rows"], about["missing"]) == (1, []) and about["version"]
 
 
 def test_damaged_and_foreign_scores_are_named(tmp_path):

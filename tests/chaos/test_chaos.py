@@ -138,7 +138,7 @@ def test_killed_at_random_moments(undisturbed, checkout):
             elif run.poll() is None:
                 os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-        if (checkout.folder / "results" / "report" / "summary.parquet").exists() and kills < KILLS:
+        if (checkout.folder / "results" / "report" / "complete.json").exists() and kills < KILLS:
             wait_for(run.pid)
             finish(checkout)
             check_equal(checkout, undisturbed)

@@ -1,5 +1,6 @@
 # The tables of all rows and the page that shows them.
 # Reads every row's scores and pictures, writes report/scores, report/summary (Parquet and CSV) and report/index.html.
+# report/complete.json is the mark of a whole report: what `onerror` makes of the rows that are finished is without it.
 # Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names all rows' files.
 # In a remote storage all rows are inputs, so that their files are fetched.
 
@@ -13,6 +14,7 @@ rule aggregate_scores:
         scores_csv="<results>/report/scores.csv",
         summary="<results>/report/summary.parquet",
         summary_csv="<results>/report/summary.csv",
+        complete="<results>/report/complete.json",
     log:
         "<logs>/aggregate_scores.log",
     benchmark:

@@ -7,7 +7,8 @@ from concept_ablation.devices import start_job
 
 start_job(snakemake)
 
-from concept_ablation.tables import aggregate_scores, at_hand
+from concept_ablation.tables import aggregate_scores, at_hand, mark_complete
 
 spec = at_hand(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
 aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary)
+mark_complete(spec, snakemake.output.complete)
