@@ -5,7 +5,7 @@
 # make test-world  every kind of row for real, on the embedded model (about 15 minutes)
 # make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 7 minutes)
 # make page-test  the report in a browser: installs Debian's chromium if it is missing, as root (about a minute)
-# make status  what is done, running, failed, waiting     make gc      list what no row refers to (REMOVE=1: remove it)
+# make status  what is done, running, ended, failed       make gc      list what no row refers to (REMOVE=1: remove it)
 # make test-s3  results in a bucket: installs and starts an S3 server on this machine (about 5 minutes)
 # make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
 # Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.

@@ -35,9 +35,10 @@ def start_job(snakemake) -> None:
     `snakemake`: the object that Snakemake gives to a script. A job is a GPU job if its rule asks for `gpu` and the config
     doesn't keep it off CUDA.
     """
-    from concept_ablation.runtime import setup_logging
+    from concept_ablation.runtime import setup_logging, tell_end
 
     setup_logging(snakemake.log[0], results=snakemake.config["results"])
+    tell_end(snakemake.log[0])
     resources = snakemake.resources
     if resources.get("gpu", 0) and resources.device in ("auto", "cuda"):
         claim_device(snakemake.config["runtime"]["gpu_jobs_per_device"])

@@ -1,47 +1,66 @@
-"""What a run that failed still gives: the report of the rows that are finished, with what failed, where and why.
+"""What a run that failed or was ended still gives: the report of the rows that are finished, with what failed and why.
 
 Its tables and its page are those of any report, without the other rows; the tables name these in their metadata. Only a
 whole run leaves the mark `report/complete.json`, which Snakemake asks for: so a report with rows missing is never taken for
 up to date.
+
+A job *failed* if it ended by itself, with an error. It *was ended* by a signal, or together with its run; then the signal
+is told if the job's log tells it (`runtime.tell_end`). A log that just ends is what SIGKILL leaves: the job *was killed*.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 from concept_ablation.plan import Plan, has_content
-from concept_ablation.runtime import set_aside
+from concept_ablation.runtime import DONE, ENDED, set_aside
 
+FAILED, STOPPED, KILLED = "failed", "was ended", "was killed"
+CRASH = "Fatal Python error: "  # what a crash of native code leaves
 TAIL = 12  # lines of a failed job's log that are shown
 WIDTH = 400  # characters of such a line
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One job that failed: its `stage` and `key`, the names of the rows that wait for it, its log and that one's end."""
+    """One job that left no result: its `stage` and `key`, the names of the rows that wait for it, its log and that one's end.
+
+    how: FAILED, KILLED, or STOPPED, where it is known with the signal ("was ended by SIGTERM").
+    """
 
     stage: str
     key: str
     concepts: tuple[str, ...]
     log: str
     lines: tuple[str, ...]
+    how: str = FAILED
 
 
-def find_failures(plan: Plan, failed: Iterable[tuple[str, str | None, str]]) -> list[Failure]:
-    """`failed` jobs, each a stage, its key (None: the report's) and its log, with the rows that each one stops."""
+def find_failures(
+    plan: Plan, jobs: Iterable[tuple[str, str | None, str]], stopped: bool = False, since: float | None = None
+) -> list[Failure]:
+    """The `jobs` that left no result, with the rows that each one stops; first those that failed.
+
+    jobs: each a stage, its key (None: the report's) and its log. stopped: whether the run itself was ended from outside.
+    since: when the run began, in seconds since the epoch; an older log is an earlier run's and counts as none.
+    """
     waiting: dict[str, list[str]] = {}
     for row in plan.unfinished():
         for key in plan.needed(row):
             waiting.setdefault(key, []).append(row.concept.name)
-    return [
-        Failure(stage, key or "", tuple(waiting.get(key, ())), path, tail(path))
-        for stage, key, path in sorted(failed, key=lambda job: (job[0], job[1] or ""))
-    ]
+    found = []
+    for stage, key, path in sorted(jobs, key=lambda job: (job[0], job[1] or "")):
+        how, lines = read_end(path, stopped, since)
+        if not (stopped and (how == DONE or (key and has_content(plan.path(key))))):
+            how = FAILED if how == DONE else how
+            found.append(Failure(stage, key or "", tuple(waiting.get(key, ())), path, lines, how))
+    return sorted(found, key=lambda failure: failure.how != FAILED)
 
 
 def set_empty_aside(plan: Plan) -> list[str]:
@@ -54,15 +73,36 @@ def set_empty_aside(plan: Plan) -> list[str]:
     return empty
 
 
-def tail(path: str | Path) -> tuple[str, ...]:
-    """The last lines of a log, without what could move a terminal's cursor."""
+def read_end(path: str | Path, stopped: bool, since: float | None = None) -> tuple[str, tuple[str, ...]]:
+    """How a job ended, as `how_ended`, and what to show of its log. `stopped`, `since`: as for `find_failures`."""
     try:
-        lines = log_lines(path)
+        lines = log_lines(path) if since is None or os.stat(path).st_mtime >= since else None
     except OSError:
-        return ("it wrote no log: it was ended before it began, or by the machine",)
-    return tuple(printable(line, WIDTH) for line in lines[-TAIL:]) or (
-        "its log is empty: it was ended from outside",
-    )
+        lines = None
+    if lines is None:
+        how = STOPPED if stopped else FAILED
+        return how, () if stopped else ("it wrote no log: it failed, or was ended, before it began",)
+    how, notes = how_ended(lines), []
+    if how == DONE and not stopped:
+        notes = ["its script went well: what Snakemake made of its files did not, see above"]
+    if how == KILLED and not stopped:
+        notes = ["its log just ends, as after SIGKILL: often the machine's memory was full"]
+    if how == KILLED and stopped:
+        how = STOPPED
+    shown = lines[-TAIL:] if how in (FAILED, DONE) else lines[-2:-1] if " by " in how else lines[-1:]
+    crash = [place for place, line in enumerate(lines) if line.startswith(CRASH)]
+    shown = lines[crash[-1] :][:TAIL] if crash else shown
+    return how, tuple(notes + [printable(line, WIDTH) for line in shown])
+
+
+def how_ended(lines: Sequence[str]) -> str:
+    """How a job without a result ended, by the lines of its log: FAILED, KILLED, "was ended by SIGNAL", or `runtime.DONE`."""
+    if any(" CRITICAL " in line or line.startswith(CRASH) for line in lines):
+        return FAILED
+    last = lines[-1] if lines else ""
+    if found := re.search(f" ERROR .*: {ENDED} (SIG[A-Z]+)$", last):
+        return f"{STOPPED} by {found[1]}"
+    return DONE if last.endswith(f": {DONE}") else KILLED
 
 
 def log_lines(path: str | Path) -> list[str]:
@@ -118,14 +158,14 @@ def _damage(plan: Plan, path: Path, error: ValueError) -> Failure:
 
 
 def failure_text(failures: Sequence[Failure], most: int = 10) -> str:
-    """What failed, for a terminal: each job with the rows that it stops and the end of its log, `most` jobs at most."""
+    """What failed or was ended, for a terminal: each job with the rows that it stops and its log's end, `most` at most."""
     text = []
     for failure in failures[:most]:
         rows = ", ".join(failure.concepts[:5]) + (
             f" and {len(failure.concepts) - 5} more" if len(failure.concepts) > 5 else ""
         )
         text += [
-            f"{failure.stage} failed" + (f", for {rows}" if rows else "") + f" (log: {failure.log})",
+            f"{failure.stage} {failure.how}" + (f", for {rows}" if rows else "") + f" (log: {failure.log})",
             *(f"    {line}" for line in failure.lines),
         ]
     if len(failures) > most:

@@ -6,12 +6,15 @@ second.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import faulthandler
 import functools
 import logging
 import os
 import platform
 import resource
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CURE = "; delete it and run again"  # of a damaged file, where nobody sets it aside
+ENDED, DONE = "ended by", "the script is done"  # how a job's log ends, see `tell_end`
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 avoid_hidden_tiles()  # here, since oneDNN reads its variable once, at the first product
 
@@ -164,6 +168,30 @@ def setup_logging(
     log.info(_where())
 
 
+def tell_end(log_path: str | Path) -> None:
+    """See to it that a job's log says at its end how the job ended, whatever ended it, SIGKILL alone excepted.
+
+    After an error that is the error, after a crash of native code its signal and where Python was ("Fatal Python error"),
+    after SIGINT, SIGTERM and SIGHUP `ENDED` with the signal, else `DONE`. For the main thread of a script, after
+    `setup_logging`.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, _interrupt)
+    faulthandler.enable(open(log_path, "a", encoding="utf-8"))  # noqa: SIM115, open until the process ends
+    atexit.register(_log_done)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A signal as SIGINT's: what is open is closed, temporary files are removed, the log tells. A second one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _log_done() -> None:
+    log.info(DONE)
+
+
 def _where() -> str:
     """The machine, under SLURM also the job, and the devices that this process may see."""
     names = ("SLURMD_NODENAME", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES")
@@ -174,8 +202,9 @@ def _where() -> str:
 
 def _log_crash(results: str | Path | None, kind, error, trace) -> None:
     message = f"{kind.__name__}: {error}"
+    atexit.unregister(_log_done)
     if issubclass(kind, KeyboardInterrupt):
-        log.error("interrupted")
+        log.error("%s %s", ENDED, str(error) or "SIGINT")
         return
     path = getattr(error, "damaged", None)
     if path and results and path.resolve().is_relative_to(Path(results).resolve()):

@@ -1,9 +1,10 @@
 """How far a run is, told from its files alone: rows done, running, failed and waiting, the time left, the disk used.
 
-A unit of work is *done* when its file is there. One that isn't is *failed* when the log of its last try ends with an error, or
-when that log is there and nothing runs any more (it was killed). It is *running* when its log was begun after the Snakemake
-run that holds this checkout's lock, or, where another checkout may be at work, when its log changed within 10 minutes. All
-else is *waiting*. A row is failed if any of its work is, else running if any is, else waiting.
+A unit of work is *done* when its file is there. One that isn't is *failed* when the log of its last try has the error that
+ended it, and *ended* when that log names a signal at its end, or just ends (as after SIGKILL) and nothing runs any more. It is
+*running* when its log was begun after the Snakemake run that holds this checkout's lock, or, where another checkout may be
+at work, when its log changed within 10 minutes. All else is *waiting*. A row is in the first of failed, running, ended and
+waiting that any of its work is in.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from concept_ablation.cleanup import FRESH, disk_used, locked_since, size_text
-from concept_ablation.failures import log_lines, printable
+from concept_ablation.failures import CRASH, FAILED, KILLED, how_ended, log_lines, printable
 from concept_ablation.plan import Plan, has_content
+from concept_ablation.runtime import DONE
 
-State = Literal["running", "failed", "waiting"]
+State = Literal["failed", "running", "ended", "waiting"]
 WIDTH = 160  # characters of a log's line that are shown
 
 
@@ -47,7 +49,7 @@ def status_text(plan: Plan, checkout: str | Path = ".", most: int = 10) -> str:
     """The whole answer, at most `most` rows of each state named."""
     since, now = locked_since(checkout), time.time()
     units = {key: read_unit(plan, key, since, now) for key in unfinished_keys(plan)}
-    rows: dict[str, list[str]] = {"failed": [], "running": [], "waiting": []}
+    rows: dict[str, list[str]] = {state: [] for state in get_args(State)}
     for row in plan.pending:
         found = [units[key] for key in plan.needed(row) if key in units]
         state = next((name for name in rows if any(unit.state == name for unit in found)), "waiting")
@@ -56,7 +58,7 @@ def status_text(plan: Plan, checkout: str | Path = ".", most: int = 10) -> str:
         rows[state].append(f"{row.concept.name}{text}")
     counts = ", ".join(f"{len(names)} {state}" for state, names in reversed(rows.items()))
     lines = [f"{plan.results}: {len(plan.rows)} rows: {len(plan.rows) - len(plan.pending)} done, {counts}"]
-    for state in ("failed", "running"):
+    for state in ("failed", "ended", "running"):
         lines += [f"{state:>8}  {name}" for name in rows[state][:most]]
         lines += [f"{'':8}  and {len(rows[state]) - most} more"] if len(rows[state]) > most else []
     lines.append(_run_text(since, rows))
@@ -93,17 +95,20 @@ def read_unit(plan: Plan, key: str, since: float | None, now: float) -> Unit:
         lines = log_lines(log)
     except FileNotFoundError:
         return Unit(stage, "waiting", log)
-    errors = [line for line in lines if " CRITICAL " in line or " ERROR " in line]
     if since is not None and changed < since:
         return Unit(stage, "waiting", log)  # an earlier run's; this one tries again
-    if errors:
+    how, last = how_ended(lines), printable(lines[-1] if lines else "no line yet", WIDTH)
+    if how == FAILED:
+        errors = [line for line in lines if " CRITICAL " in line or line.startswith(CRASH)]
         return Unit(stage, "failed", log, printable(errors[-1], WIDTH))
+    if how not in (KILLED, DONE):
+        return Unit(stage, "ended", log, how)
     if since is not None or now - changed < FRESH:
         silent = "" if now - changed < FRESH else f"silent for {duration(now - changed)}, last: "
-        return Unit(stage, "running", log, silent + printable(lines[-1] if lines else "no line yet", WIDTH))
-    return Unit(
-        stage, "failed", log, "was killed, last: " + printable(lines[-1] if lines else "no line", WIDTH)
-    )
+        return Unit(stage, "running", log, silent + last)
+    if how == DONE:  # what it wrote was removed since
+        return Unit(stage, "waiting", log)
+    return Unit(stage, "ended", log, f"{KILLED}, last: {last}")
 
 
 def read_costs(results: str | Path) -> Costs:

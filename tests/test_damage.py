@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from concept_ablation.columns import COLUMNS
-from concept_ablation.failures import Failure, failure_text, find_failures, set_empty_aside, tail
+from concept_ablation.failures import Failure, failure_text, find_failures, read_end, set_empty_aside
 from concept_ablation.imagestore import open_store, read_store, write_store
 from concept_ablation.models import load_delta, save_delta
 from concept_ablation.plan import Plan
@@ -144,9 +144,9 @@ class FewKeys(Plan):
 
 def test_a_failure_names_every_row_that_waits_for_it(tmp_path):
     plan = FewKeys(tmp_path / "results")
-    (tmp_path / "x.log").write_text("one\n\ntwo \x1b[2J\u202e\n")
+    (tmp_path / "x.log").write_text("one\n\n2026 CRITICAL two \x1b[2J\u202e\n")
     (failure,) = find_failures(plan, [("generate_anchors", plan.shared, str(tmp_path / "x.log"))])
-    assert failure.concepts == ("a", "b") and failure.lines == ("one", "two  [2J ")
+    assert failure.concepts == ("a", "b") and failure.lines == ("one", "2026 CRITICAL two  [2J ")
     own = plan.rows[1].ablation
     (failure,) = find_failures(plan, [("ablate_concept", own, "missing.log")])
     assert failure.concepts == ("b",) and "wrote no log" in failure.lines[0]
@@ -154,10 +154,12 @@ def test_a_failure_names_every_row_that_waits_for_it(tmp_path):
 
 
 def test_long_logs_and_many_failures_are_cut_short(tmp_path):
-    (tmp_path / "x.log").write_text("\n".join(f"line {i} " + "x" * 10_000 for i in range(1000)))
-    lines = tail(tmp_path / "x.log")
-    assert lines[-1].startswith("line 999") or len(lines) <= 12
-    assert max(map(len, lines)) <= 400
+    for width, count in ((10_000, 6), (10, 12)):  # of a log's last 64 KiB
+        text = "\n".join(f"line {i} CRITICAL " + "x" * width for i in range(1000))
+        (tmp_path / "x.log").write_text(text)
+        how, lines = read_end(tmp_path / "x.log", stopped=False)
+        assert how == "failed" and len(lines) >= count and lines[-1].startswith("line 999 ")
+        assert len(lines) <= 12 and max(map(len, lines)) <= 400
     many = [Failure("sample_base", str(i), tuple("abcdefgh"), "x.log", ("no",)) for i in range(30)]
     text = failure_text(many)
     assert "... and 20 more" in text and "a, b, c, d, e and 3 more" in text

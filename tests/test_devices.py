@@ -165,6 +165,7 @@ def test_a_job_claims_if_it_asks_for_a_gpu_and_may_use_cuda(resources, claims, m
     asked = []
     monkeypatch.setattr(devices, "claim_device", asked.append)
     monkeypatch.setattr("concept_ablation.runtime.setup_logging", lambda path, results: None)
+    monkeypatch.setattr("concept_ablation.runtime.tell_end", lambda path: None)
     config = {"results": str(tmp_path), "runtime": {"gpu_jobs_per_device": 3}}
     start_job(SimpleNamespace(log=[str(tmp_path / "x.log")], resources=Resources(**resources), config=config))
     assert asked == ([3] if claims else [])

@@ -52,7 +52,7 @@ def log_of(plan, stage, name):
 
 def test_nothing_done_is_all_waiting_and_of_unknown_length(plan, tmp_path):
     said = status_text(plan, tmp_path)
-    assert "3 rows: 0 done, 3 waiting, 0 running, 0 failed" in said
+    assert "3 rows: 0 done, 3 waiting, 0 ended, 0 running, 0 failed" in said
     assert "time left: unknown; not yet measured:" in said and "2 generate_anchors" in said
     assert "No run of this checkout goes on" in said and "disk: 0 B" in said
 
@@ -65,7 +65,7 @@ def test_each_row_is_in_one_state(plan, tmp_path):
     )
     write(tmp_path / ".snakemake/locks/0.output.lock", when=NOW - 3600)
     said = status_text(plan, tmp_path)
-    assert "3 rows: 1 done, 0 waiting, 1 running, 1 failed" in said
+    assert "3 rows: 1 done, 0 waiting, 0 ended, 1 running, 1 failed" in said
     assert "running  duck: ablate_concept: 2026 INFO x: step 40 of 120" in said
     assert "failed  rocket: ablate_concept: 2026 CRITICAL root: RuntimeError: no memory" in said
     assert log_of(plan, "ablate_concept", "rocket") in said and "holds its lock" in said
@@ -73,21 +73,35 @@ def test_each_row_is_in_one_state(plan, tmp_path):
 
 def test_a_shared_stage_that_fails_fails_every_row_that_waits_for_it(plan, tmp_path):
     write(log_of(plan, "generate_anchors", "owl"), "CRITICAL root: x\n".replace("CRITICAL", "2026 CRITICAL"))
-    assert "0 done, 1 waiting, 0 running, 2 failed" in status_text(plan, tmp_path)
+    assert "0 done, 1 waiting, 0 ended, 0 running, 2 failed" in status_text(plan, tmp_path)
 
 
 def test_an_earlier_runs_failure_waits_for_this_run(plan, tmp_path):
     write(log_of(plan, "ablate_concept", "rocket"), "2026 CRITICAL root: x\n", NOW - 7200)
     write(tmp_path / ".snakemake/locks/0.output.lock", when=NOW - 3600)
-    assert "0 done, 3 waiting, 0 running, 0 failed" in status_text(plan, tmp_path)
+    assert "0 done, 3 waiting, 0 ended, 0 running, 0 failed" in status_text(plan, tmp_path)
 
 
 def test_without_a_run_an_old_log_was_a_killed_job_and_a_fresh_one_another_checkouts(plan, tmp_path):
     write(log_of(plan, "ablate_concept", "rocket"), "INFO x: step 3\n", NOW - 7200)
     write(log_of(plan, "ablate_concept", "duck"), "INFO x: step 4\n")
     said = status_text(plan, tmp_path)
-    assert "1 waiting, 1 running, 1 failed" in said and "was killed, last: INFO x: step 3" in said
+    assert "1 waiting, 1 ended, 1 running, 0 failed" in said and "was killed, last: INFO x: step 3" in said
     assert "A run seems to go on in another checkout" in said
+
+
+def test_a_job_that_a_signal_ended_did_not_fail(plan, tmp_path):
+    last = "2026 ERROR concept_ablation.runtime: ended by SIGTERM\n"
+    write(log_of(plan, "ablate_concept", "rocket"), f"2026 INFO x: step 3\n{last}")
+    said = status_text(plan, tmp_path)
+    assert "2 waiting, 1 ended, 0 running, 0 failed" in said
+    assert "ended  rocket: ablate_concept: was ended by SIGTERM (" in said
+
+
+def test_a_result_that_was_removed_is_waited_for(plan, tmp_path):
+    last = "2026 INFO concept_ablation.runtime: the script is done\n"
+    write(log_of(plan, "ablate_concept", "rocket"), last, NOW - 7200)
+    assert "3 waiting, 0 ended, 0 running, 0 failed" in status_text(plan, tmp_path)
 
 
 def test_control_characters_of_a_log_stay_out(plan, tmp_path):

@@ -52,30 +52,38 @@ def read_plan(config, configfiles):
 
 
 def print_report(plan):
-    """Tell how each row came out and where the report is, if this run made it."""
+    """Tell how each row came out and where the report is, if there is one here."""
     folder = Path(plan.results) / "report"
-    if (folder / "index.html").exists():
+    if (folder / "summary.parquet").exists():
         from concept_ablation.report import print_summary
 
         print_summary(folder / "summary.parquet", folder / "index.html")
 
 
-def print_failures(plan, jobs):
-    """Make the report of what is finished, and tell which jobs failed and why; nothing if the run was just stopped.
+def print_failures(plan, scheduler):
+    """Make the report of what is finished, and tell which jobs failed or were ended, and why.
 
     Of a remote storage there is no report: what is finished is not here.
     """
-    if jobs:
-        from concept_ablation.failures import failure_text, find_failures, report_unfinished
+    from concept_ablation.cleanup import locked_since
+    from concept_ablation.failures import failure_text, find_failures, report_unfinished
 
-        failed = [(job.rule.name, job.wildcards_dict.get("key"), str(job.log[0])) for job in jobs]
-        failures = find_failures(plan, failed)
-        failures = failures if stored else report_unfinished(plan, failures)
-        logger.error(
-            f"\n{failure_text(failures)}\n\nWhat is finished is kept: run the same command again for the rest."
-        )
-    else:
-        logger.error("Stopped. What is finished is kept: run the same command again for the rest.")
+    # What still counts as running was ended by Ctrl-C, together with the run; after SIGTERM Snakemake waits for its jobs.
+    stopped = bool(scheduler.running or scheduler._user_kill or not scheduler.failed)
+    jobs = [job for job in scheduler.failed | scheduler.running if job.log]
+    jobs = [(job.rule.name, job.wildcards_dict.get("key"), str(job.log[0])) for job in jobs]
+    failures = find_failures(plan, jobs, stopped, locked_since("."))
+    try:
+        if not stored:
+            logger.info("Making the report of what is finished (Ctrl-C leaves it out)")
+            failures = report_unfinished(plan, failures)
+    except KeyboardInterrupt:
+        logger.error("The report of what is finished was left out.")
+    except (OSError, ValueError) as error:
+        logger.error(f"The report of what is finished can't be made: {error}")
+    said = f"{failure_text(failures)}\n\n" if failures else ""
+    end = "Stopped. What" if stopped else "What"
+    logger.error(f"\n{said}{end} is finished is kept: run the same command again for the rest.")
 
 
 # A graph of many jobs is no garbage: searching it for some is a sixth of the planning.
@@ -110,4 +118,4 @@ onsuccess:
 
 onerror:
     take_back()
-    print_failures(plan, workflow.scheduler.failed)
+    print_failures(plan, workflow.scheduler)
