@@ -20,9 +20,9 @@ from torch import Tensor
 from concept_ablation.cleanup import size_text
 from concept_ablation.compvis import TEXT_ENCODER, compvis_names
 from concept_ablation.formats import FormatError, delta_parameters
+from concept_ablation.hashes import fingerprint
 from concept_ablation.lora import factorise, save_diffusers, save_kohya
 from concept_ablation.models import METADATA_KEY, TOKEN_ROW, apply_delta, load_delta, load_pipeline
-from concept_ablation.plan import fingerprint
 from concept_ablation.runtime import atomic_output
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ Pickled files are read as tensors alone: no code in them runs. What writes these
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pickle
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from concept_ablation.compvis import TEXT_ENCODER, UNET, compvis_names
+from concept_ablation.hashes import file_hash, fingerprint
 from concept_ablation.models import (
     METADATA_KEY,
     TOKEN_ROW,
@@ -29,7 +29,6 @@ from concept_ablation.models import (
     trainable_parameters,
     why_refused,
 )
-from concept_ablation.plan import fingerprint
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -259,7 +258,6 @@ def detect_group(tensors: Iterable[str], pipeline: StableDiffusionPipeline) -> s
 
 def _sha256(path: str | Path) -> str:
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(str(path))
     except OSError as error:
         raise FormatError(f"{path}: can't be read: {error.strerror}") from None

@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from concept_ablation.concepts import Concept, slug
 
@@ -42,7 +41,6 @@ PATHS = {
     "score_concept": "scores/{key}.parquet",
 }
 TRAINING_RECORD = "concepts/{key}/training.parquet"
-WEIGHT_FILES = {".json", ".txt", ".safetensors", ".bin", ".pt", ".ckpt", ".model"}
 
 
 class PlanError(ValueError):
@@ -65,28 +63,6 @@ def canonical(spec: object) -> str:
 def make_key(label: str, spec: Mapping) -> str:
     """The content-addressed key of `spec`; `label` only makes it readable."""
     return f"{slug(label)}.{hashlib.sha256(canonical(spec).encode()).hexdigest()[:12]}"
-
-
-@functools.lru_cache(maxsize=64)
-def fingerprint(folder: str) -> str:
-    """12 hex digits that change with a model's content, a folder's or one file's; of a large file only parts are read.
-
-    Hashes the sorted relative names, the sizes and the first, middle and last 64 KiB of the configuration and
-    weight files.
-    """
-    digest, part = hashlib.sha256(), 65536
-    root = Path(folder)
-    found = (
-        [root] if root.is_file() else [p for p in root.rglob("*") if p.suffix in WEIGHT_FILES and p.is_file()]
-    )
-    for path in sorted(found):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in sorted({0, max(0, size // 2 - part // 2), max(0, size - part)}):
-                file.seek(start)
-                digest.update(file.read(part))
-    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

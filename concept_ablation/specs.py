@@ -7,7 +7,6 @@ batch sizes enter none. Nothing here imports torch, transformers or pandas.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from concept_ablation.concepts import Concept, load_concepts, slug
 from concept_ablation.custom_code import REFUSED, find_code
-from concept_ablation.plan import Plan, PlanError, Row, fingerprint
+from concept_ablation.hashes import file_hash, fingerprint
+from concept_ablation.plan import Plan, PlanError, Row
 from concept_ablation.prompts import (
     PARAPHRASES,
     SLOT,
@@ -55,6 +55,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     Raises PlanError, which lists every row that can't be planned; of one that is switched off the plan keeps the slugs.
     """
     plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
+    _fingerprint.cache_clear()  # a model may have been replaced since this process's last plan
     try:
         model = model_spec(config["model"], "model.path")
         for folder in (model["path"], model.get("config")):
@@ -90,9 +91,9 @@ def model_spec(model: Mapping, key: str) -> dict:
     if model.get("config"):
         spec["config"] = model["config"]
         if os.path.exists(model["config"]):
-            spec["config_fingerprint"] = fingerprint(model["config"])
+            spec["config_fingerprint"] = _fingerprint(model["config"], key)
     if os.path.exists(path):
-        return {**spec, "fingerprint": fingerprint(path)}
+        return {**spec, "fingerprint": _fingerprint(path, key)}
     if revision is None:
         raise PlanError(
             f"{key}: {path!r} is no folder here. Give the folder of a model, or a single-file checkpoint; a hub id needs "
@@ -101,11 +102,23 @@ def model_spec(model: Mapping, key: str) -> dict:
     return spec
 
 
+@functools.cache
+def _fingerprint(path: str, key: str) -> str:
+    """The fingerprint of a model that rows share, looked up once a plan. Raises PlanError."""
+    try:
+        return fingerprint(path, keep=True)
+    except OSError as error:
+        raise PlanError(f"{key}: {error.filename}: can't be read: {error.strerror}") from None
+
+
 def _clip_spec(scorer: Mapping, key: str) -> dict:
-    """A CLIP model as specs name it: a folder with its fingerprint, or an open_clip name with its weights."""
-    if scorer["pretrained"] is not None:
-        return dict(scorer)
-    return {**scorer, "fingerprint": model_spec({"path": scorer["model"]}, f"{key}.model")["fingerprint"]}
+    """A CLIP model as specs name it: a folder or a file of weights with its fingerprint, or the name of published weights."""
+    model, weights = scorer["model"], scorer["pretrained"]
+    if weights is None or os.path.isdir(model):
+        return {**scorer, "fingerprint": model_spec({"path": model}, f"{key}.model")["fingerprint"]}
+    if os.path.isfile(weights):
+        return {**scorer, "fingerprint": _fingerprint(weights, f"{key}.pretrained")}
+    return dict(scorer)
 
 
 def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row:
@@ -253,7 +266,7 @@ def _memory_spec(concept: Concept, evaluation: Mapping) -> dict:
             f"evaluation.descriptor.sha256: {descriptor['model']} can hold code, so its hash is needed. If this is the "
             f"published file, set {found}"
         )
-    descriptor["fingerprint"] = fingerprint(descriptor["model"])
+    descriptor["fingerprint"] = _fingerprint(descriptor["model"], "evaluation.descriptor.model")
     image = {"file": concept.image, "sha256": _sha256(str(concept.image), "image")}
     return {"image": image, "descriptor": descriptor}
 
@@ -329,12 +342,6 @@ def _sha256(path: str, column: str) -> str:
     if os.path.exists(path) and not os.path.isfile(path):  # of a device or a pipe the reading never ends
         raise PlanError(f"column {column!r}: {path}: can't be read: it is no file")
     try:
-        return _hash(path, os.stat(path).st_mtime_ns)
+        return file_hash(path, keep=True)
     except OSError as error:
         raise PlanError(f"column {column!r}: {path}: can't be read: {error.strerror}") from None
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash(path: str, _changed: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

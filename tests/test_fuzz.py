@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from concept_ablation.concepts import ConceptsError, hidden
-from concept_ablation.plan import PlanError, fingerprint
+from concept_ablation.plan import PlanError
 from concept_ablation.settings import merge
 from concept_ablation.specs import load_plan
 from concept_ablation.validation import ConfigError, read_config
@@ -41,7 +41,6 @@ def folder(tmp_path_factory):
         (folder / "embedded" / name).mkdir(parents=True)
         (folder / "embedded" / name / "weights.safetensors").write_bytes(bytes(1000))
     os.chdir(folder)
-    fingerprint.cache_clear()
     yield folder
     os.chdir(before)
 

@@ -303,7 +303,6 @@ def test_code_runs_only_where_the_config_allows_it(model):
 
 
 def test_the_plan_refuses_a_model_with_code(model, monkeypatch):
-    from concept_ablation.plan import fingerprint
     from concept_ablation.specs import build_plan
 
     (model / "extra.py").write_text(CODE)
@@ -312,7 +311,6 @@ def test_the_plan_refuses_a_model_with_code(model, monkeypatch):
         (model.parent / name).symlink_to(ROOT / name)
     config["model"]["path"] = str(model)
     rows = [Concept("cat", "object", ("pouting cat",), "cat")]
-    fingerprint.cache_clear()
     with pytest.raises(PlanError, match="extra.py.*allow_custom_code"):
         build_plan(rows, config)
     config["model"]["allow_custom_code"] = True

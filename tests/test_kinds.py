@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from concept_ablation.plan import fingerprint
 from concept_ablation.settings import merge
 from concept_ablation.specs import load_plan
 from tests.stages import run_plan
@@ -45,7 +44,6 @@ def plan_of(table: str, results: str = "results"):
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     merge(config, copy.deepcopy(SMALL))
     Path("rows.csv").write_text(table)
-    fingerprint.cache_clear()
     config |= {"concepts": "rows.csv", "results": results}
     return load_plan(config, SCHEMAS, "config")[1]
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from concept_ablation.concepts import Concept, ConceptsError, load_concepts
-from concept_ablation.plan import PATHS, VERSIONS, PlanError, canonical, fingerprint, make_key
+from concept_ablation.plan import PATHS, VERSIONS, PlanError, canonical, make_key
 from concept_ablation.specs import build_plan
 from concept_ablation.validation import ConfigError, check_config, load_schema
 
@@ -32,7 +32,6 @@ def config(tmp_path, monkeypatch):
         (tmp_path / "embedded" / name).mkdir(parents=True)
         (tmp_path / "embedded" / name / "weights.safetensors").write_bytes(bytes(1000))
     monkeypatch.chdir(tmp_path)
-    fingerprint.cache_clear()
     return yaml.safe_load((ROOT / "config/config.yaml").read_text())
 
 
@@ -201,20 +200,102 @@ def test_a_prompt_files_content_is_part_of_the_key(config, tmp_path):
     assert found[0] != found[1]
 
 
-def test_replaced_weights_change_the_fingerprint(tmp_path):
-    weights = bytearray(1_000_000)
-    path = tmp_path / "unet" / "model.safetensors"
-    path.parent.mkdir()
-    found = []
-    for place in (0, 10, 500_000, 999_999):
-        weights[place] = 1
-        path.write_bytes(weights)
-        fingerprint.cache_clear()
-        found.append(fingerprint(str(tmp_path)))
-    assert len(set(found)) == 4
-    (tmp_path / "README.md").write_text("words")
-    fingerprint.cache_clear()
-    assert fingerprint(str(tmp_path)) == found[-1]
+SAMPLED = {"sample_base", "sample_ablated", "score_concept"}
+WITH_MODEL = {"generate_anchors", "ablate_concept", *SAMPLED}
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "file", "stages"),
+    [
+        ({}, {}, "embedded/emoji-diffusion/weights.safetensors", WITH_MODEL),
+        ({}, {"model.path": "one.ckpt"}, "one.ckpt", WITH_MODEL),
+        ({}, {"model.path": "one.ckpt", "model.config": "like"}, "like/vocab.json", WITH_MODEL),
+        ({}, {"model.path": "one.ckpt", "model.config": "v1.yaml"}, "v1.yaml", WITH_MODEL),
+        ({}, {}, "embedded/emoji-clip/weights.safetensors", {"score_concept"}),
+        (
+            {},
+            {"evaluation.scorer.model": "ViT-B-32", "evaluation.scorer.pretrained": "w.pt"},
+            "w.pt",
+            {"score_concept"},
+        ),
+        (
+            {"kind": "inappropriate"},
+            {"kinds.inappropriate.evaluation.detector.scorer": {"model": "clip", "pretrained": None}},
+            "clip/w.bin",
+            {"score_concept"},
+        ),
+        (
+            {},
+            {
+                "prompts.source": "language-model",
+                "prompts.language_model.path": "llm",
+            },
+            "llm/chat_template.jinja",
+            {"write_prompts", *WITH_MODEL} - {"sample_base"},
+        ),
+        ({"delta": "d.bin"}, {}, "d.bin", {"import_delta", "sample_ablated", "score_concept"}),
+        (
+            {"kind": "memorization", "image": "moon.png"},
+            {},
+            "moon.png",
+            {"search_prompts", *WITH_MODEL} - {"sample_base"},
+        ),
+        (
+            {"kind": "memorization", "image": "moon.png"},
+            {},
+            "embedded/emoji-copy/weights.safetensors",
+            {"search_prompts", *WITH_MODEL} - {"sample_base"},
+        ),
+        (
+            {"kind": "memorization", "image": "moon.png"},
+            {"evaluation.descriptor.model": "sscd.pt", "evaluation.descriptor.sha256": "0" * 64},
+            "sscd.pt",
+            {"search_prompts", *WITH_MODEL} - {"sample_base"},
+        ),
+    ],
+)
+def test_a_file_replaced_in_place_changes_the_keys_from_the_stages_that_use_it_on(
+    config, row, settings, file, stages
+):
+    for name in (
+        "one.ckpt",
+        "like/vocab.json",
+        "v1.yaml",
+        "w.pt",
+        "clip/w.bin",
+        "d.bin",
+        "moon.png",
+        "sscd.pt",
+    ):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"small")
+    Path("llm").mkdir()
+    for path, value in settings.items():
+        *groups, last = path.split(".")
+        part = config
+        for group in groups:
+            part = part.setdefault(group, {})
+        part[last] = value
+    Path(file).write_bytes(bytes(300_000))
+    row = Concept(**{**vars(CAT), **row})
+    before = build_plan([row], config)
+    with Path(file).open("r+b") as content:  # beyond its first 64 KiB, before its middle and its last
+        content.seek(100_000)
+        content.write(b"1")
+    after = build_plan([row], config)
+    changed = {stage for stage in VERSIONS if before.specs[stage].keys() != after.specs[stage].keys()}
+    assert changed == stages
+
+
+def test_a_model_that_cant_be_read_is_told_with_its_key(config, monkeypatch):
+    def refuse(path, keep):
+        raise PermissionError(13, "Permission denied", f"{path}/unet")
+
+    monkeypatch.setattr("concept_ablation.specs.fingerprint", refuse)
+    with pytest.raises(
+        PlanError, match="model.path: embedded/emoji-diffusion/unet: can't be read: Permission"
+    ):
+        build_plan([CAT], config)
 
 
 def test_a_spec_is_canonical_json_that_names_its_stage(config):

@@ -1,8 +1,11 @@
 """The workflow as a user runs it: one real run of two rows, what a change reruns, how mistakes are told."""
 
+import shutil
+
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from tests.workflow.conftest import CAT, HEADER, INK
 
@@ -73,6 +76,23 @@ def test_another_checkout_with_these_results_reruns_nothing_and_runs_a_row_of_it
     assert other.jobs("small.yaml") == {}
     other.write(HEADER + CAT + INK + "new,object,grinning cat,cat,weary cat,\n")
     assert other.jobs("small.yaml") == {"sample_base": 1, **ROW}
+
+
+def test_a_model_ablated_in_place_makes_all_that_it_draws_anew(finished, make_checkout):
+    other = make_checkout()
+    (other.folder / "results").symlink_to(finished.folder / "results")
+    (other.folder / "models").unlink()
+    shutil.copytree(finished.folder / "models", other.folder / "models")
+    other.write(HEADER + CAT + INK)
+    assert other.jobs("small.yaml") == {}, "a copy of the model is the same model"
+    (weights,) = (other.folder / "models" / "pipeline" / "unet").glob("*.safetensors")
+    size, tensors = weights.stat().st_size, load_file(weights)
+    ablated = [name for name in tensors if name.startswith("mid_block") and "attn2.to_k" in name]
+    assert ablated
+    save_file({name: tensors[name] * (name not in ablated) for name in tensors}, weights, {"format": "pt"})
+    assert weights.stat().st_size == size
+    drawn = {"generate_anchors": 2, "sample_base": 6, "sample_ablated": 2}
+    assert other.jobs("small.yaml") == {"ablate_concept": 2, "score_concept": 2, **drawn, **REPORT}
 
 
 def test_a_touched_script_reruns_nothing(plan, finished):
