@@ -6,12 +6,12 @@ Run when the workflow is planned, for unfinished rows, and by `python -m concept
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from concept_ablation.lint import LintRow, format_findings, lint_rows
 from concept_ablation.plan import Plan, PlanError, Row
+from concept_ablation.prompt_tokens import TokenizerError, load_tokens, tokenizer_folder
 from concept_ablation.prompts import expand, has_word, read_templates, spread, target_prompts
 from concept_ablation.settings import merge
 from concept_ablation.specs import load_plan
@@ -27,7 +27,7 @@ def check_table(configfiles: Sequence[str]) -> str:
     rows were read. Raises ConfigError, ConceptsError, PlanError.
     """
     config, plan = read_table(configfiles)
-    warnings = check_rows(plan, plan.rows, config["concepts"]).splitlines()
+    warnings = check_rows(plan, plan.rows, config).splitlines()
     return "\n".join(
         [*warnings, f"{config['concepts']}: {len(plan.rows)} rows read, {len(warnings)} warnings"]
     )
@@ -42,20 +42,27 @@ def read_table(configfiles: Sequence[str], disabled: bool = False) -> tuple[dict
     return load_plan(config, ROOT / "workflow" / "schemas", source, disabled)
 
 
-def check_rows(plan: Plan, rows: Sequence[Row], table: str) -> str:
-    """The warnings about `rows`, one a line, or an empty text. `table` is the path that they name.
+def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping) -> str:
+    """The warnings about `rows` of the plan under `config`, one a line, or an empty text.
 
     Raises PlanError if a row's prompts make it useless.
     """
-    models = {spec["model"]["path"] for spec in plan.specs["sample_ablated"].values()}
-    folder = next((path for path in models if os.path.isdir(path)), None)
-    findings = lint_rows([_lint_row(plan, row) for row in rows], folder)
+    if not rows:
+        return ""
+    table, tokens, warnings = config["concepts"], None, []
+    try:
+        tokens = load_tokens(tokenizer_folder(config["model"]))
+    except TokenizerError as error:
+        warnings.append(
+            f"model: without its tokenizer, too long prompts and unknown words aren't noticed: {error}"
+        )
+    findings = lint_rows([_lint_row(plan, row) for row in rows], tokens)
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         raise PlanError(
             f"{table}: {len(errors)} row(s) whose prompts can't work\n{format_findings(errors, table)}"
         )
-    return format_findings(findings, table) if findings else ""
+    return "\n".join([*warnings, *([format_findings(findings, table)] if findings else [])])
 
 
 def check_report(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from concept_ablation.prompt_tokens import Tokens, load_tokens
+from concept_ablation.prompt_tokens import Tokens
 from concept_ablation.prompts import has_word, plural
 
 Prompts = tuple[str, ...]
@@ -51,13 +51,11 @@ class Finding:
 Found = tuple[Literal["error", "warning"], str, str]  # level, code, message
 
 
-def lint_rows(rows: Sequence[LintRow], tokenizer_folder: str | Path | None) -> list[Finding]:
+def lint_rows(rows: Sequence[LintRow], tokens: Tokens | None) -> list[Finding]:
     """Every finding of every row, in the rows' order.
 
-    `tokenizer_folder` is the folder of the base model, or of its tokenizer; with None, or without a tokenizer
-    that can be read, lengths and unknown words aren't checked.
+    `tokens`: the base model's tokenizer; with None, lengths and unknown words aren't checked.
     """
-    tokens = load_tokens(str(tokenizer_folder)) if tokenizer_folder is not None else None
     # Rows share their anchor prompts, and most of their neighbors.
     about_anchor, about_probe = functools.cache(_about_anchor_prompts), functools.cache(_about_probe)
     findings = []

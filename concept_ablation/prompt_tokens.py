@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+
+class TokenizerError(ValueError):
+    """A model's tokenizer isn't here or can't be read; the message says what to do."""
 
 
 class Tokens:
@@ -75,9 +76,37 @@ class _Cache(dict):
         return value
 
 
-@functools.lru_cache(maxsize=8)
-def load_tokens(folder: str) -> Tokens | None:
-    """The tokenizer in `folder`, or in its folder `tokenizer`; None, with a warning, if none can be read.
+def tokenizer_folder(model: Mapping) -> str:
+    """The folder of the pipeline whose tokenizer `model` (`path`, `revision`, `config`) uses; nothing is downloaded.
+
+    That is the model's own folder, of a hub id its snapshot in this machine's cache, of a single-file checkpoint the folder
+    `config`. Raises TokenizerError.
+    """
+    path, revision, config = model["path"], model.get("revision"), model.get("config")
+    if os.path.isdir(path):
+        return path
+    if os.path.isfile(path):
+        if config and os.path.isdir(config):
+            return config
+        raise TokenizerError(
+            f"{path} is one file, without a tokenizer; set model.config to the folder of a diffusers pipeline of the same build"
+        )
+    # Here: the import takes a tenth of a second.
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    except ValueError as error:
+        raise TokenizerError(f"{path} is no folder, file or hub id: {error}") from None
+    if isinstance(found, str):
+        return os.path.dirname(found)
+    raise TokenizerError(
+        f"{path} is not in this machine's cache ({constants.HF_HUB_CACHE}); `hf download {path} --revision {revision}` gets it"
+    )
+
+
+def load_tokens(folder: str | Path) -> Tokens:
+    """The tokenizer in `folder`, or in its folder `tokenizer`. Raises TokenizerError.
 
     Reads `tokenizer.json`, or the `vocab.json` and `merges.txt` of a CLIP tokenizer.
     """
@@ -93,8 +122,10 @@ def load_tokens(folder: str) -> Tokens | None:
         if not 0 < limit < 10**6:  # transformers writes 10^30 for "not known"
             limit = _json(model / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     except Exception as error:  # noqa: BLE001 - the library raises no other for a broken file
-        log.warning("%s: its tokenizer can't be read (%s): lengths and words aren't checked", folder, error)
-        return None
+        reason = " ".join(str(error).split())
+        raise TokenizerError(
+            f"{place} holds none that can be read ({reason}); a tokenizer.json, or a vocab.json and merges.txt, is needed"
+        ) from None
     return Tokens(tokenizer, int(limit), ends, unknown, bool(kind.get("merges", True)))
 
 

@@ -1,13 +1,16 @@
 """`make check`: the config, the table and every row's prompts are read, and nothing runs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from concept_ablation.__main__ import main
 
 ROOT = Path(__file__).parents[1]
+UNKNOWN = "concept,kind,target,anchor\nx,object,xqzvpt,bird\n"
 GOOD = "concept,kind,target,anchor,neighbors\nowl,object,owl,bird,penguin\n"
 
 
@@ -27,11 +30,70 @@ def check(tmp_path, capsys, monkeypatch):
     return run
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The hub's cache on this machine, empty."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def snapshot(cache, revision: str, *names: str) -> None:
+    """Put these parts of the embedded model into the cache as `hf download` does: links to blobs."""
+    for name in names:
+        link = cache / "models--someone--model" / "snapshots" / revision / name
+        blob = cache / "models--someone--model" / "blobs" / name.replace("/", "-")
+        for path in (link, blob):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "embedded/emoji-diffusion" / name, blob)
+        link.symlink_to(blob)
+
+
 def test_the_shipped_rows_have_nothing_to_say(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for overlay in ([], ["--configfile", "config/sd14.yaml"]):
-        assert main(["check", *overlay]) == 0
-        assert "0 warnings" in capsys.readouterr().out
+    assert main(["check"]) == 0
+    assert "0 warnings" in capsys.readouterr().out
+
+
+def test_without_the_model_of_the_overlay_one_line_says_what_is_not_checked(capsys, monkeypatch, cache):
+    monkeypatch.chdir(ROOT)
+    assert main(["check", "--configfile", "config/sd14.yaml"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[1].endswith("8 rows read, 1 warnings")
+    assert said[0].startswith(
+        "model: without its tokenizer, too long prompts and unknown words aren't noticed"
+    )
+    assert f"CompVis/stable-diffusion-v1-4 is not in this machine's cache ({cache})" in said[0]
+    assert (
+        "`hf download CompVis/stable-diffusion-v1-4 --revision 133a221b8aa7292a167afc5127cb63fb5005638b`"
+        in said[0]
+    )
+
+
+def test_a_hub_ids_tokenizer_is_read_from_the_cache(check, cache):
+    hub = {"model": {"path": "someone/model", "revision": "c0ffee"}}
+    snapshot(cache, "beef", "model_index.json", "tokenizer/tokenizer.json")
+    assert "someone/model is not in this machine's cache" in check(UNKNOWN, hub)[1], "another revision"
+    snapshot(cache, "c0ffee", "model_index.json")
+    assert "holds none that can be read" in check(UNKNOWN, hub)[1]
+    snapshot(cache, "c0ffee", "tokenizer/tokenizer.json")
+    status, said = check(UNKNOWN, hub)
+    assert status == 0 and "rows.csv:2: warning: target 'xqzvpt'" in said and "1 warnings" in said
+    status, said = check(UNKNOWN, {"model": {"path": "./no/such/id", "revision": "c0ffee"}})
+    assert status == 0 and "./no/such/id is no folder, file or hub id" in said
+
+
+def test_a_single_files_tokenizer_is_that_of_its_config(check, tmp_path):
+    (tmp_path / "one.ckpt").write_bytes(b"weights")
+    (tmp_path / "v1.yaml").write_text("model: {}")
+    one = {"path": str(tmp_path / "one.ckpt")}
+    status, said = check(UNKNOWN, {"model": {**one, "config": "embedded/emoji-diffusion"}})
+    assert status == 0 and "rows.csv:2: warning: target 'xqzvpt'" in said and "1 warnings" in said
+    for config in (None, str(tmp_path / "v1.yaml")):
+        status, said = check(UNKNOWN, {"model": {**one, "config": config}})
+        assert status == 0 and "1 warnings" in said
+        assert (
+            "one.ckpt is one file, without a tokenizer; set model.config to the folder of a diffusers" in said
+        )
 
 
 def test_warnings_name_the_line_and_leave_the_status_alone(check):

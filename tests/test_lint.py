@@ -7,9 +7,8 @@ import time
 import pytest
 from tiny import make_tiny_tokenizer
 
-from concept_ablation import prompt_tokens
 from concept_ablation.lint import Finding, LintRow, format_findings, lint_rows
-from concept_ablation.prompt_tokens import load_tokens
+from concept_ablation.prompt_tokens import TokenizerError, load_tokens
 from concept_ablation.prompts import replace_word
 
 EMBEDDED = "embedded/emoji-diffusion"
@@ -23,12 +22,16 @@ def row(line=2, targets=("grumpy cat",), prompts=CATS, made=None, kind="object",
     )
 
 
+def lint(rows, folder=None):
+    return lint_rows(rows, folder and load_tokens(folder))
+
+
 def codes(rows, folder=None):
-    return [(finding.level, finding.code) for finding in lint_rows(rows, folder)]
+    return [(finding.level, finding.code) for finding in lint(rows, folder)]
 
 
 def message(one, folder=None):
-    (finding,) = lint_rows([one], folder)
+    (finding,) = lint([one], folder)
     return finding.message
 
 
@@ -111,7 +114,7 @@ def test_tokens_are_counted_as_transformers_counts_them(tiny):
     from transformers import CLIPTokenizer
 
     for folder, path in ((tiny, tiny / "tokenizer"), (EMBEDDED, EMBEDDED + "/tokenizer")):
-        ours, theirs = load_tokens(str(folder)), CLIPTokenizer.from_pretrained(path)
+        ours, theirs = load_tokens(folder), CLIPTokenizer.from_pretrained(path)
         for prompt in (
             "A cat's  picture, it's 1999!",
             "Müller 葛飾北斎 — naïve",
@@ -129,7 +132,7 @@ def test_words_that_the_tokenizer_spells_are_unknown(tiny):
     unknown = load_tokens(EMBEDDED).unknown(words)
     assert [word for word, _ in unknown] == ["xqzvpt", "葛飾北斎"]
     assert "'xqzvpt' (6 tokens)" in message(row(targets=["xqzvpt"]), EMBEDDED)
-    assert load_tokens(str(tiny)).unknown(words) == []  # spells every word: says nothing about any
+    assert load_tokens(tiny).unknown(words) == []  # spells every word: says nothing about any
 
 
 def test_the_unknown_token_tells_too(tmp_path):
@@ -139,14 +142,17 @@ def test_the_unknown_token_tells_too(tmp_path):
     model.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "config.json").write_text('{"max_position_embeddings": 40}')
-    tokens = load_tokens(str(tmp_path))
+    tokens = load_tokens(tmp_path)
     assert tokens.unknown("cat snoopy") == [("snoopy", 1)] and tokens.limit == 40
 
 
-def test_a_folder_without_a_tokenizer_only_leaves_out_checks(tmp_path, caplog):
-    (tmp_path / "tokenizer.json").write_text("{")
-    assert lint_rows([row(targets=["xqzvpt"])], tmp_path) == []
-    assert "can't be read" in caplog.text
+def test_a_folder_whose_tokenizer_cant_be_read_is_named(tmp_path):
+    with pytest.raises(TokenizerError, match=f"{tmp_path} holds none .*vocab.json and merges.txt, is needed"):
+        load_tokens(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match=f"{tmp_path}/tokenizer holds none that can be read"):
+        load_tokens(tmp_path)
 
 
 def test_findings_are_shown_by_line_and_equal_ones_once():
@@ -165,14 +171,14 @@ def test_findings_are_shown_by_line_and_equal_ones_once():
 
 
 def test_it_needs_no_torch_and_a_thousand_rows_take_a_second():
-    code = "import sys, concept_ablation.lint as lint; lint.lint_rows([], sys.argv[1]);"
+    code = "import sys; from concept_ablation import lint, prompt_tokens;"
+    code += "lint.lint_rows([], prompt_tokens.load_tokens(sys.argv[1]));"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, EMBEDDED], check=True)
     prompts = [f"a picture of a cat with {number} hats, on a red wall" for number in range(200)]
     rows = [
         row(line, [f"owl {line}"], prompts, [[f"{p}, owl {line}"] for p in prompts]) for line in range(1000)
     ]
-    prompt_tokens.load_tokens.cache_clear()
     started = time.process_time()
-    assert lint_rows(rows, EMBEDDED) == []
+    assert lint(rows, EMBEDDED) == []
     assert time.process_time() - started < 2  # measured: 0.2

@@ -49,6 +49,12 @@ def test_it_plans_as_shipped_without_weights(checkout):
     assert jobs["generate_anchors"] < len(rows)  # rows with one anchor share its images
 
 
+def test_a_run_says_once_that_the_tokenizer_is_missing(checkout):
+    done = checkout.snakemake("--dry-run", "--configfile", "config/sd14.yaml", HF_HUB_CACHE="empty")
+    assert done.returncode == 0 and done.stdout.count("without its tokenizer") == 1
+    assert "is not in this machine's cache (empty); `hf download CompVis/stable-diffusion-v1-4" in done.stdout
+
+
 def test_its_settings_take_a_style_and_an_object_through_every_stage(checkout):
     table = (checkout.folder / "config" / "sd14-concepts.csv").read_text().splitlines()
     kept = [line for line in table if line.startswith(("concept,", "van-gogh,", "grumpy-cat,"))]

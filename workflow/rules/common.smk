@@ -43,7 +43,7 @@ def read_plan(config, configfiles):
         if workflow.is_main_process:  # a job has nothing to say about the table
             for file in set_empty_aside(plan):
                 logger.warning(f"{file} was empty: set aside as .damaged, to be made anew")
-            for warnings in (check_rows(plan, plan.pending, config["concepts"]), check_report(plan)):
+            for warnings in (check_rows(plan, plan.pending, checked), check_report(plan)):
                 if warnings:
                     logger.warning(warnings)
         return plan
