@@ -83,7 +83,10 @@ def _sample_batch(
     own_scheduler = pipeline.scheduler
     pipeline.scheduler = make_scheduler(own_scheduler, str(sampler["scheduler"]))
     try:
-        with _mixed_precision(pipeline.unet, sampler["precision"], pipeline.device):
+        with (
+            _mixed_precision(pipeline.unet, sampler["precision"], pipeline.device),
+            _one_at_a_time(pipeline.vae),
+        ):
             return pipeline(
                 list(prompts),
                 negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
@@ -126,6 +129,20 @@ def _mixed_precision(unet: torch.nn.Module, precision: Precision, device: torch.
         yield
     finally:
         unet.forward = forward
+
+
+@contextlib.contextmanager
+def _one_at_a_time(vae: torch.nn.Module) -> Iterator[None]:
+    """Let `vae` decode picture by picture: a whole batch, in fp32, would need more memory than all the rest.
+
+    Inside only, since such a VAE also encodes one by one. A kind of VAE that can't do so goes on as before.
+    """
+    own = getattr(vae, "use_slicing", False)
+    vae.use_slicing = True
+    try:
+        yield
+    finally:
+        vae.use_slicing = own
 
 
 def load_model(model: Mapping, device: str) -> StableDiffusionPipeline:

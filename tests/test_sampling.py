@@ -1,10 +1,13 @@
+import contextlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import make_tiny_pipeline
 
+from concept_ablation import sampling
 from concept_ablation.imagestore import read_store
 from concept_ablation.models import load_pipeline, save_delta, trainable_parameters
 from concept_ablation.sampling import (
@@ -15,6 +18,7 @@ from concept_ablation.sampling import (
     sample_images,
 )
 
+ROOT = Path(__file__).parents[1]
 SAMPLER = {
     "scheduler": "dpmsolver++",
     "steps": 4,
@@ -93,6 +97,26 @@ def test_sampling_leaves_the_pipeline_as_it_was(pipeline):
     draw(pipeline, PROMPTS[:1], SEEDS[:1], scheduler="euler", precision="bf16")
     assert pipeline.scheduler is scheduler and pipeline.unet.forward == forward
     assert {value.dtype for value in pipeline.unet.parameters()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_pipeline(ROOT / "embedded" / "emoji-diffusion", device="cpu")
+
+
+def test_pictures_are_decoded_one_by_one_and_stay_the_same(embedded, monkeypatch):
+    """A batch's decoding in fp32 would need more memory than all else. Within one grey level: few pixels differ at all."""
+    decoded, decode = [], embedded.vae._decode
+    monkeypatch.setattr(
+        embedded.vae, "_decode", lambda z, *a, **kw: decoded.append(len(z)) or decode(z, *a, **kw)
+    )
+    sliced = draw(embedded)
+    assert decoded == [1] * len(PROMPTS)
+    assert not embedded.vae.use_slicing  # it would slice what a training encodes, too
+    monkeypatch.setattr(sampling, "_one_at_a_time", lambda vae: contextlib.nullcontext())
+    together = draw(embedded)
+    assert decoded[len(PROMPTS) :] == [len(PROMPTS)]
+    assert abs(sliced - together).max() <= 1 and (sliced != together).mean() < 1e-3
 
 
 def test_size_can_be_set(pipeline):
