@@ -172,7 +172,7 @@ def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, me
         asked = own["prompts"]["source"] != "file" and not concept.prompts
         more = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"])) if asked else None
         search = {**_search_spec(concept, own["prompts"]), "candidates_from": more, **memory}
-        prompts = plan.add("search_prompts", label, {**search, "sampler": anchors["sampler"], "model": model})
+        prompts = plan.add("search_prompts", label, {**search, "model": model})
     else:
         prompts = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
     images = {"prompts": prompts, "model": model, **anchors, **memory, "negative_prompt": negative}
@@ -246,7 +246,9 @@ def _search_spec(concept: Concept, prompts: Mapping) -> dict:
     candidates = [text for text in expand(templates, concept.anchor, slots) if text != caption]
     words = {"kind": concept.kind, "targets": [caption], "anchor": concept.anchor, "file": str(path)}
     wanted = {"anchors_wanted": search["anchors"], "targets_wanted": search["targets"]}
-    limits = {name: search[name] for name in ("images", "anchor_max", "target_min", "budget", "seed")}
+    limits = {
+        name: search[name] for name in ("images", "anchor_max", "target_min", "budget", "seed", "sampler")
+    }
     return {**words, "candidates": candidates, **wanted, **limits}
 
 

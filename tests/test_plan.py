@@ -55,6 +55,7 @@ def test_the_overlay_for_stable_diffusion_plans_the_papers_protocol(config):
     plan = build_plan(rows, merged)
     assert len(plan.rows) == 8
     assert [spec["images"] for spec in plan.specs["generate_anchors"].values()] == [1000] * 5
+    assert {spec["sampler"]["steps"] for spec in plan.specs["generate_anchors"].values()} == {200}
     training = {spec["targets"][0]: spec["training"] for spec in plan.specs["ablate_concept"].values()}
     assert training["grumpy cat"]["prior_preservation"] and not training["nemo"]["prior_preservation"]
     paper = {
@@ -412,6 +413,29 @@ def test_prompts_of_a_language_model_are_a_rows_own(config):
     config["prompts"]["endpoint"] |= {"model": "m", "base_url": "http://localhost:1/v1"}
     (spec,) = build_plan([row], config).specs["write_prompts"].values()
     assert spec["source"]["endpoint"]["model"] == "m" and spec["targets"] == ["pouting cat"]
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "diffusers"])
+def test_a_search_draws_with_its_own_sampler_whatever_draws_the_anchors(config, tmp_path, preset):
+    (tmp_path / "moon.png").write_bytes(b"one")
+    config["preset"] = preset
+    config["kinds"]["memorization"]["prompts"]["search"] = {"sampler": {"steps": 7}}
+    plan = build_plan([MOON], config)
+    (search,), (anchors,) = (plan.specs[stage].values() for stage in ("search_prompts", "generate_anchors"))
+    assert search["sampler"] == config["prompts"]["search"]["sampler"] | {"steps": 7}
+    recipe = config["presets"][preset].get("anchors", {}).get("sampler", {})
+    assert anchors["sampler"] == config["anchors"]["sampler"] | recipe
+
+
+def test_the_overlay_for_stable_diffusion_searches_with_25_steps(config, tmp_path):
+    (tmp_path / "moon.png").write_bytes(b"one")
+    merged = _merge(copy.deepcopy(config), yaml.safe_load((ROOT / "config/sd14.yaml").read_text()))
+    merged["evaluation"]["descriptor"] = config["evaluation"]["descriptor"]
+    plan = build_plan([MOON], merged)
+    (search,), (anchors,) = (plan.specs[stage].values() for stage in ("search_prompts", "generate_anchors"))
+    expected = {"scheduler": "dpmsolver++", "steps": 25, "guidance_scale": 6.0, "eta": 0.0}
+    assert search["sampler"].items() >= expected.items() and search["anchors_wanted"] == 10
+    assert anchors["sampler"]["steps"] == 200
 
 
 def test_a_language_models_prompts_are_more_candidates_for_a_search(config, tmp_path):
