@@ -199,3 +199,33 @@ def test_an_encoding_does_not_depend_on_its_batch(pipeline):
         alone = Encoder(pipeline)
         alone.latents(Batch([position], [False], [view]), torch.Generator())
         assert torch.equal(alone._moments[position, False], together._moments[position, False])
+
+
+def test_encodings_in_chunks_are_those_of_each_alone(pipeline, monkeypatch):
+    """On a CPU one at a time, on a GPU, which is played here, as many as the limits allow."""
+    data = AnchorData([picture(i) for i in range(5)], list("abcde"))
+    batch = next(data.batches(5, "compvis", 0.0, FACTOR, random.Random(1)))
+    assert len({view.whole for view in batch.views}) == 2
+    texts, calls = ["a cat", "an owl", "a fox", "an owl"], []
+    encode, encode_prompt = pipeline.vae.encode, pipeline.encode_prompt
+    monkeypatch.setattr(pipeline.vae, "encode", lambda x: calls.append(len(x)) or encode(x))
+    monkeypatch.setattr(
+        pipeline,
+        "encode_prompt",
+        lambda texts, *rest: calls.append(len(texts)) or encode_prompt(texts, *rest),
+    )
+    monkeypatch.setattr("concept_ablation.data.PIXELS_AT_ONCE", 2 * SIZE**2)
+    monkeypatch.setattr("concept_ablation.data.TEXTS_AT_ONCE", 2)
+
+    def encodings():
+        calls.clear()
+        encoder = Encoder(pipeline)
+        return encoder.latents(batch, torch.Generator()), encoder.text(texts), list(calls)
+
+    *alone, sizes = encodings()
+    assert sizes == [1] * 8
+    monkeypatch.setattr(Encoder, "_at_once", lambda self, limit: limit)
+    *chunked, sizes = encodings()
+    assert sizes == [2, 2, 1, 2, 1]
+    for one, other in zip(alone, chunked, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
