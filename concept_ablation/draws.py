@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Losses:
-    """Draws batches, noise, timesteps and prompts; each item is a batch's loss and prior loss (NaN: none)."""
+    """Draws batches, noise, timesteps and prompts, and gives the losses of them."""
 
     def __init__(
         self,
@@ -46,11 +45,14 @@ class Losses:
         self.batches = data.batches(settings.images, settings.augmentation, *views)
         self.prior_batches = data.batches(settings.images, prior_augmentation, *views)
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        loss = self._loss(next(self.batches))
-        if not self.settings.prior_preservation:
-            return loss, torch.full_like(loss, math.nan)
-        return loss, self._prior_loss(next(self.prior_batches))
+    def of_next_batch(self) -> Iterator[Tensor]:
+        """The loss of the next batch and, with prior preservation, its prior loss.
+
+        Each is computed when it is asked for: after the backward pass of the one before, whose graph is gone by then.
+        """
+        yield self._loss(next(self.batches))
+        if self.settings.prior_preservation:
+            yield self._prior_loss(next(self.prior_batches))
 
     def _loss(self, batch: Batch) -> Tensor:
         prompts = [

@@ -129,14 +129,18 @@ class Training:
         return StepRecord(step, loss, prior, learning_rate, grad_norm, seconds, memory)
 
     def _backward(self) -> tuple[float, float]:
-        """Gradients of one optimizer step; the means over its batches of the loss and the prior loss."""
-        settings, means = self.settings, torch.zeros(2)
+        """Gradients of one optimizer step; the means over its batches of the loss and the prior loss (NaN: none)."""
+        settings = self.settings
+        weights = (1.0, settings.prior_weight) if settings.prior_preservation else (1.0,)
+        means = torch.zeros(len(weights))
         for _ in range(settings.gradient_accumulation):
-            loss, prior = next(self._losses)
-            total = loss + settings.prior_weight * prior if settings.prior_preservation else loss
-            self._accelerator.backward(total / settings.gradient_accumulation)
-            means += torch.stack([loss, prior]).detach().cpu() / settings.gradient_accumulation
-        return means[0].item(), means[1].item()
+            # Loss by loss, so that one graph is alive at a time; their gradients add up.
+            for number, loss in enumerate(self._losses.of_next_batch()):
+                share = loss / settings.gradient_accumulation
+                self._accelerator.backward(weights[number] * share)
+                means[number] += share.detach().cpu()
+        loss, prior = [*means.tolist(), math.nan][:2]
+        return loss, prior
 
     def state(self) -> dict[str, object]:
         """All that the steps to come depend on: tensors, and what JSON can hold."""

@@ -280,6 +280,62 @@ def test_prior_preservation(folder, monkeypatch):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[2] != pytest.approx(norms[0], rel=1e-2)
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["plain", "scaled as for fp16"])
+@pytest.mark.parametrize("form", ["doubled", "halved"])
+def test_both_losses_gradients_are_those_of_their_weighted_sum(folder, form, scale):
+    settings = {
+        "prior_preservation": True,
+        "prior_form": form,
+        "prior_weight": 0.3,
+        "augmentation": "compvis",
+    }
+    settings |= {"gradient_accumulation": 2}
+    trainings = [
+        Training(
+            load_pipeline(folder, device="cpu"),
+            DATA,
+            TARGETS,
+            dataclasses.replace(SETTINGS, **settings),
+            seed=1,
+        )
+        for _ in range(2)
+    ]
+    for training in trainings:
+        training._accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
+    means = trainings[0]._backward()
+    losses = torch.stack([torch.stack(list(trainings[1]._losses.of_next_batch())) for _ in range(2)]).mean(0)
+    (losses @ torch.tensor([1.0, 0.3]) * (scale or 1.0)).backward()
+    assert means == pytest.approx(losses.tolist())
+    for name, parameter in trainings[0].parameters.items():
+        expected = trainings[1].parameters[name].grad
+        assert float((parameter.grad - expected).norm() / expected.norm()) < 1e-5, name
+
+
+def test_one_graph_is_alive_at_a_time(folder):
+    """What autograd keeps for the backward pass, at its peak: no more with a second loss than with one."""
+    alive = peak = 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal alive, peak
+            self.tensor = tensor
+            alive += tensor.nbytes
+            peak = max(peak, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= self.tensor.nbytes
+
+    peaks = []
+    for prior in (False, True):
+        pipeline, peak = load_pipeline(folder, device="cpu"), 0
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            run(pipeline, prior_preservation=prior, gradient_accumulation=2)
+        peaks.append(peak)
+        assert alive == 0
+    assert 0 < peaks[1] <= 1.05 * peaks[0]
+
+
 def record_noise(monkeypatch):
     """Every normal tensor that is drawn; for a batch first the posterior's, then the noise."""
     noises, draw = [], torch.randn
