@@ -21,13 +21,13 @@ from concept_ablation.concepts import Concept, slug
 # it.
 VERSIONS = {
     "write_prompts": 1,
-    "search_prompts": 1,
-    "generate_anchors": 1,
-    "ablate_concept": 2,
+    "search_prompts": 2,
+    "generate_anchors": 2,
+    "ablate_concept": 3,
     "import_delta": 1,
-    "sample_base": 1,
-    "sample_ablated": 1,
-    "score_concept": 2,
+    "sample_base": 2,
+    "sample_ablated": 2,
+    "score_concept": 3,
 }
 # Where each stage writes, below the results folder; the rules say the same.
 PATHS = {

@@ -36,7 +36,7 @@ TONES = {
     verdict.ALONE: "good",
     verdict.HARMED: "warn",
     verdict.ANCHOR_HARMED: "warn",
-    "removed, a neighbor harmed": "warn",
+    verdict.ONE_HARMED: "warn",
     verdict.PRESENT: "bad",
 }
 """Colour of a verdict; the inconclusive ones are neutral."""
@@ -172,7 +172,7 @@ def firmness(line: Mapping) -> str:
     """ "firm" or "provisional"; empty where the row is inconclusive anyhow."""
     if line["verdict"].startswith("inconclusive"):
         return ""
-    return line.get("firmness") or ("firm" if line.get("settled") else "provisional")
+    return line["firmness"]
 
 
 def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:

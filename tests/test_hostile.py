@@ -22,11 +22,11 @@ from concept_ablation.features import ClipScorer, FeatureError
 from concept_ablation.formats import FormatError, import_delta
 from concept_ablation.imagestore import PictureError, open_picture
 from concept_ablation.memorization import MemorizationError, _read_picture
+from concept_ablation.model_specs import sha256_of
 from concept_ablation.models import ModelError, load_pipeline
 from concept_ablation.plan import PlanError, make_key
 from concept_ablation.prompts import PromptsError, read_templates
 from concept_ablation.scoring import ScoreError, read_image
-from concept_ablation.specs import _sha256
 from concept_ablation.tables import write_table
 from concept_ablation.validation import load_schema
 from tests.tiny import make_tiny_pipeline
@@ -120,7 +120,7 @@ def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, path):
     with pytest.raises(PromptsError, match="it is no file"):
         read_templates(path)
     with pytest.raises(PlanError, match="column 'delta'.*it is no file"):
-        _sha256(path, "delta")
+        sha256_of(path, "delta")
     with pytest.raises(ConceptsError, match="it is no file"):
         load_concepts(path, {"properties": {}}, load_schema(ROOT / "workflow/schemas/config.schema.yaml"))
 
