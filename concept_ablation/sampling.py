@@ -1,7 +1,8 @@
-"""Sampling: images from prompts and seeds, the same image for a prompt and seed whatever is drawn beside it.
+"""Sampling: images from prompts and seeds, each from noise of its own whatever is drawn beside it.
 
 The pipeline itself samples; each image has its own generator on the CPU, so that neither the batch size nor
-the device's random numbers enter. The stages that write image stores are below.
+the device's random numbers enter, only their roundings: docs/design.md says what is equal to what. The stages that
+write image stores are below.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def sample_images(
     `sampler`: `scheduler` (a name in SCHEDULERS or `default`, the pipeline's own), `steps`, `guidance_scale`
     (1: none), `eta` (0..1, of ddim), `precision` (auto, fp32, bf16, fp16), `height` and `width` (pixels;
     None: the model's own). `negative_prompt`: what guidance leads away from, instead of the empty prompt.
-    Image i is the same, within one grey level, whatever `batch_size`. `progress` labels a progress bar.
-    Raises SamplerError, DeviceError.
+    Image i starts from the same noise whatever `batch_size` and device; on a CPU it is the same, within one grey level,
+    whatever `batch_size`. `progress` labels a progress bar. Raises SamplerError, DeviceError.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")

@@ -2,8 +2,8 @@
 
 `Training` changes a pipeline in place and yields a record after each optimizer step; whoever iterates logs,
 shows progress, saves its state, or stops. All random numbers come from its own generators, on the CPU: two
-runs on a CPU are equal bit for bit, also if one was stopped and went on, and the draws don't depend on the
-device.
+runs on a CPU are equal bit for bit, also if one was stopped and went on. On a GPU the draws are the same, the
+roundings needn't be.
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ def test_a_model_that_cant_be_read_is_told_with_its_key(config, monkeypatch):
     def refuse(path, keep):
         raise PermissionError(13, "Permission denied", f"{path}/unet")
 
-    monkeypatch.setattr("concept_ablation.specs.fingerprint", refuse)
+    monkeypatch.setattr("concept_ablation.model_specs.fingerprint", refuse)
     with pytest.raises(
         PlanError, match="model.path: embedded/emoji-diffusion/unet: can't be read: Permission"
     ):
