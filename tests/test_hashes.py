@@ -15,6 +15,7 @@ from concept_ablation.hashes import file_hash, fingerprint
 
 ROOT = Path(__file__).parents[1]
 BIG = 2 * 2**20
+HERE = {**os.environ, "PYTHONPATH": str(ROOT)}
 # Prints the fingerprint of a model and how often one of its files was opened.
 READ = """import os, sys, time
 opened = []
@@ -37,7 +38,7 @@ def model(tmp_path, monkeypatch):
 def reads(model) -> tuple[str, int]:
     """The model's fingerprint in a process of its own, ten seconds later, and how often that opened a file of weights."""
     command = [sys.executable, "-c", READ, str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=HERE, capture_output=True, text=True, check=True)
     found, count = done.stdout.split()
     return found, int(count)
 
@@ -145,7 +146,7 @@ def test_a_command_leaves_nothing_in_the_folder_it_was_started_in(model, monkeyp
 
 def test_processes_side_by_side_agree_and_leave_no_parts(model):
     command = [sys.executable, "-c", READ, "model"]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    running = [subprocess.Popen(command, env=HERE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     found = {process.communicate()[0].split()[0] for process in running}
     assert found == {fingerprint("model")} and len(os.listdir(hashes.KEPT)) == 1
     assert reads(model)[1] == 0
