@@ -67,17 +67,18 @@ def draw(plan: Plan) -> Image.Image:
 def table(summary: Path) -> list[str]:
     """The README's table from `summary.csv`."""
     lines = [
-        "| concept | becomes | target recognised: before → after | neighbors recognised: before → after (change, 95 % interval) | verdict |",
-        "|---|---|---|---|---|",
+        "| concept | becomes | target recognised: before → after | neighbors recognised: before → after (change, 95 % interval) | worst neighbor, typical: before → after | verdict |",
+        "|---|---|---|---|---|---|",
     ]
     for row in csv.DictReader(summary.open(encoding="utf-8")):
         pair = [f"{float(row[f'target_accuracy_{m}']):.0%}" for m in ("base", "ablated")]
         kept = [f"{float(row[f'neighbor_recognition_{m}']):.0%}" for m in ("base", "ablated")]
         change = [100 * float(row[f"neighbor_recognition_change{m}"]) for m in ("", "_low", "_high")]
         span = "{:+.0f} points, {:+.0f} to {:+.0f}".format(*change)
-        lines.append(
-            f"| {row['target']} | {row['anchor']} | {pair[0]} → {pair[1]} | {kept[0]} → {kept[1]} ({span}) | {row['verdict']} |"
-        )
+        worst = [f"{float(row[f'worst_neighbor_typical_{m}']):.0%}" for m in ("base", "ablated")]
+        cells = [row["target"], row["anchor"], f"{pair[0]} → {pair[1]}", f"{kept[0]} → {kept[1]} ({span})"]
+        cells += [f"{row['worst_neighbor']} {worst[0]} → {worst[1]}", f"{row['verdict']} ({row['firmness']})"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
