@@ -3,7 +3,7 @@
 # GPUs each.
 #
 #   start.sh DIR           settings, keys, database, logs and process ids go below DIR; stop.sh DIR stops it all
-#   start.sh DIR NODE      start one node's daemon again
+#   start.sh DIR NODE      start one node's daemon again, and wait until all nodes are up
 #
 # Needs root and a Debian or Ubuntu machine: missing packages are installed, no service of theirs is started. All daemons listen on
 # 127.0.0.1, ports 16817 to 16829. Nodes have more CPUs and memory than the machine; a job over its memory is killed all the same.
@@ -53,8 +53,18 @@ wait_for() {
     done
 }
 launch_node() { launch "slurmd-$1" slurmd -D -N "$1" -f "$dir/etc/slurm.conf"; }
+wait_for_nodes() {
+    local up=0
+    for ((n = 0; n < 600; n++)); do
+        up=$(sinfo -h -N -o '%N %t' | grep -Ec ' (idle|mix|alloc|comp)$') || true
+        if [ "$up" = ${#nodes[@]} ]; then return; fi
+        sleep 0.2
+    done
+    die "not all nodes came up: see $dir/log"
+}
 if [ $# = 2 ]; then
     launch_node "$2"
+    wait_for_nodes
     exit
 fi
 
@@ -93,8 +103,12 @@ SwitchType=switch/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 MailProg=/bin/true
-# A node that doesn't answer is down after 15 seconds, a job over its time is killed at most 5 seconds after SIGTERM.
-SlurmdTimeout=15
+# A busy machine is no dead node: only a test says that a node is down, and messages may take a minute.
+SlurmdTimeout=0
+MessageTimeout=60
+TCPTimeout=30
+BatchStartTimeout=300
+# A job over its time is killed at most 5 seconds after SIGTERM.
 KillWait=5
 CompleteWait=0
 MinJobAge=600
@@ -150,7 +164,7 @@ export SLURM_CONF=$dir/etc/slurm.conf
 # ---- authentication, accounting, controller, nodes
 launch munged munged --foreground --force --key-file="$dir/munge/key" --socket="$socket" --log-file="$dir/log/munged.log" \
     --pid-file="$dir/munge/pid" --seed-file="$dir/munge/seed" --num-threads=2
-wait_for 15 munged munge -n -S "$socket"
+wait_for 120 munged munge -n -S "$socket"
 
 sql() { mariadb --no-defaults -uroot -S "$dir/db/socket" -e "$1"; }
 if [ ! -d "$dir/db/mysql" ]; then
@@ -160,7 +174,7 @@ fi
 launch mariadbd mariadbd --no-defaults --user=root --datadir="$dir/db" --socket="$dir/db/socket" --bind-address=127.0.0.1 \
     --port=16820 --pid-file="$dir/db/pid" --skip-name-resolve --innodb-buffer-pool-size=64M --innodb-log-file-size=16M \
     --innodb-flush-log-at-trx-commit=2 --performance-schema=OFF --skip-log-bin
-for ((n = 0; n < 300; n++)); do
+for ((n = 0; n < 600; n++)); do
     if sql 'select 1' >/dev/null 2>&1; then break; fi
     sleep 0.2
 done
@@ -168,7 +182,7 @@ sql "create database if not exists slurm;
      create user if not exists 'slurm'@'127.0.0.1' identified by '$(cat "$dir/etc/password")';
      grant all on slurm.* to 'slurm'@'127.0.0.1';" || die "mariadbd did not come up: see $dir/log"
 launch slurmdbd slurmdbd -D
-wait_for 60 slurmdbd sacctmgr -n -i list cluster
+wait_for 120 slurmdbd sacctmgr -n -i list cluster
 if ! sacctmgr -n list cluster format=cluster | grep -qw test; then
     sacctmgr -i add cluster test >/dev/null
     sacctmgr -i add account test cluster=test description=test organization=test >/dev/null
@@ -176,16 +190,10 @@ if ! sacctmgr -n list cluster format=cluster | grep -qw test; then
 fi
 
 launch slurmctld slurmctld -D -f "$SLURM_CONF"
-wait_for 30 slurmctld scontrol ping
+wait_for 120 slurmctld scontrol ping
 for node in "${nodes[@]}"; do
     mkdir -p "$dir/spool/$node"
     launch_node "$node"
 done
-ready() { [ "$(sinfo -h -N -o '%N %t' | grep -Ec ' (idle|mix|alloc|comp)$')" = ${#nodes[@]} ]; }
-export -f ready 2>/dev/null || true
-for ((n = 0; n < 300; n++)); do
-    if ready; then break; fi
-    sleep 0.2
-done
-ready || die "not all nodes came up: see $dir/log"
+wait_for_nodes
 sinfo -N -o '%N %P %t %c %m %G' >&2

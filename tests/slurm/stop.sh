@@ -14,15 +14,15 @@ stop() {
     local pid n
     if pid=$(ours "$1"); then
         kill "$pid"
-        for ((n = 0; n < 75; n++)); do ours "$1" >/dev/null || break; sleep 0.2; done
+        for ((n = 0; n < 150; n++)); do ours "$1" >/dev/null || break; sleep 0.2; done
         if ours "$1" >/dev/null; then kill -9 "$pid"; fi
     fi
     rm -f "$dir/run/$1.pid"
 }
 
 if ours slurmctld >/dev/null; then # end the jobs first, so that no job outlives its node
-    timeout 10 scancel --user=root --full
-    for ((n = 0; n < 40; n++)); do [ -z "$(timeout 5 squeue -h -o %A)" ] && break || sleep 0.5; done
+    timeout 60 scancel --user=root --full
+    for ((n = 0; n < 80; n++)); do [ -z "$(timeout 5 squeue -h -o %A)" ] && break || sleep 0.5; done
 fi
 for node in "$dir"/run/slurmd-*.pid; do
     if [ -e "$node" ]; then stop "$(basename "$node" .pid)"; fi

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.leftovers import end, processes_of
+
 ROOT = Path(__file__).parents[2]
 HEADER = "concept,kind,target,anchor,neighbors,steps\n"
 CAT = "cat,object,pouting cat,cat,weary cat,\n"
-INK = "ink,style,ink,picture,neon,\n"
+INK = "ink,style,ink,picture,,\n"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 SAMPLER = {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0, "eta": 0.0, "precision": "fp32"}
 SMALL = {
@@ -83,8 +85,11 @@ def models(tmp_path_factory) -> Path:
 def make_checkout(models, tmp_path_factory):
     """`make_checkout()` gives a new checkout with the tiny models in `models/` and the config `small.yaml`."""
 
+    folders = []
+
     def make() -> Checkout:
         folder = tmp_path_factory.mktemp("checkout")
+        folders.append(folder)
         shutil.copy(ROOT / "Snakefile", folder)
         for name in ("workflow", "profiles", "local", "config"):
             shutil.copytree(ROOT / name, folder / name)
@@ -93,15 +98,22 @@ def make_checkout(models, tmp_path_factory):
         (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
         return Checkout(folder)
 
-    return make
+    yield make
+    left = [line for folder in folders for line in end(processes_of(folder))]
+    assert not left, "these still ran, and were killed:\n" + "\n".join(left)
 
 
 @pytest.fixture(scope="session")
 def finished(make_checkout) -> Checkout:
-    """A checkout in which the rows CAT and INK have been run."""
+    """A checkout in which the rows CAT and INK have been run, as on one machine with two GPUs, 5 and 7."""
     checkout = make_checkout()
     checkout.write(HEADER + CAT + INK)
-    done = checkout.snakemake("--cores", "2", "--configfile", "small.yaml")
+    own = {**SMALL, "runtime": {**SMALL["runtime"], "device": "auto"}}
+    (checkout.folder / "own.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    # More cores than devices: only the number of GPU jobs is limited.
+    limits = ("--profile", "local", "--cores", "4", "--resources", "gpu=2", "--configfile", "own.yaml")
+    locks = str(checkout.folder / "locks")
+    done = checkout.snakemake(*limits, CUDA_VISIBLE_DEVICES="5,7", CONCEPT_ABLATION_LOCKS=locks)
     assert done.returncode == 0, done.stdout
     (checkout.folder / "run.txt").write_text(done.stdout, encoding="utf-8")
     return checkout

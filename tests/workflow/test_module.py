@@ -51,7 +51,7 @@ OWN = {
     "results": "out/cats",
     "prompts": {"count": 4, "training": "prompts/training.txt", "evaluation": "prompts/evaluation.txt"},
 }
-CAT = "cat,object,pouting cat,cat,weary cat,\n"
+CAT = "cat,object,pouting cat,cat,,\n"
 ARGUMENTS = ("--cores", "2", "--rerun-triggers", "mtime", "params")
 
 
@@ -101,7 +101,7 @@ def test_it_runs_and_its_results_go_on_in_the_other_workflow(other):
 
 
 def test_a_new_row_costs_itself(other):
-    other.write(HEADER + CAT + "dog,object,grinning cat,cat,weary cat,\n", "tables/cats.csv")
+    other.write(HEADER + CAT + "dog,object,grinning cat,cat,,\n", "tables/cats.csv")
     plan = other.snakemake("--dry-run", *ARGUMENTS).stdout
     other.write(HEADER + CAT, "tables/cats.csv")
     jobs = dict(re.findall(r"^ablation_(\w+) +(\d+)$", plan, re.MULTILINE))

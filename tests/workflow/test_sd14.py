@@ -1,5 +1,7 @@
 """Stable Diffusion's overlay: it plans without weights or a network, and its settings pass through every stage."""
 
+import re
+
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -58,7 +60,8 @@ def test_a_run_says_once_that_the_tokenizer_is_missing(checkout):
 def test_its_settings_take_a_style_and_an_object_through_every_stage(checkout):
     table = (checkout.folder / "config" / "sd14-concepts.csv").read_text().splitlines()
     kept = [line for line in table if line.startswith(("concept,", "van-gogh,", "grumpy-cat,"))]
-    checkout.write("\n".join(kept) + "\n", "two.csv")
+    one_neighbor = [re.sub("; [^,]*", "", line) for line in kept]  # each costs a job
+    checkout.write("\n".join(one_neighbor) + "\n", "two.csv")
     (checkout.folder / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
     done = checkout.snakemake("--cores", "2", "--configfile", "config/sd14.yaml", "tiny.yaml")
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,9 @@
-"""The workflow as a user runs it: one real run of two rows, what a change reruns, how mistakes are told."""
+"""The workflow as a user runs it: one real run of two rows, what a change reruns, how mistakes are told.
+
+And a results folder that two checkouts share: here, since that one run serves both.
+"""
+
+import re
 
 import shutil
 
@@ -7,10 +12,11 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from tests.workflow.conftest import CAT, HEADER, INK
+from tests.workflow.conftest import CAT, HEADER, INK, SMALL
 
 pytestmark = pytest.mark.workflow
 REPORT = {"aggregate_scores": 1, "render_report": 1}
+GPU_RULES = {"generate_anchors", "ablate_concept", "sample_base", "sample_ablated", "score_concept"}
 ROW = {"ablate_concept": 1, "sample_ablated": 1, "score_concept": 1, **REPORT}
 
 
@@ -36,6 +42,18 @@ def test_a_run_makes_the_report_of_every_row(finished):
     assert "pouting cat" in page and "ink" in page
     said = (finished.folder / "run.txt").read_text()
     assert "results/report/index.html" in said and "2 concepts: 0 finished, 2 to do (cat, ink)" in said
+
+
+def test_gpu_jobs_side_by_side_have_a_device_each(finished):
+    """`snakemake --profile local`, on two GPUs that are made up."""
+    logs = {path: path.read_text() for path in (finished.folder / "results" / "logs").rglob("*.log")}
+    claims = {path: re.findall(r"GPU (\S+) of 5, 7$", text, re.MULTILINE) for path, text in logs.items()}
+    assert {path.parent.name for path in claims} == {*GPU_RULES, "write_prompts", *REPORT}
+    for path, devices in claims.items():
+        assert len(devices) == (path.parent.name in GPU_RULES), path
+    # 7 comes after 5, so it is only ever taken while another job has 5.
+    assert {device for devices in claims.values() for device in devices} == {"5", "7"}
+    assert not any("waiting" in text for text in logs.values())  # the profile's limit kept a third job back
 
 
 def test_running_again_does_nothing(finished):
@@ -99,6 +117,59 @@ def test_a_touched_script_reruns_nothing(plan, finished):
     for script in (finished.folder / "workflow" / "scripts").glob("*.py"):
         script.touch()
     assert plan(HEADER + CAT + INK) == {}
+
+
+@pytest.fixture(scope="module")
+def second(finished, make_checkout):
+    """Another checkout, whose config names the first one's results by their absolute path."""
+    checkout = make_checkout()
+    own = {**SMALL, "results": str(finished.folder / "results")}
+    (checkout.folder / "small.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    yield checkout
+    checkout.write(HEADER + CAT + INK)  # the report as the first one made it
+    done = checkout.snakemake("--cores", "1", "--configfile", "small.yaml", "--forcerun", "aggregate_scores")
+    assert done.returncode == 0, done.stdout
+
+
+def contents(folder):
+    """Each stage's files with their times."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.stat().st_mtime_ns for path in found if path.relative_to(folder).parts[0] != "report"}
+
+
+def test_the_second_checkout_reruns_nothing(finished, second):
+    before = contents(finished.folder / "results")
+    second.write(HEADER + CAT + INK)
+    assert set(second.jobs("small.yaml")) <= set(REPORT)
+    done = second.snakemake("--cores", "2", "--configfile", "small.yaml")
+    assert done.returncode == 0, done.stdout
+    assert contents(finished.folder / "results") == before
+    assert not (second.folder / "results").exists()
+
+
+def test_a_row_of_its_own_is_all_that_it_adds(finished, second):
+    second.write(HEADER + CAT + "new,object,grinning cat,cat,weary cat,\n")
+    jobs = second.jobs("small.yaml")
+    assert {rule for rule in jobs if rule not in REPORT} == {
+        "ablate_concept",
+        "sample_ablated",
+        "sample_base",
+        "score_concept",
+    }
+    assert jobs["ablate_concept"] == 1 and jobs["sample_base"] == 1
+
+
+def test_the_report_of_another_table_is_noticed_and_made_again_when_asked(finished, second):
+    second.write(HEADER + CAT)
+    told = second.snakemake("--dry-run", "--configfile", "small.yaml")
+    assert told.returncode == 0 and "holds the report of other rows than the table's" in told.stdout
+    summary = finished.folder / "results" / "report" / "summary.csv"
+    assert '"ink"' in summary.read_text()
+    done = second.snakemake("--cores", "1", "--configfile", "small.yaml", "--forcerun", "aggregate_scores")
+    assert done.returncode == 0, done.stdout
+    assert '"ink"' not in summary.read_text() and '"cat"' in summary.read_text()
+    again = second.snakemake("--dry-run", "--configfile", "small.yaml")
+    assert "holds the report of other rows" not in again.stdout and "Nothing to be done" in again.stdout
 
 
 @pytest.fixture(scope="module")
