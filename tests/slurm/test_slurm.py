@@ -226,9 +226,8 @@ def slurm_lost(checkout: Checkout, job: Job) -> bool:
 def done_jobs(said: str) -> set[str]:
     """The ids of the SLURM jobs whose work a run has counted as done."""
     submitted = dict(re.findall(r"^Job (\d+) has been submitted with SLURM jobid (\d+)", said, re.MULTILINE))
-    finished = re.findall(
-        r"^Finished jobid: (\d+)", said, re.MULTILINE
-    )  # rule all among them, which is no SLURM job
+    finished = re.findall(r"^Finished jobid: (\d+)", said, re.MULTILINE)
+    # Among them rule all, which is no SLURM job.
     return {submitted[job] for job in finished if job in submitted}
 
 

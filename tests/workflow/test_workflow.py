@@ -4,7 +4,6 @@ And a results folder that two checkouts share: here, since that one run serves b
 """
 
 import re
-
 import shutil
 
 import pyarrow.parquet as pq
