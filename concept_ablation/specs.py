@@ -23,6 +23,7 @@ from concept_ablation.evaluation_specs import (
 from concept_ablation.model_specs import fingerprint_of, model_spec, sha256_of
 from concept_ablation.plan import Plan, PlanError, Row
 from concept_ablation.prompts import (
+    PARAPHRASES,
     SLOT,
     PromptsError,
     anchor_prompts,
@@ -118,7 +119,8 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
 
 def _slugs(concept: Concept) -> set[str]:
     """What the keys of a row's work begin with."""
-    subjects = ("-".join(concept.targets), *concept.targets, concept.anchor, *concept.neighbors)
+    subjects = ["-".join(concept.targets), *concept.targets, concept.anchor, *concept.neighbors]
+    subjects += map(PARAPHRASES.format, concept.targets)
     return {slug(concept.name), *(slug(f"{concept.kind}-{subject}") for subject in subjects)}
 
 
