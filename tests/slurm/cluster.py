@@ -105,7 +105,8 @@ class Cluster:
             with contextlib.suppress(psutil.Error):
                 process.resume()
         psutil.wait_procs([process for process in frozen if not _is_daemon(process)], timeout=60)
-        _ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        with contextlib.suppress(subprocess.CalledProcessError):  # it is back in service by itself
+            _ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def _processes_of(self, node: str) -> list[psutil.Process]:
         """A node's daemon, its jobs' processes and the daemons that watch these."""
