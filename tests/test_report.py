@@ -45,7 +45,8 @@ def scores(row):
         for metric, unit in UNITS.items():
             if metric == "recognition" and role == "anchor":
                 continue
-            if metric in ("copy_rate", "copy_similarity", "detected", "neutral_share") and metric != measure:
+            others = ("copy_rate", "copy_similarity", "detected", "neutral_share", "above_neutral")
+            if metric in others and metric != measure:
                 continue
             models = (
                 ("ablated",)
