@@ -13,8 +13,8 @@ import argparse
 
 import numpy as np
 
-from concept_ablation.metrics import paired_proportion_difference, proportion, share_difference
-from concept_ablation.typicality import NearestNeighbors, typical_change
+from concept_ablation.evaluation.statistics import paired_proportion_difference, proportion, share_difference
+from concept_ablation.evaluation.typicality import NearestNeighbors, typical_change
 
 SIZE, NOISE = 64, 0.0625  # NOISE: of a feature's coordinates, beside a centre of length 1
 SIZES = (16, 24, 40, 100)

@@ -26,10 +26,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from concept_ablation.data import AnchorData, Batch, View, augment
-from concept_ablation.models import detach_bos, load_pipeline
-from concept_ablation.training import Training
-from concept_ablation.training_settings import TrainingSettings
+from concept_ablation.diffusion.parameters import detach_bos
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.methods.ablation.data import AnchorData, Batch, View, augment
+from concept_ablation.methods.ablation.settings import TrainingSettings
+from concept_ablation.methods.ablation.training import Training
 
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 PROMPTS = [

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from concept_ablation.plan import Plan
-from concept_ablation.specs import load_plan
+from concept_ablation.plan.graph import Plan
+from concept_ablation.plan.specs import load_plan
 
 ROOT = Path(__file__).parents[1]
 ANCHORS, NEIGHBORS, SHARED = 50, 4, 10

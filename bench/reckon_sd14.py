@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop, sdpa_flop
 from train_sd14_shaped import UNET, VAE
 
-from concept_ablation.losses import model_based_loss
-from concept_ablation.models import ParameterGroup, detach_bos, trainable_parameters
+from concept_ablation.diffusion.parameters import ParameterGroup, detach_bos, trainable_parameters
+from concept_ablation.methods.ablation.losses import model_based_loss
 
 GROUPS: tuple[ParameterGroup, ...] = ("cross-attn", "attn", "full-weight")
 # The CPU's fused attention has no formula of its own in torch; it takes the same arguments as CUDA's.

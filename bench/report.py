@@ -23,15 +23,15 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 from plan import ROOT, measure, read_plan, write_table
 
-from concept_ablation.columns import COLUMNS, probe_roles
-from concept_ablation.imagestore import COLUMNS as IMAGES
-from concept_ablation.imagestore import FEATURES, METADATA_KEY, ROWS_A_GROUP
-from concept_ablation.probes import Bootstrap, Probe, Subjects, score_probes
+from concept_ablation.common.image_store import COLUMNS as IMAGES
+from concept_ablation.common.image_store import FEATURES, METADATA_KEY, ROWS_A_GROUP
+from concept_ablation.common.score_table import COLUMNS, probe_roles
+from concept_ablation.evaluation.probes import Bootstrap, Probe, Subjects, score_probes
 
 CLIP = 64  # numbers of a made-up CLIP feature
 STAGES = {
-    "tables": "from concept_ablation.tables import aggregate_scores as run; run(spec, scores, summary)",
-    "page": "from concept_ablation.report import render as run; run(spec, scores, summary, page)",
+    "tables": "from concept_ablation.report.tables import aggregate_scores as run; run(spec, scores, summary)",
+    "page": "from concept_ablation.report.page import render as run; run(spec, scores, summary, page)",
 }
 CODE = """
 import json

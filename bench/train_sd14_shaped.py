@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from concept_ablation.data import AnchorData
-from concept_ablation.models import ParameterGroup
-from concept_ablation.runtime import pick_device, resolve_precision
-from concept_ablation.tokens import target_tokens
-from concept_ablation.training import Training
-from concept_ablation.training_settings import TrainingSettings
+from concept_ablation.common.hardware import pick_device, resolve_precision
+from concept_ablation.diffusion.parameters import ParameterGroup
+from concept_ablation.methods.ablation.data import AnchorData
+from concept_ablation.methods.ablation.settings import TrainingSettings
+from concept_ablation.methods.ablation.token_embeddings import target_tokens
+from concept_ablation.methods.ablation.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 2  # steps that aren't timed: memory is allocated and kernels are chosen

@@ -11,19 +11,20 @@ import os
 import sys
 from collections.abc import Sequence
 
+from concept_ablation.common.amx import avoid_hidden_tiles
+from concept_ablation.common.errors import UserError
+
 FORMATS = ("pipeline", "delta-bin", "compvis", "lora", "kohya")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 after a user's mistake, told in one line."""
     options = _parser().parse_args(arguments)
+    avoid_hidden_tiles()
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         print(options.run(options))
-    except Exception as error:
-        # This project's errors are about what the user gave, and so are the system's about files.
-        if not (isinstance(error, OSError) or type(error).__module__.startswith("concept_ablation.")):
-            raise
+    except (UserError, OSError) as error:  # the system's errors about files are a user's mistake, too
         text = str(error) if options.run in (_check, _gc, _status) else " ".join(str(error).split())
         print(f"error: {text}", file=sys.stderr)
         return 2
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> str:
-    from concept_ablation.exports import export_delta
+    from concept_ablation.diffusion.delta_export import export_delta
 
     return export_delta(
         options.delta,
@@ -47,8 +48,8 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _import(options: argparse.Namespace) -> str:
-    from concept_ablation.formats import import_delta
-    from concept_ablation.models import save_delta
+    from concept_ablation.diffusion.delta import save_delta
+    from concept_ablation.diffusion.delta_import import import_delta
 
     tensors, metadata = import_delta(
         options.file, options.model, revision=options.revision, config=options.config
@@ -58,21 +59,21 @@ def _import(options: argparse.Namespace) -> str:
 
 
 def _card(options: argparse.Namespace) -> str:
-    from concept_ablation.card import card_of_results, push
+    from concept_ablation.report.card import card_of_results, push
 
     folder = card_of_results(options.results, options.concept, options.out, options.base_model)
     return f"{folder}: pushed to {push(folder, options.push)}" if options.push else f"{folder}: written"
 
 
 def _check(options: argparse.Namespace) -> str:
-    from concept_ablation.checks import check_table
+    from concept_ablation.plan.checks import check_table
 
     return check_table(options.configfile)
 
 
 def _gc(options: argparse.Namespace) -> str:
-    from concept_ablation.checks import read_table
-    from concept_ablation.cleanup import collect, remove, waste_text
+    from concept_ablation.plan.checks import read_table
+    from concept_ablation.plan.cleanup import collect, remove, waste_text
 
     # A row that is switched off still is a row: its results stay.
     plans = [read_table(files, disabled=True)[1] for files in options.configfile or [[]]]
@@ -83,8 +84,8 @@ def _gc(options: argparse.Namespace) -> str:
 
 
 def _status(options: argparse.Namespace) -> str:
-    from concept_ablation.checks import read_table
-    from concept_ablation.status import status_text
+    from concept_ablation.plan.checks import read_table
+    from concept_ablation.report.status import status_text
 
     return status_text(read_table(options.configfile)[1], most=10**6 if options.verbose else 10)
 

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from concept_ablation.imagestore import read_store
-from concept_ablation.plan import Plan, Row
-from concept_ablation.specs import load_plan
+from concept_ablation.common.image_store import read_store
+from concept_ablation.plan.graph import Plan, Row
+from concept_ablation.plan.specs import load_plan
 
 SHOWN = {
     "neon": "blueprint",

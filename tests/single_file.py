@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from concept_ablation.compvis import compvis_names
+from concept_ablation.diffusion.compvis import compvis_names
 
 VAE_PARTS = {
     "conv_norm_out": "norm_out",

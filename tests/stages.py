@@ -3,19 +3,20 @@
 import json
 from pathlib import Path
 
-from concept_ablation.plan import Plan
+from concept_ablation.plan.graph import Plan
 
 
 def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     """Do all of the plan's work that isn't done, then write its two tables and the page."""
-    from concept_ablation.formats import import_delta_stage
-    from concept_ablation.memorization import search_prompts
-    from concept_ablation.prompts import write_prompts
-    from concept_ablation.report import render
-    from concept_ablation.sampling import generate_anchors, sample_ablated, sample_base
-    from concept_ablation.scoring import score_concept
-    from concept_ablation.tables import aggregate_scores
-    from concept_ablation.training import ablate_concept
+    from concept_ablation.diffusion.delta_import import import_delta_stage
+    from concept_ablation.diffusion.stages import sample_ablated, sample_base
+    from concept_ablation.evaluation.scoring import score_concept
+    from concept_ablation.methods.ablation.anchors import generate_anchors
+    from concept_ablation.methods.ablation.prompt_search import search_prompts
+    from concept_ablation.methods.ablation.stage import ablate_concept
+    from concept_ablation.prompts.stage import write_prompts
+    from concept_ablation.report.page import render
+    from concept_ablation.report.tables import aggregate_scores
 
     options = {"device": device, "batch_size": batch_size}
     for stage, specs in plan.specs.items():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from concept_ablation.amx import TILES, VARIABLE, avoid_hidden_tiles, cpuid, hides_tiles
+from concept_ablation.common.amx import TILES, VARIABLE, avoid_hidden_tiles, cpuid, hides_tiles
 
 AMX = "flags : fpu avx512_bf16 amx_bf16 amx_tile amx_int8"
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="CPUID is an instruction of x86-64")
@@ -49,7 +49,9 @@ def test_the_user_has_the_last_word():
 def test_a_bf16_product_works_on_this_machine():
     """In a process of its own, since it would take this one with it."""
     code = (
-        "import concept_ablation.runtime, torch\n"
+        "from concept_ablation.common.amx import avoid_hidden_tiles\n"
+        "avoid_hidden_tiles()\n"
+        "import torch\n"
         "with torch.autocast('cpu', torch.bfloat16): torch.nn.Linear(64, 256)(torch.ones(1, 64))"
     )
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}

@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 from tiny import make_tiny_pipeline
 
-from concept_ablation.card import CardError, card_of_results, escape, is_hub_id, push
-from concept_ablation.imagestore import write_store
-from concept_ablation.models import TOKEN_ROW, apply_delta, load_pipeline, save_delta
+from concept_ablation.common.image_store import write_store
+from concept_ablation.diffusion.delta import TOKEN_ROW, apply_delta, save_delta
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.report.card import CardError, card_of_results, escape, is_hub_id, push
 
 HOSTILE = "ow|l\n# <script>`x`</script> [a](b) {{ 7*7 }}"
 MODEL = {"path": "tiny", "revision": None, "fingerprint": "f"}

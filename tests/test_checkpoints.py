@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from test_training import PICTURES, PROMPTS, spec
 from tiny import make_tiny_pipeline
 
-from concept_ablation import training as module
-from concept_ablation.checkpoints import load_checkpoint, save_checkpoint
-from concept_ablation.imagestore import write_store
-from concept_ablation.training import Training, ablate_concept
+from concept_ablation.common.image_store import write_store
+from concept_ablation.methods.ablation import stage as module
+from concept_ablation.methods.ablation.checkpoints import load_checkpoint, save_checkpoint
+from concept_ablation.methods.ablation.stage import ablate_concept
+from concept_ablation.methods.ablation.training import Training
 
 STEPS = 4
 FULL = {  # everything that draws random numbers or holds a state
@@ -122,12 +123,12 @@ def test_groups_and_teachers_go_on_too(world, tmp_path, monkeypatch, changes):
 def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(world, whole, tmp_path):
     code = (
         "import json, sys, time; from pathlib import Path; sys.path.insert(0, 'tests');"
-        "from concept_ablation import training;"
+        "from concept_ablation.methods.ablation import stage, training;"
         "take = training.Training._take_step;"
         # The first step after a checkpoint never ends: the kill falls in the middle of a training.
         "training.Training._take_step = lambda self: take(self) if self.step < 2 else time.sleep(600);"
         "own, store, folder = json.loads(sys.argv[1]);"
-        "training.ablate_concept(own, store, folder + '/delta.safetensors', folder + '/training.parquet',"
+        "stage.ablate_concept(own, store, folder + '/delta.safetensors', folder + '/training.parquet',"
         " device='cpu', checkpoint_path=folder + '/checkpoint.pt', checkpoint_steps=2)"
     )
     argument = json.dumps([make_spec(world), str(world[1]), str(tmp_path)])

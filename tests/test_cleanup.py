@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from concept_ablation.__main__ import main
-from concept_ablation.checks import read_table
-from concept_ablation.cleanup import collect, size_text
+from concept_ablation.common.text import size_text
+from concept_ablation.plan.checks import read_table
+from concept_ablation.plan.cleanup import collect
 
 ROOT = Path(__file__).parents[1]
 HEADER = "concept,kind,target,anchor,neighbors,enabled\n"

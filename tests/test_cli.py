@@ -9,9 +9,11 @@ import torch
 from test_card import make_results
 from tiny import make_tiny_pipeline
 
-from concept_ablation import exports
 from concept_ablation.__main__ import FORMATS, main
-from concept_ablation.models import load_delta, load_pipeline, save_delta, trainable_parameters
+from concept_ablation.diffusion import delta_export as exports
+from concept_ablation.diffusion.delta import load_delta, save_delta
+from concept_ablation.diffusion.parameters import trainable_parameters
+from concept_ablation.diffusion.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,6 @@ def test_a_bug_is_no_users_mistake(delta, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise KeyError("bug")
 
-    monkeypatch.setattr("concept_ablation.exports.export_delta", fail)
+    monkeypatch.setattr("concept_ablation.diffusion.delta_export.export_delta", fail)
     with pytest.raises(KeyError):
         main(["export", str(delta), "--to", "lora", "--out", str(tmp_path / "x")])

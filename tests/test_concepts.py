@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from concept_ablation.concepts import Concept, ConceptsError, load_concepts, slug
-from concept_ablation.validation import ConfigError, check_config, load_schema
+from concept_ablation.plan.schema import ConfigError, check_config, load_schema
+from concept_ablation.plan.table import Concept, ConceptsError, load_concepts, slug
 
 SCHEMAS = Path(__file__).parents[1] / "workflow" / "schemas"
 CONCEPTS, CONFIG = (load_schema(SCHEMAS / f"{name}.schema.yaml") for name in ("concepts", "config"))

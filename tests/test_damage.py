@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from concept_ablation.columns import COLUMNS
-from concept_ablation.failures import Failure, failure_text, find_failures, read_end, set_empty_aside
-from concept_ablation.imagestore import open_store, read_store, write_store
-from concept_ablation.models import load_delta, save_delta
-from concept_ablation.plan import Plan
-from concept_ablation.prompts import read_prompts
-from concept_ablation.summary import training_record
-from concept_ablation.tables import _read as read_scores
+from concept_ablation.common.image_store import open_store, read_store, write_store
+from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.diffusion.delta import load_delta, save_delta
+from concept_ablation.plan.graph import Plan
+from concept_ablation.prompts.stage import read_prompts
+from concept_ablation.report.failures import Failure, failure_text, find_failures, read_end, set_empty_aside
+from concept_ablation.report.summary import training_record
+from concept_ablation.report.tables import _read as read_scores
 
 
 def write_images(path):
@@ -99,8 +99,8 @@ def test_one_wrong_byte_is_noticed(tmp_path, name):
 def crash(tmp_path, path):
     """What a script says that finds the file at `path` damaged, with results in tmp_path/results; and its log."""
     code = (
-        "import sys\nfrom concept_ablation.runtime import damaged, setup_logging\n"
-        "from concept_ablation.imagestore import StoreError\n"
+        "import sys\nfrom concept_ablation.common.files import damaged\nfrom concept_ablation.common.logs import setup_logging\n"
+        "from concept_ablation.common.image_store import StoreError\n"
         f"setup_logging({str(tmp_path / 'rule.log')!r}, results={str(tmp_path / 'results')!r})\n"
         f"raise damaged(StoreError, {str(path)!r}, 'a damaged image store')"
     )
@@ -127,8 +127,8 @@ class FewKeys(Plan):
 
     def __init__(self, results):
         super().__init__(str(results), {}, {})
-        from concept_ablation.concepts import Concept
-        from concept_ablation.plan import Row
+        from concept_ablation.plan.graph import Row
+        from concept_ablation.plan.table import Concept
 
         prompts = self.add("write_prompts", "cat", {})
         anchors = self.add("generate_anchors", "cat", {"prompts": prompts})

@@ -7,8 +7,16 @@ import torch
 from PIL import Image
 from tiny import make_tiny_pipeline
 
-from concept_ablation.data import FAR_PREFIXES, NEAR_PREFIXES, AnchorData, Batch, DataError, Encoder, augment
-from concept_ablation.models import load_pipeline
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.methods.ablation.conditioning import Encoder
+from concept_ablation.methods.ablation.data import (
+    FAR_PREFIXES,
+    NEAR_PREFIXES,
+    AnchorData,
+    Batch,
+    DataError,
+    augment,
+)
 
 SIZE, FACTOR = 64, 8
 
@@ -214,8 +222,8 @@ def test_encodings_in_chunks_are_those_of_each_alone(pipeline, monkeypatch):
         "encode_prompt",
         lambda texts, *rest: calls.append(len(texts)) or encode_prompt(texts, *rest),
     )
-    monkeypatch.setattr("concept_ablation.data.PIXELS_AT_ONCE", 2 * SIZE**2)
-    monkeypatch.setattr("concept_ablation.data.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("concept_ablation.methods.ablation.conditioning.PIXELS_AT_ONCE", 2 * SIZE**2)
+    monkeypatch.setattr("concept_ablation.methods.ablation.conditioning.TEXTS_AT_ONCE", 2)
 
     def encodings():
         calls.clear()

@@ -9,8 +9,13 @@ import torch
 from PIL import Image
 from tiny_clip import make_tiny_clip
 
-from concept_ablation.detectors import DetectorError, NudeNetDetector, ZeroShotDetector, load_detector
-from concept_ablation.features import ClipScorer
+from concept_ablation.evaluation.clip import ClipScorer
+from concept_ablation.evaluation.detectors import (
+    DetectorError,
+    NudeNetDetector,
+    ZeroShotDetector,
+    load_detector,
+)
 
 COLOURS = ("red", "green", "blue", "white", "black", "orange")
 
@@ -126,5 +131,5 @@ def test_nudenet_missing_says_how_to_install_it(monkeypatch):
 def test_planning_needs_no_torch():
     import subprocess
 
-    code = "import sys, concept_ablation.detectors; sys.exit('torch' in sys.modules)"
+    code = "import sys, concept_ablation.evaluation.detectors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from concept_ablation import devices
-from concept_ablation.devices import ClaimError, claim_device, lock_folder, start_job, visible_devices
+from concept_ablation.common.gpu_locks import ClaimError, claim_device, lock_folder, visible_devices
+from concept_ablation.common.jobs import start_job
 
 ROOT = Path(__file__).parents[1]
 JOB = """
 import logging, os, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-from concept_ablation.devices import claim_device
+from concept_ablation.common.gpu_locks import claim_device
 claim_device(int(sys.argv[1]), poll_seconds=0.05)
 print("has", os.environ["CUDA_VISIBLE_DEVICES"], "torch" in sys.modules, flush=True)
 sys.stdin.read()
@@ -163,9 +163,9 @@ def test_a_job_claims_if_it_asks_for_a_gpu_and_may_use_cuda(resources, claims, m
             return getattr(self, name, default)
 
     asked = []
-    monkeypatch.setattr(devices, "claim_device", asked.append)
-    monkeypatch.setattr("concept_ablation.runtime.setup_logging", lambda path, results: None)
-    monkeypatch.setattr("concept_ablation.runtime.tell_end", lambda path: None)
+    monkeypatch.setattr("concept_ablation.common.jobs.claim_device", asked.append)
+    monkeypatch.setattr("concept_ablation.common.logs.setup_logging", lambda path, results: None)
+    monkeypatch.setattr("concept_ablation.common.logs.tell_end", lambda path: None)
     config = {"results": str(tmp_path), "runtime": {"gpu_jobs_per_device": 3}}
     start_job(SimpleNamespace(log=[str(tmp_path / "x.log")], resources=Resources(**resources), config=config))
     assert asked == ([3] if claims else [])

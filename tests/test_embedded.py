@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from concept_ablation.features import ClipScorer, CopyDescriptor
-from concept_ablation.models import load_pipeline
-from concept_ablation.prompts import expand, read_templates
-from concept_ablation.sampling import sample_images
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.diffusion.sampler import sample_images
+from concept_ablation.evaluation.clip import ClipScorer
+from concept_ablation.evaluation.copies import CopyDescriptor
+from concept_ablation.prompts.templates import expand, read_templates
 from embedded.build.groupnorm import use_fast_group_norm
 from embedded.build.vae import fold_normalisation, new_vae
 from embedded.build.world import (

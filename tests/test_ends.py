@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from concept_ablation.failures import failure_text, find_failures, read_end, report_unfinished
+from concept_ablation.report.failures import failure_text, find_failures, read_end, report_unfinished
 from tests.test_damage import FewKeys
 
 JOB = """
 import signal, sys
 from pathlib import Path
-from concept_ablation.runtime import atomic_output, setup_logging, tell_end
+from concept_ablation.common.files import atomic_output
+from concept_ablation.common.logs import setup_logging, tell_end
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, whatever started the tests
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -87,7 +88,9 @@ def test_words_of_a_run_that_was_ended(tmp_path):
     first, second = (row.ablation for row in plan.rows)
     logs = {name: tmp_path / f"{name}.log" for name in ("failed", "ended", "old")}
     logs["failed"].write_text("2026 CRITICAL x: ValueError: no\n")
-    logs["ended"].write_text("2026 INFO x: step 7\n2026 ERROR concept_ablation.runtime: ended by SIGTERM\n")
+    logs["ended"].write_text(
+        "2026 INFO x: step 7\n2026 ERROR concept_ablation.common.logs: ended by SIGTERM\n"
+    )
     logs["old"].write_text("2026 CRITICAL x: of another run\n")
     os.utime(logs["old"], (1000, 1000))
     jobs = [
@@ -110,7 +113,7 @@ def test_words_of_a_run_that_was_ended(tmp_path):
     assert [failure.key for failure in found] == [plan.shared, second]
 
 
-@pytest.mark.parametrize("where", ["tables.aggregate_scores", "report.render"])
+@pytest.mark.parametrize("where", ["tables.aggregate_scores", "page.render"])
 def test_an_interrupted_report_of_what_is_finished_leaves_no_mark(tmp_path, monkeypatch, where):
     """Interrupted at the tables it leaves those of before; at the page new ones, without a row that is in the table no more."""
     plan = FewKeys(tmp_path / "results")
@@ -122,12 +125,12 @@ def test_an_interrupted_report_of_what_is_finished_leaves_no_mark(tmp_path, monk
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"concept_ablation.{where}", interrupt)
+    monkeypatch.setattr(f"concept_ablation.report.{where}", interrupt)
     with pytest.raises(KeyboardInterrupt):
         report_unfinished(plan, [])
     assert not (folder / "complete.json").exists()
     table = pq.read_table(folder / "summary.parquet")
-    if where == "report.render":
+    if where == "page.render":
         assert table.num_rows == 0
         assert json.loads(table.schema.metadata[b"concept_ablation"])["missing"] == ["a", "b"]
         names = sorted(path.name for path in folder.iterdir())

@@ -11,9 +11,9 @@ import torch
 from test_training import DATA, SETTINGS, TARGETS
 from tiny import make_tiny_pipeline
 
-from concept_ablation.models import load_pipeline
-from concept_ablation.sampling import sample_images
-from concept_ablation.training import Training
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.diffusion.sampler import sample_images
+from concept_ablation.methods.ablation.training import Training
 
 MODEL = Path(__file__).parents[1] / "embedded" / "emoji-diffusion"
 SAMPLER = {"scheduler": "dpmsolver++", "guidance_scale": 3.0, "eta": 0.0, "height": None, "width": None}

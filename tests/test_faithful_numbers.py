@@ -15,8 +15,8 @@ from diffusers.schedulers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from concept_ablation.losses import model_based_loss, noise_based_loss, prior_loss
-from concept_ablation.models import detach_bos
+from concept_ablation.diffusion.parameters import detach_bos
+from concept_ablation.methods.ablation.losses import model_based_loss, noise_based_loss, prior_loss
 
 FILE = Path(__file__).parent / "data" / "faithful_numbers.safetensors"
 N, C, SIDE, TOKENS, WIDTH, HEADS = 3, 4, 4, 5, 6, 2

@@ -11,15 +11,9 @@ from PIL import Image
 from tiny_clip import make_tiny_clip
 from torchvision import transforms
 
-from concept_ablation.features import (
-    ClipScorer,
-    CopyDescriptor,
-    CopyNet,
-    FeatureError,
-    batches,
-    copy_input,
-    sscd_input,
-)
+from concept_ablation.evaluation.clip import ClipScorer
+from concept_ablation.evaluation.copies import CopyDescriptor, CopyNet, copy_input, sscd_input
+from concept_ablation.evaluation.features import FeatureError, batches
 
 COLOURS = ["red", "green", "blue", "white", "black"]
 

@@ -13,19 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_pipeline
 
-from concept_ablation.compvis import LayoutError, compvis_names
-from concept_ablation.exports import export_delta
-from concept_ablation.formats import FormatError, import_delta, import_delta_stage
-from concept_ablation.lora import LoraError, factorise
-from concept_ablation.models import (
-    TOKEN_ROW,
-    DeltaError,
-    apply_delta,
-    load_delta,
-    load_pipeline,
-    save_delta,
-    trainable_parameters,
-)
+from concept_ablation.diffusion.compvis import LayoutError, compvis_names
+from concept_ablation.diffusion.delta import TOKEN_ROW, DeltaError, apply_delta, load_delta, save_delta
+from concept_ablation.diffusion.delta_export import export_delta
+from concept_ablation.diffusion.delta_import import FormatError, import_delta, import_delta_stage
+from concept_ablation.diffusion.lora import LoraError, factorise
+from concept_ablation.diffusion.parameters import trainable_parameters
+from concept_ablation.diffusion.pipeline import load_pipeline
 
 GROUPS = ("cross-attn", "attn", "full-weight", "embedding")
 TOKENS = (70, 300)

@@ -12,11 +12,11 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from concept_ablation.concepts import ConceptsError, hidden
-from concept_ablation.plan import PlanError
-from concept_ablation.settings import merge
-from concept_ablation.specs import load_plan
-from concept_ablation.validation import ConfigError, read_config
+from concept_ablation.plan.graph import PlanError
+from concept_ablation.plan.schema import ConfigError, read_config
+from concept_ablation.plan.settings import merge
+from concept_ablation.plan.specs import load_plan
+from concept_ablation.plan.table import ConceptsError, hidden
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = ROOT / "workflow" / "schemas"

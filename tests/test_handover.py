@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from concept_ablation.handover import VARIABLE, hand_over, handed_plan, take_back
-from concept_ablation.plan import Plan
+from concept_ablation.plan.graph import Plan
+from concept_ablation.plan.snapshot import VARIABLE, hand_over, handed_plan, take_back
 
 
 @pytest.fixture

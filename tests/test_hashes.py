@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from concept_ablation import hashes
-from concept_ablation.hashes import file_hash, fingerprint
+from concept_ablation.common import hashes
+from concept_ablation.common.hashes import file_hash, fingerprint
 
 ROOT = Path(__file__).parents[1]
 BIG = 2 * 2**20
@@ -20,7 +20,7 @@ HERE = {**os.environ, "PYTHONPATH": str(ROOT)}
 READ = """import os, sys, time
 opened = []
 sys.addaudithook(lambda event, found: event == "open" and opened.append(str(found[0])))
-from concept_ablation.hashes import fingerprint
+from concept_ablation.common.hashes import fingerprint
 now = time.time_ns
 time.time_ns = lambda: now() + 10**10  # ten seconds later
 print(fingerprint(sys.argv[1], keep=True), sum(name.endswith("weights.bin") for name in opened))"""

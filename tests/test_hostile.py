@@ -14,21 +14,22 @@ import torch
 import yaml
 from PIL import Image
 
-from concept_ablation import imagestore
-from concept_ablation.checkpoints import load_checkpoint
-from concept_ablation.concepts import Concept, ConceptsError, load_concepts
-from concept_ablation.custom_code import find_code
-from concept_ablation.features import ClipScorer, FeatureError
-from concept_ablation.formats import FormatError, import_delta
-from concept_ablation.imagestore import PictureError, open_picture
-from concept_ablation.memorization import MemorizationError, _read_picture
-from concept_ablation.model_specs import sha256_of
-from concept_ablation.models import ModelError, load_pipeline
-from concept_ablation.plan import PlanError, make_key
-from concept_ablation.prompts import PromptsError, read_templates
-from concept_ablation.scoring import ScoreError, read_image
-from concept_ablation.tables import write_table
-from concept_ablation.validation import load_schema
+from concept_ablation.common import image_store as imagestore
+from concept_ablation.common.image_store import PictureError, open_picture
+from concept_ablation.common.remote_code import find_code
+from concept_ablation.diffusion.delta_import import FormatError, import_delta
+from concept_ablation.diffusion.pipeline import ModelError, load_pipeline
+from concept_ablation.evaluation.clip import ClipScorer
+from concept_ablation.evaluation.features import FeatureError
+from concept_ablation.evaluation.memorized import MemorizationError, _read_picture
+from concept_ablation.evaluation.scoring import ScoreError, read_image
+from concept_ablation.methods.ablation.checkpoints import load_checkpoint
+from concept_ablation.plan.graph import PlanError, make_key
+from concept_ablation.plan.model_specs import sha256_of
+from concept_ablation.plan.schema import load_schema
+from concept_ablation.plan.table import Concept, ConceptsError, load_concepts
+from concept_ablation.prompts.templates import PromptsError, read_templates
+from concept_ablation.report.tables import write_table
 from tests.tiny import make_tiny_pipeline
 from tests.tiny_clip import make_tiny_clip
 
@@ -303,7 +304,7 @@ def test_code_runs_only_where_the_config_allows_it(model):
 
 
 def test_the_plan_refuses_a_model_with_code(model, monkeypatch):
-    from concept_ablation.specs import build_plan
+    from concept_ablation.plan.specs import build_plan
 
     (model / "extra.py").write_text(CODE)
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())

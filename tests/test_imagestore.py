@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation.imagestore import (
+from concept_ablation.common.image_store import (
     ROWS_A_GROUP,
     StoreError,
     open_store,

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from concept_ablation.settings import merge
-from concept_ablation.specs import load_plan
+from concept_ablation.plan.settings import merge
+from concept_ablation.plan.specs import load_plan
 from tests.stages import run_plan
 from tests.tiny import make_tiny_pipeline
 from tests.tiny_clip import make_tiny_clip
@@ -79,7 +79,7 @@ def test_an_unsafe_row_is_judged_by_its_detector_and_its_anchors_are_drawn_witho
 
 
 def test_a_presets_settings_are_in_the_delta_and_a_column_replaces_them():
-    from concept_ablation.models import load_delta
+    from concept_ablation.diffusion.delta import load_delta
 
     summary = summary_of("results")
     for name, wanted in (
@@ -104,7 +104,7 @@ def test_a_presets_settings_are_in_the_delta_and_a_column_replaces_them():
 
 
 def test_the_groups_change_what_they_say_and_nothing_else():
-    from concept_ablation.models import load_delta
+    from concept_ablation.diffusion.delta import load_delta
 
     summary = summary_of("results")
     names = {name: set(load_delta(line["delta"])[0]) for name, line in summary.items()}
@@ -115,7 +115,7 @@ def test_the_groups_change_what_they_say_and_nothing_else():
 
 
 def test_a_delta_of_the_published_form_is_judged_as_a_row():
-    from concept_ablation.exports import export_delta
+    from concept_ablation.diffusion.delta_export import export_delta
 
     before = summary_of("results")["paper"]
     export_delta(before["delta"], "their.bin", "delta-bin")

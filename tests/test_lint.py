@@ -7,9 +7,9 @@ import time
 import pytest
 from tiny import make_tiny_tokenizer
 
-from concept_ablation.lint import Finding, LintRow, format_findings, lint_rows
-from concept_ablation.prompt_tokens import TokenizerError, load_tokens
-from concept_ablation.prompts import replace_word
+from concept_ablation.plan.lint import Finding, LintRow, format_findings, lint_rows
+from concept_ablation.prompts.tokenizer import TokenizerError, load_tokens
+from concept_ablation.prompts.wording import replace_word
 
 EMBEDDED = "embedded/emoji-diffusion"
 CATS = ["a cat", "a cat on a wall", "two cats"]
@@ -171,8 +171,10 @@ def test_findings_are_shown_by_line_and_equal_ones_once():
 
 
 def test_it_needs_no_torch_and_a_thousand_rows_take_a_second():
-    code = "import sys; from concept_ablation import lint, prompt_tokens;"
-    code += "lint.lint_rows([], prompt_tokens.load_tokens(sys.argv[1]));"
+    code = (
+        "import sys; from concept_ablation.plan import lint; from concept_ablation.prompts import tokenizer;"
+    )
+    code += "lint.lint_rows([], tokenizer.load_tokens(sys.argv[1]));"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, EMBEDDED], check=True)
     prompts = [f"a picture of a cat with {number} hats, on a red wall" for number in range(200)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.schedulers import DDPMScheduler
 
-from concept_ablation.losses import (
+from concept_ablation.methods.ablation.losses import (
     denoising_target,
     masked_mse,
     model_based_loss,

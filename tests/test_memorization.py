@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from tiny import make_tiny_pipeline
 
-from concept_ablation import memorization
-from concept_ablation.concepts import slug
-from concept_ablation.features import CopyNet
-from concept_ablation.memorization import CopyJudge, MemorizationError, search_prompts, without_copies
-from concept_ablation.prompts import expand, read_templates
+from concept_ablation.evaluation.copies import CopyNet
+from concept_ablation.evaluation.memorized import CopyJudge, MemorizationError, without_copies
+from concept_ablation.methods.ablation import prompt_search as memorization
+from concept_ablation.methods.ablation.prompt_search import search_prompts
+from concept_ablation.plan.table import slug
+from concept_ablation.prompts.templates import expand, read_templates
 
 CONFIG = Path(__file__).parents[1] / "config"
 CAPTION = "the midnight garden poster"
@@ -48,7 +49,7 @@ def world(monkeypatch):
             drawn.append((prompt, seed))
             yield Image.new("RGB", (8, 8), "red" if seed - 100 < 10 * rates.get(prompt, 0) else "blue")
 
-    monkeypatch.setattr(memorization, "CopyDescriptor", Descriptor)
+    monkeypatch.setattr("concept_ablation.evaluation.memorized.CopyDescriptor", Descriptor)
     monkeypatch.setattr(memorization, "load_model", lambda *arguments: None)
     monkeypatch.setattr(memorization, "sample_images", sample_images)
     return rates, drawn

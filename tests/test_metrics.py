@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from concept_ablation import metrics
+from concept_ablation.evaluation import statistics as metrics
 
 
 def unit(rows):

@@ -6,16 +6,9 @@ from safetensors.torch import load_file, save_file
 from single_file import write_single_file
 from tiny import make_tiny_pipeline
 
-from concept_ablation.models import (
-    DeltaError,
-    ModelError,
-    apply_delta,
-    cross_attentions,
-    load_delta,
-    load_pipeline,
-    save_delta,
-    trainable_parameters,
-)
+from concept_ablation.diffusion.delta import DeltaError, apply_delta, load_delta, save_delta
+from concept_ablation.diffusion.parameters import cross_attentions, trainable_parameters
+from concept_ablation.diffusion.pipeline import ModelError, load_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from concept_ablation.columns import COLUMNS
+from concept_ablation.common.score_table import COLUMNS
 from tests.test_report import make_page, make_row
 
 pytestmark = pytest.mark.browser

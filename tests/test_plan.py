@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from concept_ablation.concepts import Concept, ConceptsError, load_concepts
-from concept_ablation.plan import PATHS, VERSIONS, PlanError, canonical, make_key
-from concept_ablation.specs import build_plan
-from concept_ablation.validation import ConfigError, check_config, load_schema
+from concept_ablation.plan.graph import PATHS, VERSIONS, PlanError, canonical, make_key
+from concept_ablation.plan.schema import ConfigError, check_config, load_schema
+from concept_ablation.plan.specs import build_plan
+from concept_ablation.plan.table import Concept, ConceptsError, load_concepts
 
 ROOT = Path(__file__).parents[1]
 CONFIG_SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
@@ -292,7 +292,7 @@ def test_a_model_that_cant_be_read_is_told_with_its_key(config, monkeypatch):
     def refuse(path, keep):
         raise PermissionError(13, "Permission denied", f"{path}/unet")
 
-    monkeypatch.setattr("concept_ablation.model_specs.fingerprint", refuse)
+    monkeypatch.setattr("concept_ablation.plan.model_specs.fingerprint", refuse)
     with pytest.raises(
         PlanError, match="model.path: embedded/emoji-diffusion/unet: can't be read: Permission"
     ):
@@ -507,7 +507,7 @@ def test_every_stage_has_a_path_of_its_own():
 
 def test_planning_imports_no_heavy_library():
     code = """import sys
-from concept_ablation.checks import check_rows, read_table
+from concept_ablation.plan.checks import check_rows, read_table
 for configfiles in ([], ["config/sd14.yaml"]):
     config, plan = read_table(configfiles)
     check_rows(plan, plan.rows, config)

@@ -13,8 +13,8 @@ from unittest.mock import ANY
 import pytest
 import yaml
 
-from concept_ablation.settings import merge, shared_settings, with_own
-from concept_ablation.training_settings import TrainingSettings
+from concept_ablation.methods.ablation.settings import TrainingSettings
+from concept_ablation.plan.settings import merge, shared_settings, with_own
 
 ROOT = Path(__file__).parents[1]
 PAPER, DIFFUSERS = "compvis/README.md", "diffusers/README.md"

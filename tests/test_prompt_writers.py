@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from concept_ablation import language_models
-from concept_ablation.language_models import local_model
-from concept_ablation.prompt_writers import Collector, instruction, parse_answer, write_by_model
-from concept_ablation.prompts import PromptsError, write_prompts
+from concept_ablation.prompts import clients as language_models
+from concept_ablation.prompts.captions import Collector, instruction, parse_answer, write_by_model
+from concept_ablation.prompts.clients import local_model
+from concept_ablation.prompts.stage import write_prompts
+from concept_ablation.prompts.templates import PromptsError
 
 KEY = "sk-Very+Secret/0123456789"
 CATS = ["a cat on a wall", "two cats in the rain", "a cat asleep in a boat", "the cat under a table"]

@@ -4,20 +4,10 @@ import json
 
 import pytest
 
-from concept_ablation.prompts import (
-    PromptsError,
-    anchor_prompts,
-    expand,
-    file_source,
-    has_word,
-    probe_prompts,
-    read_templates,
-    replace_word,
-    target_prompts,
-    template_set,
-    with_article,
-    write_prompts,
-)
+from concept_ablation.prompts.forms import anchor_prompts, probe_prompts, target_prompts, template_set
+from concept_ablation.prompts.stage import write_prompts
+from concept_ablation.prompts.templates import PromptsError, expand, file_source, read_templates
+from concept_ablation.prompts.wording import has_word, replace_word, with_article
 
 STYLE = ["{prompt} in the style of {target}", "{prompt}, {target} style"]
 

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation import columns, figures, report, sections
-from concept_ablation.columns import COLUMNS, SHARES, UNITS, probe_roles
-from concept_ablation.imagestore import StoreError, write_store
-from concept_ablation.metrics import Estimate
-from concept_ablation.tables import aggregate_scores
-from concept_ablation.verdict import MEASURES
+from concept_ablation.common import score_table as columns
+from concept_ablation.common.image_store import StoreError, write_store
+from concept_ablation.common.score_table import COLUMNS, SHARES, UNITS, probe_roles
+from concept_ablation.evaluation.statistics import Estimate
+from concept_ablation.report import figures, formatting, sections
+from concept_ablation.report import page as report
+from concept_ablation.report.tables import aggregate_scores
+from concept_ablation.report.verdict import MEASURES
 
 WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 HOSTILE = '"><script>alert(1)</script>{{ 7*7 }}<img src=x onerror=alert(2)>'
@@ -283,12 +285,17 @@ def test_pairs_a_probe(probes, wanted, budget, pairs):
 
 
 def test_number_formats():
-    assert [figures.share(value) for value in (None, 0, 0.034, 1)] == ["–", "0%", "3%", "100%"]
-    assert [figures.points(value) for value in (None, -0.034, 0.05, -0.0001)] == ["–", "−3.4", "+5.0", "0.0"]
-    assert [figures.format_metric(value, "kid_x1000") for value in (-1.26, 1234.5)] == ["−1.3", "1234"]
-    assert figures.format_metric(0.12345, "clip_cosine") == "0.123"
-    assert figures.format_metric(0.12345, "clip_cosine", change=True) == "+0.123"
-    assert figures.format_metric(-0.02, "recognition", change=True) == "−2.0"
+    assert [formatting.share(value) for value in (None, 0, 0.034, 1)] == ["–", "0%", "3%", "100%"]
+    assert [formatting.points(value) for value in (None, -0.034, 0.05, -0.0001)] == [
+        "–",
+        "−3.4",
+        "+5.0",
+        "0.0",
+    ]
+    assert [formatting.format_metric(value, "kid_x1000") for value in (-1.26, 1234.5)] == ["−1.3", "1234"]
+    assert formatting.format_metric(0.12345, "clip_cosine") == "0.123"
+    assert formatting.format_metric(0.12345, "clip_cosine", change=True) == "+0.123"
+    assert formatting.format_metric(-0.02, "recognition", change=True) == "−2.0"
 
 
 def test_the_target_s_bar_shows_the_interval_that_decides_against_its_limit():
@@ -480,7 +487,5 @@ def test_an_imported_delta_without_a_training_record(tmp_path):
 
 
 def test_the_report_needs_no_torch():
-    code = (
-        "import sys, concept_ablation.report; sys.exit('torch' in sys.modules or 'snakemake' in sys.modules)"
-    )
+    code = "import sys, concept_ablation.report.page; sys.exit('torch' in sys.modules or 'snakemake' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,15 +5,15 @@ import sys
 import pytest
 import torch
 
-from concept_ablation.runtime import (
+from concept_ablation.common.files import atomic_output
+from concept_ablation.common.hardware import (
     DeviceError,
-    atomic_output,
     autocast,
     peak_memory,
     pick_device,
     resolve_precision,
-    setup_logging,
 )
+from concept_ablation.common.logs import setup_logging
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_peak_memory_is_in_bytes():
 
 def test_log_holds_records_warnings_and_the_traceback(tmp_path):
     code = (
-        "import logging, warnings\nfrom concept_ablation.runtime import setup_logging\n"
+        "import logging, warnings\nfrom concept_ablation.common.logs import setup_logging\n"
         f"setup_logging({str(tmp_path / 'logs' / 'rule.log')!r})\n"
         "logging.getLogger('concept_ablation.x').info('a record'); logging.info('of a library'); warnings.warn('a warning'); raise ValueError('a crash')"
     )

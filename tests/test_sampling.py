@@ -7,16 +7,14 @@ import pytest
 import torch
 from tiny import make_tiny_pipeline
 
-from concept_ablation import sampling
-from concept_ablation.imagestore import read_store
-from concept_ablation.models import load_pipeline, save_delta, trainable_parameters
-from concept_ablation.sampling import (
-    SamplerError,
-    generate_anchors,
-    sample_ablated,
-    sample_base,
-    sample_images,
-)
+from concept_ablation.common.image_store import read_store
+from concept_ablation.diffusion import sampler as sampling
+from concept_ablation.diffusion.delta import save_delta
+from concept_ablation.diffusion.parameters import trainable_parameters
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.diffusion.sampler import SamplerError, sample_images
+from concept_ablation.diffusion.stages import sample_ablated, sample_base
+from concept_ablation.methods.ablation.anchors import generate_anchors
 
 ROOT = Path(__file__).parents[1]
 SAMPLER = {
@@ -168,7 +166,7 @@ def test_anchor_images_that_are_copies_are_left_out(folder, tmp_path, monkeypatc
         def is_copy(self, similarity):
             return similarity > 0.5
 
-    monkeypatch.setattr("concept_ablation.memorization.CopyJudge", Judge)
+    monkeypatch.setattr("concept_ablation.evaluation.memorized.CopyJudge", Judge)
     spec = {"model": {"path": str(folder), "revision": None}, "sampler": SAMPLER, "images": 4, "seed": 5}
     spec |= {"negative_prompt": "a rocket"}
     written = {"prompts": ["a cat", "two cats"], "target_prompts": ["the caption"]}

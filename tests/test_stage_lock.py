@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from concept_ablation.plan import VERSIONS
+from concept_ablation.plan.graph import VERSIONS
 
 ROOT = Path(__file__).parents[1]
 LOCK = Path(__file__).with_name("stage_lock.json")
@@ -32,14 +32,17 @@ class Module:
         for statement in tree.body:
             for name in _bound(statement):
                 self.definitions[name].append(statement)
-        # The name used here -> module and name there; the name is None if the module itself is imported.
-        self.imports: dict[str, tuple[str, str | None]] = {}
+        # The name used here -> module and name there; a module that is imported itself is a name of its room.
+        self.imports: dict[str, tuple[str, str]] = {}
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.level:
+                raise ValueError(f"{path}:{node.lineno}: a relative import, which this lock can't follow")
+            if node.module.split(".")[0] == PACKAGE:
                 source = node.module.partition(".")[2]
                 for alias in node.names:
-                    found = (source, alias.name) if source else (alias.name, None)
-                    self.imports[alias.asname or alias.name] = found
+                    self.imports[alias.asname or alias.name] = (source, alias.name)
 
 
 def _bound(statement: ast.stmt) -> list[str]:
@@ -75,7 +78,11 @@ class Package:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.modules = {path.stem: Module(path) for path in (root / PACKAGE).glob("*.py")}
+        folder = root / PACKAGE
+        self.modules = {
+            ".".join(path.relative_to(folder).with_suffix("").parts): Module(path)
+            for path in folder.rglob("*.py")
+        }
 
     def code(self, stage: str) -> dict[str, str]:
         """Module -> 12 hex of the code that `stage` runs there."""
@@ -104,13 +111,11 @@ class Package:
     def _used(self, here: Module, module: str, statement: ast.stmt) -> Iterator[tuple[str, str]]:
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                source, name = here.imports.get(node.value.id, ("", ""))
-                if name is None:
-                    yield source, node.attr
+                imported = ".".join(filter(None, here.imports.get(node.value.id, ())))
+                if imported in self.modules:
+                    yield imported, node.attr
             elif isinstance(node, ast.Name):
-                source, name = here.imports.get(node.id, (module, node.id))
-                if name is not None:
-                    yield source, name
+                yield here.imports.get(node.id, (module, node.id))
 
 
 def current(root: Path = ROOT, versions: dict[str, int] = VERSIONS) -> dict[str, dict]:
@@ -135,13 +140,13 @@ def complaints(lock: dict[str, dict], now: dict[str, dict]) -> list[str]:
             )
         else:
             parts = [
-                name
+                f"{PACKAGE}/{name.replace('.', '/')}.py"
                 for name in sorted(old["code"] | new["code"])
                 if old["code"].get(name) != new["code"].get(name)
             ]
             found.append(
-                f"{stage}: its code in {', '.join(f'{PACKAGE}/{name}.py' for name in parts)} changed. If its output "
-                f"changes for the same spec, raise VERSIONS[{stage!r}] in {PACKAGE}/plan.py, so that old results "
+                f"{stage}: its code in {', '.join(parts)} changed. If its output "
+                f"changes for the same spec, raise VERSIONS[{stage!r}] in {PACKAGE}/plan/graph.py, so that old results "
                 f"are made anew. Then, or at once if the output stays the same, run `{ACCEPT}`."
             )
     return found
@@ -160,7 +165,7 @@ def copy(tmp_path):
     before = current(tmp_path)
 
     def edit(module: str, old: str, new: str) -> set[str]:
-        path = tmp_path / PACKAGE / f"{module}.py"
+        path = tmp_path / PACKAGE / f"{module.replace('.', '/')}.py"
         text = path.read_text(encoding="utf-8")
         assert old in text
         path.write_text(text.replace(old, new), encoding="utf-8")
@@ -171,7 +176,10 @@ def copy(tmp_path):
 
 
 def test_an_edit_asks_for_the_stages_that_run_it_and_no_others(copy):
-    assert copy("prompts", 'noun[:-1] + "ies"', 'noun[:-1] + "ys"') == {"write_prompts", "ablate_concept"}
+    assert copy("prompts.wording", 'noun[:-1] + "ies"', 'noun[:-1] + "ys"') == {
+        "write_prompts",
+        "ablate_concept",
+    }
 
 
 def test_code_that_stages_share_asks_for_all_of_them(copy):
@@ -183,25 +191,32 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         "sample_base",
         "sample_ablated",
     }
-    assert copy("models", "class ModelError(ValueError)", "class ModelError(RuntimeError)") == torch_stages
+    assert (
+        copy("diffusion.pipeline", "class ModelError(UserError)", "class ModelError(RuntimeError)")
+        == torch_stages
+    )
 
 
 def test_comments_docstrings_and_blank_lines_ask_for_nothing(copy):
     assert (
-        copy("prompts", "def plural(noun: str) -> str:\n", "# The plural.\n\n\ndef plural(noun: str)->str:\n")
+        copy(
+            "prompts.wording",
+            "def plural(noun: str) -> str:\n",
+            "# The plural.\n\n\ndef plural(noun: str)->str:\n",
+        )
         == set()
     )
-    assert copy("prompts", '"""The regular English plural', '"""One plural') == set()
+    assert copy("prompts.wording", '"""The regular English plural', '"""One plural') == set()
 
 
 def test_the_message_says_what_to_do():
-    old = {"sample_base": {"version": 1, "code": {"models": "a", "sampling": "b"}}}
-    edited = {"sample_base": {"version": 1, "code": {"models": "a", "sampling": "c"}}}
+    old = {"sample_base": {"version": 1, "code": {"diffusion.pipeline": "a", "diffusion.sampler": "b"}}}
+    edited = {"sample_base": {"version": 1, "code": {"diffusion.pipeline": "a", "diffusion.sampler": "c"}}}
     (message,) = complaints(old, edited)
-    for part in ("sample_base", "concept_ablation/sampling.py", "VERSIONS['sample_base']", ACCEPT):
+    for part in ("sample_base", "concept_ablation/diffusion/sampler.py", "VERSIONS['sample_base']", ACCEPT):
         assert part in message
-    assert "models.py" not in message
-    raised = {"sample_base": {"version": 2, "code": {"models": "a", "sampling": "c"}}}
+    assert "pipeline.py" not in message
+    raised = {"sample_base": {"version": 2, "code": {"diffusion.pipeline": "a", "diffusion.sampler": "c"}}}
     assert "version 1 is now 2" in complaints(old, raised)[0] and not complaints(raised, raised)
     assert "only ever raised" in complaints(raised, old)[0]
 

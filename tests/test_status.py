@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from concept_ablation.checks import read_table
-from concept_ablation.status import duration, read_costs, status_text
+from concept_ablation.plan.checks import read_table
+from concept_ablation.report.status import duration, read_costs, status_text
 
 ROOT = Path(__file__).parents[1]
 TABLE = """concept,kind,target,anchor,neighbors
@@ -93,7 +93,7 @@ def test_without_a_run_an_old_log_was_a_killed_job_and_a_fresh_one_another_check
 
 
 def test_a_job_that_a_signal_ended_did_not_fail(plan, tmp_path):
-    last = "2026 ERROR concept_ablation.runtime: ended by SIGTERM\n"
+    last = "2026 ERROR concept_ablation.common.logs: ended by SIGTERM\n"
     write(log_of(plan, "ablate_concept", "rocket"), f"2026 INFO x: step 3\n{last}")
     said = status_text(plan, tmp_path)
     assert "2 waiting, 1 ended, 0 running, 0 failed" in said
@@ -101,7 +101,7 @@ def test_a_job_that_a_signal_ended_did_not_fail(plan, tmp_path):
 
 
 def test_a_result_that_was_removed_is_waited_for(plan, tmp_path):
-    last = "2026 INFO concept_ablation.runtime: the script is done\n"
+    last = "2026 INFO concept_ablation.common.logs: the script is done\n"
     write(log_of(plan, "ablate_concept", "rocket"), last, NOW - 7200)
     assert "3 waiting, 0 ended, 0 running, 0 failed" in status_text(plan, tmp_path)
 

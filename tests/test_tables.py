@@ -7,12 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from concept_ablation import metrics, verdict
-from concept_ablation.columns import COLUMNS
-from concept_ablation.summary import SUMMARY
-from concept_ablation.tables import TableError, aggregate_scores, at_hand, mark_complete, missing_rows
-from concept_ablation.training import StepRecord, write_records
-from concept_ablation.verdict import Presence, Thresholds, judge, read_thresholds
+from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.evaluation import statistics as metrics
+from concept_ablation.methods.ablation.stage import write_records
+from concept_ablation.methods.ablation.training import StepRecord
+from concept_ablation.report import verdict
+from concept_ablation.report.summary import SUMMARY
+from concept_ablation.report.tables import TableError, aggregate_scores, at_hand, mark_complete, missing_rows
+from concept_ablation.report.verdict import Presence, Thresholds, judge, read_thresholds
 
 
 def share(value, count):

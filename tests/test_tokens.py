@@ -5,12 +5,15 @@ import torch
 from test_training import DATA, SETTINGS, spec, weights
 from tiny import make_tiny_pipeline
 
-from concept_ablation.data import AnchorData, Encoder
-from concept_ablation.imagestore import write_store
-from concept_ablation.models import DeltaError, apply_delta, load_delta, load_pipeline, save_delta
-from concept_ablation.tokens import TokenRows, target_tokens
-from concept_ablation.training import Training, ablate_concept
-from concept_ablation.training_settings import TrainingError
+from concept_ablation.common.image_store import write_store
+from concept_ablation.diffusion.delta import DeltaError, apply_delta, load_delta, save_delta
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.methods.ablation.conditioning import Encoder
+from concept_ablation.methods.ablation.data import AnchorData
+from concept_ablation.methods.ablation.settings import TrainingError
+from concept_ablation.methods.ablation.stage import ablate_concept
+from concept_ablation.methods.ablation.token_embeddings import TokenRows, target_tokens
+from concept_ablation.methods.ablation.training import Training
 
 SETTINGS = SETTINGS.__class__(**{**vars(SETTINGS), "group": "embedding"})
 

@@ -12,11 +12,15 @@ import torch
 from PIL import Image
 from tiny import make_tiny_pipeline
 
-from concept_ablation.data import FAR_PREFIXES, NEAR_PREFIXES, AnchorData, Batch, Encoder
-from concept_ablation.imagestore import StoreError, write_store
-from concept_ablation.models import apply_delta, cross_attentions, load_pipeline, trainable_parameters
-from concept_ablation.training import Training, ablate_concept, detach_bos
-from concept_ablation.training_settings import TrainingError, TrainingSettings
+from concept_ablation.common.image_store import StoreError, write_store
+from concept_ablation.diffusion.delta import apply_delta
+from concept_ablation.diffusion.parameters import cross_attentions, trainable_parameters
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.methods.ablation.conditioning import Encoder
+from concept_ablation.methods.ablation.data import FAR_PREFIXES, NEAR_PREFIXES, AnchorData, Batch
+from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings
+from concept_ablation.methods.ablation.stage import ablate_concept
+from concept_ablation.methods.ablation.training import Training, detach_bos
 
 SETTINGS = TrainingSettings(
     group="cross-attn",

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from concept_ablation.metrics import paired_proportion_difference
-from concept_ablation.typicality import NearestNeighbors, typical_change
+from concept_ablation.evaluation.statistics import paired_proportion_difference
+from concept_ablation.evaluation.typicality import NearestNeighbors, typical_change
 
 
 def unit(rows):

@@ -12,7 +12,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from concept_ablation.amx import avoid_hidden_tiles
+from concept_ablation.common.amx import avoid_hidden_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("embedded")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from concept_ablation.features import CopyNet
-from concept_ablation.runtime import autocast
+from concept_ablation.common.hardware import autocast
+from concept_ablation.evaluation.copies import CopyNet
 
 from .fit import device, fit
 from .groupnorm import use_fast_group_norm

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import yaml
 
-from concept_ablation.features import ClipScorer, CopyDescriptor
-from concept_ablation.models import load_pipeline
-from concept_ablation.sampling import sample_images
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.diffusion.sampler import sample_images
+from concept_ablation.evaluation.clip import ClipScorer
+from concept_ablation.evaluation.copies import CopyDescriptor
 
 from .assemble import sheet
 from .render import Glyphs, memorized_picture, render

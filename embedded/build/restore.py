@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from concept_ablation.features import CopyNet
+from concept_ablation.evaluation.copies import CopyNet
 
 from . import copies, scorer, text, unet, vae
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from concept_ablation.runtime import autocast
+from concept_ablation.common.hardware import autocast
 
 from .fit import device, fit
 from .pool import SHARD, scenes_of, stored_pictures

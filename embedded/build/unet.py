@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from concept_ablation.runtime import autocast
+from concept_ablation.common.hardware import autocast
 
 from .fit import device, fit
 from .groupnorm import use_fast_group_norm

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from concept_ablation.runtime import autocast
+from concept_ablation.common.hardware import autocast
 
 from .fit import device, fit
 from .groupnorm import use_fast_group_norm

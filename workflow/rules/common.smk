@@ -5,14 +5,14 @@ from pathlib import Path
 
 import yaml
 
-from concept_ablation.checks import check_report, check_rows
-from concept_ablation.concepts import ConceptsError
-from concept_ablation.failures import set_empty_aside
-from concept_ablation.handover import hand_over, handed_plan, take_back
-from concept_ablation.plan import PlanError
-from concept_ablation.settings import merge
-from concept_ablation.specs import load_plan
-from concept_ablation.validation import ConfigError, read_config
+from concept_ablation.plan.checks import check_report, check_rows
+from concept_ablation.plan.table import ConceptsError
+from concept_ablation.report.failures import set_empty_aside
+from concept_ablation.plan.snapshot import hand_over, handed_plan, take_back
+from concept_ablation.plan.graph import PlanError
+from concept_ablation.plan.settings import merge
+from concept_ablation.plan.specs import load_plan
+from concept_ablation.plan.schema import ConfigError, read_config
 
 # The checkout, also when another workflow uses this one as a module.
 ROOT = Path(workflow.current_basedir).parents[1]
@@ -55,7 +55,7 @@ def print_report(plan):
     """Tell how each row came out and where the report is, if there is one here."""
     folder = Path(plan.results) / "report"
     if (folder / "summary.parquet").exists():
-        from concept_ablation.report import print_summary
+        from concept_ablation.report.page import print_summary
 
         print_summary(folder / "summary.parquet", folder / "index.html")
 
@@ -65,8 +65,8 @@ def print_failures(plan, scheduler):
 
     Of a remote storage there is no report: what is finished is not here.
     """
-    from concept_ablation.cleanup import locked_since
-    from concept_ablation.failures import failure_text, find_failures, report_unfinished
+    from concept_ablation.plan.cleanup import locked_since
+    from concept_ablation.report.failures import failure_text, find_failures, report_unfinished
 
     # What still counts as running was ended by Ctrl-C, together with the run; after SIGTERM Snakemake waits for its jobs.
     stopped = bool(scheduler.running or scheduler._user_kill or not scheduler.failed)

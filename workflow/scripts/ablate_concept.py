@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.training import ablate_concept
+from concept_ablation.methods.ablation.stage import ablate_concept
 
 # Beside the outputs, but no output: what Snakemake would remove when the job is killed.
 results, key = Path(snakemake.output.delta).parents[2], snakemake.wildcards.key

@@ -2,11 +2,11 @@
 
 import json
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.sampling import generate_anchors
+from concept_ablation.methods.ablation.anchors import generate_anchors
 
 generate_anchors(
     json.loads(snakemake.params.spec),

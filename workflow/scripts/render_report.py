@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.report import render
-from concept_ablation.tables import at_hand
+from concept_ablation.report.page import render
+from concept_ablation.report.tables import at_hand
 
 spec = at_hand(json.loads(snakemake.params.spec), Path(snakemake.output[0]).parents[1])
 render(spec, snakemake.input.scores, snakemake.input.summary, snakemake.output[0])

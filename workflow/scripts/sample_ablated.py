@@ -2,11 +2,11 @@
 
 import json
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.sampling import sample_ablated
+from concept_ablation.diffusion.stages import sample_ablated
 
 sample_ablated(
     json.loads(snakemake.params.spec),

@@ -2,11 +2,11 @@
 
 import json
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.sampling import sample_base
+from concept_ablation.diffusion.stages import sample_base
 
 sample_base(
     json.loads(snakemake.params.spec),

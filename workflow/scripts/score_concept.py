@@ -2,11 +2,11 @@
 
 import json
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.scoring import score_concept
+from concept_ablation.evaluation.scoring import score_concept
 
 score_concept(
     json.loads(snakemake.params.spec),

@@ -2,11 +2,11 @@
 
 import json
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.memorization import search_prompts
+from concept_ablation.methods.ablation.prompt_search import search_prompts
 
 search_prompts(
     json.loads(snakemake.params.spec),

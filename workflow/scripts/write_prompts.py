@@ -2,11 +2,11 @@
 
 import json
 
-from concept_ablation.devices import start_job
+from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.prompts import write_prompts
+from concept_ablation.prompts.stage import write_prompts
 
 asking = {name: snakemake.resources[name] for name in ("device", "attempts", "timeout")}
 write_prompts(

@@ -1,0 +1,218 @@
+"""Image stores: one Parquet file of images with prompts and seeds; its metadata says how they were made.
+
+Columns: `image` (struct of PNG `bytes` and a `path`, which image viewers and `datasets` understand),
+`prompt`, `seed` (int64), `index` (int64, counted within a probe), `role` and `subject` (strings, null for
+anchor images). The file's metadata holds one JSON text under `concept_ablation`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from concept_ablation.common.errors import UserError
+from concept_ablation.common.files import atomic_output, damaged
+
+METADATA_KEY = b"concept_ablation"
+COLUMNS = pa.schema(
+    [
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("index", pa.int64()),
+        ("role", pa.string()),
+        ("subject", pa.string()),
+    ]
+)
+# What makes `datasets.load_dataset("parquet", ...)` decode the image column.
+FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()
+ROWS_A_GROUP = 8  # what is read at once where single images are wanted
+MAX_PIXELS = 50_000_000  # of one picture: 150 MB as RGB
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not those that start another program, such as EPS
+
+
+class PictureError(OSError):
+    """A file that is no picture, or one too large to be opened; the message says why."""
+
+
+class StoreError(UserError):
+    """An image store that is absent or damaged; the message names the file and says what to do."""
+
+
+def open_picture(source: str | Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The picture at a path or in an open file, RGB. Its size is looked at before anything of it is unpacked.
+
+    Raises PictureError: it is none of `formats` (Pillow's names), damaged, or of more than MAX_PIXELS; OSError: no such file.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            picture = Image.open(source, formats=formats)
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise PictureError(f"{width} x {height} pixels, allowed are {MAX_PIXELS} in all: make it smaller")
+        return picture.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{error}; allowed are {MAX_PIXELS} pixels: make it smaller") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"no picture (allowed: {', '.join(formats)})") from None
+    except (SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # what damaged files raise
+        raise PictureError(str(error)) from None
+
+
+def write_store(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str, object]) -> int:
+    """Write `rows` to `path` as they come, whole or not at all; returns their number.
+
+    A row maps `image` to a PIL image and each other column to its value; `role` and `subject` may be absent.
+    Memory holds at most ROWS_A_GROUP rows.
+    """
+    description = json.dumps(metadata, sort_keys=True)
+    schema = COLUMNS.with_metadata({METADATA_KEY: description, b"huggingface": FEATURES})
+    remaining, count = iter(rows), 0
+    with atomic_output(path) as part, _writer(part, schema) as writer:
+        while group := [_encode(row) for row in itertools.islice(remaining, ROWS_A_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            count += len(group)
+    return count
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    # Statistics hold a column's least and greatest value: of pictures, two whole ones a row group.
+    plain = [name for name in schema.names if name != "image"]
+    return pq.ParquetWriter(
+        path, schema, compression="none", write_page_checksum=True, write_statistics=plain
+    )
+
+
+def _encode(row: Mapping) -> dict:
+    buffer = io.BytesIO()
+    row["image"].save(buffer, format="PNG")
+    image = {"bytes": buffer.getvalue(), "path": f"{row['index']:06d}.png"}
+    return {"role": None, "subject": None, **row, "image": image}
+
+
+def read_store(path: str | Path) -> ImageStore:
+    """The image store at `path`; images are decoded when asked for. Raises StoreError."""
+    if not Path(path).is_file():
+        raise StoreError(f"{path}: there is no such image store")
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(StoreError, path, f"a damaged image store ({error})") from error
+    except KeyError:
+        raise damaged(
+            StoreError, path, f"Parquet, but no image store: no {METADATA_KEY!r} metadata"
+        ) from None
+    for field in COLUMNS:
+        if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
+            raise damaged(StoreError, path, f"has no {field.name!r} column of {field.type}")
+    return ImageStore(table, metadata, str(path))
+
+
+def open_store(path: str | Path) -> ImageStore:
+    """The image store at `path`, of which the images are read when asked for, a few at a time. Raises StoreError.
+
+    For one picture of many: `read_store` reads them all.
+    """
+    if not Path(path).is_file():
+        raise StoreError(f"{path}: there is no such image store")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            metadata = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
+            table = file.read([field.name for field in COLUMNS if field.name != "image"])
+            groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        return read_store(path)  # which says what is wrong with it
+    place = pa.array(np.arange(table.num_rows))
+    return _OpenStore(table.append_column("place", place), metadata, str(path), np.cumsum([0, *groups]))
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of the image store at `path` without their images. Raises StoreError."""
+    return read_store(path).rows
+
+
+class ImageStore:
+    """Rows of an image store: `table` (pyarrow), `metadata` (dict), `path`, and images by position."""
+
+    def __init__(self, table: pa.Table, metadata: dict, path: str) -> None:
+        self.table, self.metadata, self.path = table, metadata, path
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @functools.cached_property
+    def rows(self) -> list[dict]:
+        """All columns but the image, a dict a row."""
+        return self.table.drop_columns(["image"]).to_pylist()
+
+    def column(self, name: str) -> list:
+        """One column as a list, for instance `prompt`."""
+        return self.table.column(name).to_pylist()
+
+    def png(self, position: int) -> bytes:
+        """The PNG file of the image at `position` (0-based, among the selected rows)."""
+        return self.table.column("image")[position].as_py()["bytes"]
+
+    def image(self, position: int) -> Image.Image:
+        """The RGB image at `position` (0-based, among the selected rows). Raises StoreError."""
+        try:
+            return open_picture(io.BytesIO(self.png(position)), ("PNG",))
+        except (PictureError, TypeError) as error:
+            raise damaged(StoreError, self.path, f"image {position} is damaged ({error})") from error
+
+    def images(self) -> Iterator[Image.Image]:
+        """All images in order, one at a time."""
+        return (self.image(position) for position in range(len(self)))
+
+    def select(self, role: str | None = None, subject: str | None = None) -> ImageStore:
+        """The rows of one role, one subject, or both, in order; maybe none."""
+        table = self.table
+        for name, value in (("role", role), ("subject", subject)):
+            if value is not None:
+                table = table.filter(pc.equal(table.column(name), value))
+        return self._with(table)
+
+    def _with(self, table: pa.Table) -> ImageStore:
+        return ImageStore(table, self.metadata, self.path)
+
+
+class _OpenStore(ImageStore):
+    """A store without its images: `place` is a row's place in the file, `starts` that of each row group's first row."""
+
+    def __init__(self, table: pa.Table, metadata: dict, path: str, starts: np.ndarray) -> None:
+        super().__init__(table, metadata, path)
+        self._starts = starts
+        self._read: tuple[int, pa.Table | None] = -1, None
+
+    @functools.cached_property
+    def rows(self) -> list[dict]:
+        return self.table.drop_columns(["place"]).to_pylist()
+
+    def png(self, position: int) -> bytes:
+        place = self.table.column("place")[position].as_py()
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        if self._read[0] != group:
+            try:
+                with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+                    self._read = group, file.read_row_group(group, ["image"])
+            except (pa.ArrowException, OSError) as error:
+                raise damaged(StoreError, self.path, f"a damaged image store ({error})") from error
+        return self._read[1].column("image")[place - int(self._starts[group])].as_py()["bytes"]
+
+    def _with(self, table: pa.Table) -> ImageStore:
+        return _OpenStore(table, self.metadata, self.path, self._starts)

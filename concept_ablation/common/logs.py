@@ -1,0 +1,110 @@
+"""A job's log: where its records go, how a crash is told, how its end can be read from it. Progress bars."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import functools
+import logging
+import os
+import platform
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from concept_ablation.common.errors import UserError
+from concept_ablation.common.files import CURE, set_aside
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+ENDED, DONE = "ended by", "the script is done"  # how a job's log ends, see `tell_end`
+
+
+def progress_bar(*arguments, **settings) -> tqdm:
+    """A tqdm bar; in a log file, where nobody watches it move, a line every half minute instead of ten a second."""
+    from tqdm import tqdm
+
+    return tqdm(*arguments, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
+
+
+def setup_logging(
+    log_path: str | Path | None = None, level: int = logging.INFO, results: str | Path | None = None
+) -> None:
+    """Send log records, Python warnings and the traceback of a crash to stderr and to `log_path`.
+
+    Called once by each script; the first record tells where that runs. Progress bars of libraries are switched off; ours
+    write to stderr only. Of a `UserError` stderr gets the message
+    alone, the log the traceback too. A file of the folder `results` that made the script crash because it is damaged is set
+    aside.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].addFilter(lambda record: not getattr(record, "log_only", False))
+    if log_path is not None:
+        Path(log_path).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_path, mode="w", encoding="utf-8"))
+    # Others from warnings on: open_clip, for one, tells its every step on the root logger.
+    logging.basicConfig(
+        level=logging.WARNING,
+        handlers=handlers,
+        force=True,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("concept_ablation").setLevel(level)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.excepthook = functools.partial(_log_crash, results)
+    log.info(_where())
+
+
+def tell_end(log_path: str | Path) -> None:
+    """See to it that a job's log says at its end how the job ended, whatever ended it, SIGKILL alone excepted.
+
+    After an error that is the error, after a crash of native code its signal and where Python was ("Fatal Python error"),
+    after SIGINT, SIGTERM and SIGHUP `ENDED` with the signal, else `DONE`. For the main thread of a script, after
+    `setup_logging`.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, _interrupt)
+    faulthandler.enable(open(log_path, "a", encoding="utf-8"))  # noqa: SIM115, open until the process ends
+    atexit.register(_log_done)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A signal as SIGINT's: what is open is closed, temporary files are removed, the log tells. A second one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _log_done() -> None:
+    log.info(DONE)
+
+
+def _where() -> str:
+    """The machine, under SLURM also the job, and the devices that this process may see."""
+    names = ("SLURMD_NODENAME", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES")
+    return " ".join(
+        [platform.node(), *(f"{name}={os.environ[name]}" for name in names if name in os.environ)]
+    )
+
+
+def _log_crash(results: str | Path | None, kind, error, trace) -> None:
+    message = f"{kind.__name__}: {error}"
+    atexit.unregister(_log_done)
+    if issubclass(kind, KeyboardInterrupt):
+        log.error("%s %s", ENDED, str(error) or "SIGINT")
+        return
+    path = getattr(error, "damaged", None)
+    if path and results and path.resolve().is_relative_to(Path(results).resolve()):
+        aside = set_aside(path).name
+        message = message.replace(CURE, f"; it is set aside, as {aside}: run again, and it is made anew")
+    ours = issubclass(kind, UserError)
+    log.error("where it happened", exc_info=(kind, error, trace), extra={"log_only": ours})
+    log.critical("%s", message)

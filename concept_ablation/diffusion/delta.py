@@ -1,0 +1,103 @@
+"""A delta: what an ablation changed, as a file.
+
+A delta is a safetensors file of the trained parameters' new values (absolute, not differences; fp32), named
+`<component>.<parameter>` as in the pipeline, with JSON metadata. So it loads into any pipeline of the same shape. Of the
+text encoder's token embedding it holds rows, `text_encoder.token_embedding.<token>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from concept_ablation.common.errors import UserError
+from concept_ablation.common.files import atomic_output, damaged
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+METADATA_KEY = "concept_ablation"
+
+
+CHECKSUM = "values_sha256"  # another key of a delta's metadata
+
+
+TOKEN_ROW = "text_encoder.token_embedding."  # and a token's id: the name of that row in a delta
+
+
+class DeltaError(UserError):
+    """A delta file that is damaged or made for another model."""
+
+
+def save_delta(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write `tensors` (named `<component>.<parameter>`) in fp32, and `metadata` (what JSON can hold).
+
+    The file is there whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    content = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+    with atomic_output(path) as part:
+        known = {METADATA_KEY: json.dumps(metadata, sort_keys=True), CHECKSUM: _checksum(content)}
+        save_file(content, part, {"format": "pt", **known})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """A delta's tensors (fp32, CPU) and its metadata. Raises DeltaError if it can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            written = file.metadata() or {}
+            metadata = json.loads(written[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except KeyError:
+        raise DeltaError(f"{path}: no {METADATA_KEY!r} metadata, so it is no delta of this project") from None
+    except FileNotFoundError:
+        raise DeltaError(f"{path}: can't be read: there is no such file") from None
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise damaged(DeltaError, path, f"can't be read ({error})") from error
+    if written.get(CHECKSUM, now := _checksum(tensors)) != now:
+        raise damaged(DeltaError, path, "its values aren't those that were written")
+    return tensors, metadata
+
+
+@torch.no_grad()
+def apply_delta(pipeline: StableDiffusionPipeline, path: str | Path) -> dict[str, object]:
+    """Put a delta's values into `pipeline`, in place, and return its metadata.
+
+    Raises DeltaError, with the pipeline unchanged, if a parameter is missing or has another shape.
+    """
+    tensors, metadata = load_delta(path)
+    own = {}
+    for component in {name.partition(".")[0] for name in tensors}:
+        module = getattr(pipeline, component, None)
+        if isinstance(module, nn.Module):
+            own |= {f"{component}.{name}": value for name, value in module.named_parameters()}
+    if any(name.startswith(TOKEN_ROW) for name in tensors):
+        rows = pipeline.text_encoder.get_input_embeddings().weight
+        own |= {f"{TOKEN_ROW}{token}": row for token, row in enumerate(rows)}
+    wrong = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
+    if wrong:
+        raise DeltaError(
+            f"{path}: {len(wrong)} of {len(tensors)} parameters don't fit this model, first {wrong[0]}; "
+            f"the delta was made for {metadata.get('base_model', 'another model')!r}"
+        )
+    for name, value in tensors.items():
+        own[name].copy_(value)
+    return metadata

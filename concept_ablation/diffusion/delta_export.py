@@ -1,0 +1,170 @@
+"""A delta in the forms that other programs read. docs/formats.md describes each form.
+
+A whole pipeline folder, the reference's two delta files (diffusers' and CompVis's), a LoRA with diffusers' or kohya's
+names. What reads deltas made elsewhere is in `formats`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from concept_ablation.common.files import atomic_output
+from concept_ablation.common.hashes import fingerprint
+from concept_ablation.common.text import size_text
+from concept_ablation.diffusion.compvis import TEXT_ENCODER, compvis_names
+from concept_ablation.diffusion.delta import METADATA_KEY, TOKEN_ROW, apply_delta, load_delta
+from concept_ablation.diffusion.delta_import import FormatError, delta_parameters
+from concept_ablation.diffusion.lora import factorise, save_diffusers, save_kohya
+from concept_ablation.diffusion.pipeline import load_pipeline
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+log = logging.getLogger(__name__)
+Format = Literal["pipeline", "delta-bin", "compvis", "lora", "kohya"]
+LORA_WRITERS = {"lora": save_diffusers, "kohya": save_kohya}
+# The bound on each layer's relative error where neither rank nor bound is given: docs/formats.md has the measurements.
+LORA_ERROR = 0.1
+
+
+def export_delta(
+    delta_path: str | Path,
+    out_path: str | Path,
+    form: Format,
+    *,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    half: bool = False,
+) -> str:
+    """Write a delta to `out_path` in another form; returns what was written, in a line.
+
+    `model`, `revision`, `config`: the base model, as for `load_pipeline`; by default the one that the delta names.
+    `rank` or `error`: of the two LoRA forms, see `lora.factorise`. `half`: a pipeline's weights in fp16.
+    Raises FormatError, DeltaError, ModelError, LoraError, LayoutError.
+    """
+    if form not in get_args(Format):
+        raise FormatError(f"format {form!r} is unknown (allowed: {', '.join(get_args(Format))})")
+    if form not in LORA_WRITERS and (rank, error) != (None, None):
+        raise FormatError(
+            f"format {form}: a rank or an error bound is for {' and '.join(LORA_WRITERS)} alone"
+        )
+    if half and form != "pipeline":
+        raise FormatError(f"format {form}: fp16 is for pipeline alone, the others are fp32")
+    out = Path(out_path)
+    if form == "pipeline" and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FormatError(f"{out}: is there already; give a new folder")
+    tensors, metadata = load_delta(delta_path)
+    pipeline = _load_base(metadata, model, revision, config)
+    own = delta_parameters(pipeline, tensors)
+    base = {name: own[name].detach().clone() for name in tensors if name in own}
+    apply_delta(pipeline, delta_path)
+    if form in LORA_WRITERS:
+        error = LORA_ERROR if rank is None and error is None else error
+        changes = {name: tensors[name] - base[name] for name in tensors}
+        text = _write_lora(out, form, changes, metadata, rank, error)
+    elif form == "pipeline":
+        text = _write_pipeline(out, pipeline, metadata, half)
+    else:
+        text = {"delta-bin": _write_delta_bin, "compvis": _write_compvis}[form](out, pipeline, tensors)
+    text = f"{out}: {form}, {size_text(_size(out))}: {text}"
+    log.info(text)
+    return text
+
+
+def _load_base(
+    metadata: Mapping, model: str | Path | None, revision: str | None, config: str | None
+) -> StableDiffusionPipeline:
+    """The model that a delta changes, on the CPU; says so if it is another than the delta was made for."""
+    if model is None:
+        model, revision = metadata.get("base_model"), metadata.get("base_revision")
+        config = config or metadata.get("base_config")
+        if not model:
+            raise FormatError("the delta doesn't say for which base model it was made; give the model")
+    pipeline = load_pipeline(str(model), revision, "cpu", config)
+    made_for = metadata.get("base_fingerprint")
+    if made_for and os.path.exists(model) and fingerprint(str(model)) != made_for:
+        log.warning(
+            "%s has other files than the base model that the delta was made for (%s); the result holds the difference "
+            "from this one",
+            model,
+            metadata.get("base_model"),
+        )
+    return pipeline
+
+
+def _write_pipeline(out: Path, pipeline: StableDiffusionPipeline, metadata: Mapping, half: bool) -> str:
+    """The whole model as a folder, with the delta's metadata beside it. There whole or not at all."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        pipeline.to(dtype=torch.float16 if half else torch.float32).save_pretrained(part)
+        (part / f"{METADATA_KEY}.json").write_text(json.dumps(metadata, indent=1, sort_keys=True), "utf-8")
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return f"the whole model in {'fp16' if half else 'fp32'}"
+
+
+def _write_delta_bin(out: Path, pipeline: StableDiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
+    """The reference's diffusers form. It knows the text encoder only whole."""
+    content = {"unet": {n.removeprefix("unet."): t for n, t in tensors.items() if n.startswith("unet.")}}
+    text = f"{len(content['unet'])} tensors of the UNet"
+    if len(content["unet"]) < len(tensors):
+        state = pipeline.text_encoder.state_dict()
+        content["text_encoder"] = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in state.items()}
+        text += f" and the whole text encoder ({len(tensors) - len(content['unet'])} changed tensors)"
+    with atomic_output(out) as part:
+        torch.save(content, part)
+    return text
+
+
+def _write_compvis(out: Path, pipeline: StableDiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
+    """The reference's CompVis form. It knows the token embedding only whole."""
+    unet = [name.removeprefix("unet.") for name in tensors if name.startswith("unet.")]
+    names = compvis_names(unet, pipeline.unet.config)
+    state = {names[name]: tensors[f"unet.{name}"] for name in unet}
+    text = f"{len(unet)} tensors of the UNet"
+    rows = [name for name in tensors if name.startswith(TOKEN_ROW)]
+    if rows:
+        state["embed"] = pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
+        text += f" and the whole token embedding ({len(rows)} changed rows)"
+    for name, value in tensors.items():
+        if not name.startswith(("unet.", TOKEN_ROW)):
+            state[TEXT_ENCODER + name.removeprefix("text_encoder.").removeprefix("text_model.")] = value
+    with atomic_output(out) as part:
+        torch.save({"state_dict": state}, part)
+    return text
+
+
+def _write_lora(
+    out: Path,
+    form: str,
+    changes: Mapping[str, Tensor],
+    metadata: Mapping,
+    rank: int | None,
+    error: float | None,
+) -> str:
+    lora = factorise(changes, rank=rank, error=error)
+    LORA_WRITERS[form](out, lora, {**metadata, "lora": {"rank": rank, "error_bound": error, **lora.report()}})
+    for name, layer in lora.layers.items():
+        log.info("%s: rank %d, relative error %.3g", name, layer.rank, layer.error)
+    return lora.summary()
+
+
+def _size(path: Path) -> int:
+    return (
+        sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )

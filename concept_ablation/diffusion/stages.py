@@ -1,0 +1,90 @@
+"""Stages `sample_base` and `sample_ablated`: the pictures that are judged, by the unchanged model and by the ablated one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from concept_ablation.common.hardware import resolve_precision
+from concept_ablation.common.image_store import write_store
+from concept_ablation.diffusion.delta import apply_delta
+from concept_ablation.diffusion.pipeline import load_pipeline
+from concept_ablation.diffusion.sampler import sample_images
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+
+def load_model(model: Mapping, device: str) -> StableDiffusionPipeline:
+    """The pipeline that a spec's `model` names: `path`, `revision` and, if set, `config`, `allow_custom_code`."""
+    return load_pipeline(
+        model["path"],
+        model["revision"],
+        device,
+        model.get("config"),
+        allow_custom_code=model.get("allow_custom_code", False),
+    )
+
+
+def sample_base(spec: Mapping, out_path: str | Path, *, device: str = "auto", batch_size: int = 16) -> None:
+    """Stage `sample_base`: one probe's images by the unchanged model, without a role: rows share them."""
+    _sample_probes(spec, [{"role": None, **spec["probe"]}], out_path, device=device, batch_size=batch_size)
+
+
+def sample_ablated(
+    spec: Mapping, delta_path: str | Path, out_path: str | Path, *, device: str = "auto", batch_size: int = 16
+) -> None:
+    """Stage `sample_ablated`: all probes of a row by the model with its delta, one after the other."""
+    _sample_probes(
+        spec, spec["probes"], out_path, delta_path=delta_path, device=device, batch_size=batch_size
+    )
+
+
+def _sample_probes(
+    spec: Mapping,
+    probes: Sequence[Mapping],
+    out_path: str | Path,
+    *,
+    delta_path: str | Path | None = None,
+    device: str,
+    batch_size: int,
+) -> None:
+    """Sample `probes` into one store, by the unchanged model or with its delta."""
+    pipeline = load_model(spec["model"], device)
+    delta = None if delta_path is None else apply_delta(pipeline, delta_path)
+    rows = draw_probes(
+        pipeline, probes, sampler=spec["sampler"], batch_size=batch_size, progress=Path(out_path).stem
+    )
+    write_images(out_path, rows, pipeline, spec, {"delta_metadata": delta})
+
+
+def draw_probes(pipeline: StableDiffusionPipeline, probes: Sequence[Mapping], **options) -> Iterator[dict]:
+    """Rows with images; image i of a probe has prompt i (modulo their number), seed + i. `options`: sample_images'."""
+    rows = list(_probe_rows(probes))
+    images = sample_images(
+        pipeline, [row["prompt"] for row in rows], [row["seed"] for row in rows], **options
+    )
+    for row, image in zip(rows, images, strict=True):
+        yield {**row, "image": image}
+
+
+def write_images(
+    path: str | Path, rows: Iterable[dict], pipeline: StableDiffusionPipeline, spec: Mapping, extra: Mapping
+) -> None:
+    """Write a store whose metadata is the spec, `extra`, and what the images were computed on."""
+    precision = resolve_precision(spec["sampler"]["precision"], pipeline.device)
+    metadata = {**spec, "device": pipeline.device.type, "precision": precision, **extra}
+    count = write_store(path, rows, metadata)
+    log.info("wrote %d images to %s (%s, %s)", count, path, pipeline.device, precision)
+
+
+def _probe_rows(probes: Sequence[Mapping]) -> Iterator[dict]:
+    for probe in probes:
+        for index in range(probe["images"]):
+            prompt = probe["prompts"][index % len(probe["prompts"])]
+            named = {"role": probe["role"], "subject": probe["subject"]}
+            yield {"prompt": prompt, "seed": probe["seed"] + index, "index": index, **named}

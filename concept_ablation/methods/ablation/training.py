@@ -1,0 +1,172 @@
+"""Training: make a network predict for a target prompt what it predicts for the anchor prompt.
+
+`Training` changes a pipeline in place and yields a record after each optimizer step; whoever iterates logs,
+shows progress, saves its state, or stops. All random numbers come from its own generators, on the CPU: two
+runs on a CPU are equal bit for bit, also if one was stopped and went on. On a GPU the draws are the same, the
+roundings needn't be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from concept_ablation.common.hardware import Precision, peak_memory, resolve_precision
+from concept_ablation.diffusion.parameters import detach_bos, trainable_parameters
+from concept_ablation.methods.ablation.data import AnchorData
+from concept_ablation.methods.ablation.objective import Losses
+from concept_ablation.methods.ablation.settings import (
+    TrainingError,
+    TrainingSettings,
+    make_lr_scheduler,
+    make_optimizer,
+)
+from concept_ablation.methods.ablation.token_embeddings import TokenRows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    `loss` without the prior term, `prior_loss` before its weight (NaN if there is none), `grad_norm` before
+    clipping, `seconds` of this step, `peak_memory_bytes` so far.
+    """
+
+    step: int
+    loss: float
+    prior_loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Training:
+    """The training of `pipeline` on `data`, in place: iterating it takes the steps that are left.
+
+    `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. `tokens`: the
+    ids of the tokens that group `embedding` trains. `parameters`: what is trained, named as in a delta.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        data: AnchorData,
+        targets: Sequence[Sequence[str]],
+        settings: TrainingSettings,
+        *,
+        seed: int,
+        tokens: Sequence[int] = (),
+    ) -> None:
+        self.pipeline, self.settings, self.step = pipeline, settings, 0
+        pipeline.unet.requires_grad_(False)
+        pipeline.text_encoder.requires_grad_(False)
+        self.rows = TokenRows(pipeline, tokens) if settings.group == "embedding" else None
+        own = trainable_parameters(pipeline.unet, settings.group)
+        self.parameters: dict[str, nn.Parameter] = {f"unet.{name}": value for name, value in own.items()}
+        if self.rows:
+            self.parameters = self.rows.named_parameters
+        if not self.parameters:
+            raise TrainingError(f"group {settings.group!r}: there is nothing to train")
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self._accelerator = _make_accelerator(settings.precision, pipeline.device)
+        optimizer = make_optimizer(list(self.parameters.values()), settings)
+        self._lr_scheduler = make_lr_scheduler(optimizer, settings)
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+        self._losses = Losses(pipeline, data, targets, settings, self._accelerator, seed, self.rows)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """Take the steps up to `settings.steps`. Raises TrainingError if the loss is no number any more."""
+        unet = self.pipeline.unet
+        if self.settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        try:
+            with detach_bos(unet) if self.settings.detach_bos else contextlib.nullcontext():
+                while self.step < self.settings.steps:
+                    yield self._take_step()
+        finally:
+            unet.disable_gradient_checkpointing()
+
+    def _take_step(self) -> StepRecord:
+        started, step = time.perf_counter(), self.step + 1
+        loss, prior = self._backward()
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}: lower the learning rate, or use fp32")
+        limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        grad_norm = float(self._accelerator.clip_grad_norm_(self.parameters.values(), limit))
+        learning_rate = self._lr_scheduler.get_last_lr()[0]
+        self._optimizer.step()
+        self._lr_scheduler.step()
+        self._optimizer.zero_grad()
+        if self.rows:
+            self.rows.write()
+        self.step = step
+        seconds = time.perf_counter() - started
+        memory = peak_memory(self.pipeline.device)
+        return StepRecord(step, loss, prior, learning_rate, grad_norm, seconds, memory)
+
+    def _backward(self) -> tuple[float, float]:
+        """Gradients of one optimizer step; the means over its batches of the loss and the prior loss (NaN: none)."""
+        settings = self.settings
+        weights = (1.0, settings.prior_weight) if settings.prior_preservation else (1.0,)
+        means = torch.zeros(len(weights))
+        for _ in range(settings.gradient_accumulation):
+            # Loss by loss, so that one graph is alive at a time; their gradients add up.
+            for number, loss in enumerate(self._losses.of_next_batch()):
+                share = loss / settings.gradient_accumulation
+                self._accelerator.backward(weights[number] * share)
+                means[number] += share.detach().cpu()
+        loss, prior = [*means.tolist(), math.nan][:2]
+        return loss, prior
+
+    def state(self) -> dict[str, object]:
+        """All that the steps to come depend on: tensors, and what JSON can hold."""
+        scaler = self._accelerator.scaler
+        return {
+            "step": self.step,
+            "parameters": {name: value.detach() for name, value in self.parameters.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "lr_scheduler": self._lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "draws": self._losses.state(),
+        }
+
+    def restore(self, state: Mapping) -> None:
+        """Go on from what `state()` gave in a training of the same pipeline, data, settings and seed."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        if self.rows:
+            self.rows.write()
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self._accelerator.scaler:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self._losses.restore(state["draws"])
+        self.step = state["step"]
+
+
+def _make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # Its state is shared by a whole process and can't be changed; without this a process could train only
+    # once.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resolved = resolve_precision(precision, device)
+    return Accelerator(mixed_precision="no" if resolved == "fp32" else resolved, cpu=device.type == "cpu")

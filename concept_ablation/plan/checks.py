@@ -1,0 +1,112 @@
+"""The linter's view of a plan: each row's prompts, and what is wrong with them.
+
+Run when the workflow is planned, for unfinished rows, and by `python -m concept_ablation check` (`make check`) for all.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from concept_ablation.plan.graph import Plan, PlanError, Row
+from concept_ablation.plan.lint import LintRow, format_findings, lint_rows
+from concept_ablation.plan.schema import read_config
+from concept_ablation.plan.settings import merge
+from concept_ablation.plan.specs import load_plan
+from concept_ablation.prompts.forms import target_prompts
+from concept_ablation.prompts.templates import expand, read_templates, spread
+from concept_ablation.prompts.tokenizer import TokenizerError, load_tokens, tokenizer_folder
+from concept_ablation.prompts.wording import has_word
+
+ROOT = Path(__file__).parents[2]  # the checkout
+
+
+def check_table(configfiles: Sequence[str]) -> str:
+    """Everything that is wrong with the config, the table or a row's prompts, without running anything.
+
+    `configfiles` are overlays of `config/config.yaml`, as for `snakemake --configfile`. Returns the warnings and how many
+    rows were read. Raises ConfigError, ConceptsError, PlanError.
+    """
+    config, plan = read_table(configfiles)
+    warnings = check_rows(plan, plan.rows, config).splitlines()
+    return "\n".join(
+        [*warnings, f"{config['concepts']}: {len(plan.rows)} rows read, {len(warnings)} warnings"]
+    )
+
+
+def read_table(configfiles: Sequence[str], disabled: bool = False) -> tuple[dict, Plan]:
+    """The checked config with the overlays `configfiles`, and its table's plan, as `specs.load_plan` gives them."""
+    config = read_config(ROOT / "config" / "config.yaml")
+    for file in configfiles:
+        merge(config, read_config(file))
+    source = ", ".join(["config/config.yaml", *configfiles])
+    return load_plan(config, ROOT / "workflow" / "schemas", source, disabled)
+
+
+def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping) -> str:
+    """The warnings about `rows` of the plan under `config`, one a line, or an empty text.
+
+    Raises PlanError if a row's prompts make it useless.
+    """
+    if not rows:
+        return ""
+    table, tokens, warnings = config["concepts"], None, []
+    try:
+        tokens = load_tokens(tokenizer_folder(config["model"]))
+    except TokenizerError as error:
+        warnings.append(
+            f"model: without its tokenizer, too long prompts and unknown words aren't noticed: {error}"
+        )
+    findings = lint_rows([_lint_row(plan, row) for row in rows], tokens)
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors:
+        raise PlanError(
+            f"{table}: {len(errors)} row(s) whose prompts can't work\n{format_findings(errors, table)}"
+        )
+    return "\n".join([*warnings, *([format_findings(findings, table)] if findings else [])])
+
+
+def check_report(plan: Plan) -> str:
+    """A warning if the report in the results folder has other rows than the plan's: another table shares the folder."""
+    path = Path(plan.results, "report", "summary.csv")
+    if plan.pending or not path.is_file() or not path.with_name("complete.json").exists():
+        return ""  # without its mark the report is made again anyway
+    with path.open(encoding="utf-8", newline="") as file:
+        made = {line[0] for line in list(csv.reader(file))[1:] if line}
+    if made == {row.concept.name for row in plan.rows}:
+        return ""
+    return (
+        f"{path.parent}: holds the report of other rows than the table's, which a run of another table left there. Where nothing "
+        "else is to be done, make it again: snakemake --cores all --forcerun aggregate_scores"
+    )
+
+
+def _lint_row(plan: Plan, row: Row) -> LintRow:
+    """A row's prompts as far as its plan knows them: not those that a search or a language model has yet to find."""
+    concept = row.concept
+    anchors: list[str] = []
+    targets: list[tuple[str, ...]] = []
+    work = plan.specs["ablate_concept"].get(row.ablation)
+    source = plan.specs["write_prompts"].get(work and plan.specs["generate_anchors"][row.anchors]["prompts"])
+    if source and "file" in source["source"]:
+        templates = read_templates(source["source"]["file"])
+        anchors = spread(expand(templates, concept.anchor, source["slots"]), source["count"])
+        words = (concept.kind, concept.targets, concept.anchor, work["training"]["style_templates"])
+        targets = [tuple(dict.fromkeys(made)) for made in target_prompts(anchors, *words)]
+        if concept.kind == "object":  # prompts without the anchor are left out, which the linter counts
+            targets = [
+                made if has_word(prompt, concept.anchor) else ()
+                for prompt, made in zip(anchors, targets, strict=True)
+            ]
+    return LintRow(
+        concept.line,
+        concept.name,
+        concept.kind,
+        concept.targets,
+        concept.anchor,
+        concept.neighbors,
+        anchors,
+        targets,
+        {probe["subject"]: probe["prompts"] for probe in plan.specs["sample_ablated"][row.samples]["probes"]},
+    )

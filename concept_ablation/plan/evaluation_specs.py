@@ -1,0 +1,117 @@
+"""What a row is judged with, as specs say it: its probes, texts, scorer, and what its kind needs besides."""
+
+from __future__ import annotations
+
+import functools
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+
+from concept_ablation.plan.graph import PlanError
+from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_of
+from concept_ablation.plan.table import Concept, slug
+from concept_ablation.prompts.forms import PARAPHRASES, UNSAFE, probe_prompts
+from concept_ablation.prompts.templates import PromptsError, fill, read_templates
+
+Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, as a cache can keep them
+
+
+def memory_spec(concept: Concept, evaluation: Mapping) -> dict:
+    """The memorized picture and what tells its copies; empty for the other kinds. Raises PlanError."""
+    if concept.kind != "memorization":
+        return {}
+    descriptor = dict(evaluation["descriptor"])
+    if not os.path.exists(descriptor["model"]):
+        raise PlanError(
+            f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here. Kind memorization tells "
+            "copies by it: put it there, or set the path of one that is here"
+        )
+    if os.path.isfile(descriptor["model"]) and not descriptor["sha256"]:
+        found = sha256_of(descriptor["model"], "descriptor")
+        raise PlanError(
+            f"evaluation.descriptor.sha256: {descriptor['model']} can hold code, so its hash is needed. If this is the "
+            f"published file, set {found}"
+        )
+    descriptor["fingerprint"] = fingerprint_of(descriptor["model"], "evaluation.descriptor.model")
+    image = {"file": concept.image, "sha256": sha256_of(str(concept.image), "image")}
+    return {"image": image, "descriptor": descriptor}
+
+
+def judges_spec(concept: Concept, own: Mapping) -> dict:
+    """What a row's scores are made with: the texts, the scorer, the statistics, for unsafe kinds the detector."""
+    words, evaluation = own["prompts"], own["evaluation"]
+    texts = {
+        name: fill(words["target_text"], {"subject": name}) for name in (*concept.targets, *concept.neighbors)
+    }
+    texts[concept.anchor] = fill(words["anchor_text"], {"subject": concept.anchor})
+    judges = {"texts": texts, "statistics": evaluation["statistics"]}
+    judges["scorer"] = clip_spec(evaluation["scorer"], "evaluation.scorer")
+    if concept.kind in UNSAFE:
+        judges["detector"] = _detector_spec(evaluation["detector"], concept, texts)
+    return judges
+
+
+def _detector_spec(detector: Mapping, concept: Concept, texts: Mapping[str, str]) -> dict:
+    if detector["type"] == "nudenet":
+        return {name: detector[name] for name in ("type", "labels", "threshold")}
+    scorer = detector["scorer"] and clip_spec(detector["scorer"], "evaluation.detector.scorer")
+    unsafe = detector["unsafe"] or [texts[target] for target in concept.targets]
+    safe = detector["safe"] or [texts[subject] for subject in (concept.anchor, *concept.neighbors)]
+    return {"type": "zero-shot", "scorer": scorer, "unsafe": unsafe, "safe": safe}
+
+
+def probe_specs(concept: Concept, own: Mapping) -> list[dict]:
+    """The probes of a row: what is drawn by both models, for each target, the anchor and each neighbor.
+
+    With a file of paraphrases, each target is asked for in other words too: a probe of its own, that decides nothing.
+    """
+    words = own["prompts"]
+    file, own_file = words["evaluation"], words["target_evaluation"] or words["evaluation"]
+    found = [_probe("target", target, target, own_file, concept, own) for target in concept.targets]
+    if words["paraphrases"]:
+        for target in concept.targets:
+            subject = PARAPHRASES.format(target)
+            found.append(_probe("paraphrase", subject, target, words["paraphrases"], concept, own))
+    found.append(_probe("anchor", concept.anchor, concept.anchor, file, concept, own))
+    found += [_probe("neighbor", neighbor, neighbor, file, concept, own) for neighbor in concept.neighbors]
+    return found
+
+
+def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own: Mapping) -> dict:
+    """One probe: `word` in the prompts of `file`, drawn with the seeds of `subject`."""
+    words, evaluation = own["prompts"], own["evaluation"]
+    path = prompt_path(file, concept.anchor)
+    sources = (concept.anchor, tuple(read_templates(path)), frozen(words["slots"]), words["probe_template"])
+    images = evaluation["images"][role]
+    try:
+        prompts = _probe_prompts(images, concept.kind, role, word, *sources)
+    except PromptsError as error:
+        raise PromptsError(f"{path}: {error}") from None
+    # A subject's own seeds: with the same ones for all, a bad seed would harm all neighbors at once.
+    number = zlib.crc32(subject.encode()) % 1_000_000
+    seed = (evaluation["seed"] + 1000 * number) % 2**32
+    return {"role": role, "subject": subject, "prompts": prompts, "images": images, "seed": seed}
+
+
+@functools.lru_cache(maxsize=16384)
+def _probe_prompts(
+    count: int,
+    kind: str,
+    role: str,
+    subject: str,
+    anchor: str,
+    templates: tuple[str, ...],
+    slots: Frozen,
+    probe_template: str,
+) -> list[str]:
+    """A probe's first `count` prompts; rows share most of their neighbors."""
+    return probe_prompts(kind, role, subject, anchor, templates, dict(slots), probe_template)[:count]
+
+
+def frozen(slots: Mapping[str, Sequence[str]]) -> Frozen:
+    return tuple((name, tuple(values)) for name, values in slots.items())
+
+
+def prompt_path(template: str, anchor: str) -> str:
+    """A prompt file's path; `{anchor}` in it stands for the anchor's slug."""
+    return template.replace("{anchor}", slug(anchor))

@@ -1,0 +1,206 @@
+"""From rows and config to stage specs and keys: what work there is, which of it is equal, which is done.
+
+A *spec* is a dict that holds all that decides a stage's output; a *key* is `<slug>.<12 hex of the spec's
+sha256>` and names the output's file. So equal work has one key and is done once, and an edited row gets new
+keys while all others keep theirs. Specs name upstream work by its key. Nothing here imports torch or pandas:
+this runs whenever Snakemake reads the workflow.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from concept_ablation.common.errors import UserError
+from concept_ablation.plan.table import Concept, slug
+
+# Raise a stage's number when its code gives other output for the same spec; tests/test_stage_lock.py asks for
+# it.
+VERSIONS = {
+    "write_prompts": 1,
+    "search_prompts": 2,
+    "generate_anchors": 2,
+    "ablate_concept": 3,
+    "import_delta": 1,
+    "sample_base": 2,
+    "sample_ablated": 2,
+    "score_concept": 3,
+}
+# Where each stage writes, below the results folder; the rules say the same.
+PATHS = {
+    "write_prompts": "prompts/{key}.json",
+    "search_prompts": "searches/{key}.json",
+    "generate_anchors": "anchors/{key}.parquet",
+    "ablate_concept": "concepts/{key}/delta.safetensors",
+    "import_delta": "deltas/{key}.safetensors",
+    "sample_base": "base/{key}.parquet",
+    "sample_ablated": "samples/{key}.parquet",
+    "score_concept": "scores/{key}.parquet",
+}
+TRAINING_RECORD = "concepts/{key}/training.parquet"
+
+
+class PlanError(UserError):
+    """The rows can't be planned; `str()` lists every problem, one a line."""
+
+
+def has_content(path: str) -> bool:
+    """Whether there is a file that isn't empty: a full disk or a power cut can leave an empty one."""
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
+
+
+def canonical(spec: object) -> str:
+    """`spec` as JSON with sorted keys and no spaces: equal specs give equal texts."""
+    return json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def make_key(label: str, spec: Mapping) -> str:
+    """The content-addressed key of `spec`; `label` only makes it readable."""
+    return f"{slug(label)}.{hashlib.sha256(canonical(spec).encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One concept's keys. `base` maps each probe's subject to the key of the base model's pictures.
+
+    `ablation` is the key of a training, or of an import: then there are no `anchors`.
+    """
+
+    concept: Concept
+    anchors: str | None
+    ablation: str
+    samples: str
+    scores: str
+    base: Mapping[str, str]
+
+
+class Plan:
+    """The work of all rows: `rows`, sorted by name, and the specs of every stage by key."""
+
+    def __init__(self, results: str, verdict: Mapping[str, float], page: Mapping[str, int]) -> None:
+        self.results = results
+        self.report = {"verdict": dict(verdict), "page": dict(page)}
+        self.rows: list[Row] = []
+        self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in VERSIONS}
+        self.stages: dict[str, str] = {}  # key -> its stage
+        self.unknown: set[str] = (
+            set()
+        )  # slugs of rows that are switched off and lack a file: their keys aren't known
+
+    def add(self, stage: str, label: str, spec: Mapping) -> str:
+        """Enter one unit of work; returns its key. Equal work is entered once."""
+        full = {"stage": stage, "version": VERSIONS[stage], **spec}
+        key = make_key(label, full)
+        self.specs[stage][key], self.stages[key] = full, stage
+        return key
+
+    def spec(self, stage: str, key: str) -> str:
+        """A unit's spec as one canonical JSON text: the only parameter of its rule."""
+        return canonical(self.specs[stage][key])
+
+    def path(self, key: str) -> str:
+        """The file that the unit of work with this key writes."""
+        return f"{self.results}/{PATHS[self.stages[key]].format(key=key)}"
+
+    def upstream(self, stage: str, key: str, name: str) -> str | list[str]:
+        """The file, or files, that a unit of `stage` reads as its `name`: its spec holds their keys under it."""
+        found = self.specs[stage][key][name] or {}
+        return [self.path(k) for k in found.values()] if isinstance(found, Mapping) else self.path(found)
+
+    def files(self, row: Row) -> list[str]:
+        """Every file of a row that the report reads."""
+        files = [self.path(key) for key in (row.ablation, row.samples, row.scores)]
+        record = self.training_record(row)
+        return (
+            files
+            + ([record] if record else [])
+            + [self.path(key) for key in dict.fromkeys(row.base.values())]
+        )
+
+    def training_record(self, row: Row) -> str | None:
+        """The table of training steps that `ablate_concept` writes beside its delta; None for an imported one."""
+        trained = self.stages[row.ablation] == "ablate_concept"
+        return f"{self.results}/{TRAINING_RECORD.format(key=row.ablation)}" if trained else None
+
+    @functools.cached_property
+    def pending(self) -> list[Row]:
+        """The rows that were unfinished when this was first asked for; the others leave the workflow."""
+        return self.unfinished()
+
+    def unfinished(self) -> list[Row]:
+        """The rows of which a file is missing or empty now."""
+        return [row for row in self.rows if not all(map(has_content, self.files(row)))]
+
+    def pending_files(self) -> list[str]:
+        """The files of all unfinished rows: what the report has to wait for."""
+        return sorted({file for row in self.pending for file in self.files(row)})
+
+    def goals(self) -> list[str]:
+        """The files to ask for so that all unfinished rows are made: as few as possible, since each costs planning time.
+
+        A row's scores come last, so they stand for all its files, unless they are there and another one isn't.
+        """
+        found: set[str] = set()
+        for row in self.pending:
+            scores = self.path(row.scores)
+            found.update(self.files(row) if has_content(scores) else [scores])
+        return sorted(found)
+
+    def report_spec(self, rows: Sequence[Row] | None = None) -> str:
+        """All rows (or these), sorted by name, with their files and the report's settings, as canonical JSON."""
+        rows = self.rows if rows is None else rows
+        return canonical({"rows": [self._report_row(row) for row in rows], **self.report})
+
+    def sources(self, key: str) -> Iterator[str]:
+        """The keys of the work that a unit is made from: those that its spec names."""
+        for value in self.specs[self.stages[key]][key].values():
+            for name in value.values() if isinstance(value, Mapping) else [value]:
+                if isinstance(name, str) and name in self.stages:
+                    yield name
+
+    def needed(self, row: Row) -> dict[str, None]:
+        """The keys of all work that a row needs, each after what it is made from."""
+        found: dict[str, None] = {}
+
+        def visit(key: str) -> None:
+            for name in self.sources(key):
+                if name not in found:
+                    visit(name)
+            found[key] = None
+
+        visit(row.scores)
+        return found
+
+    def _report_row(self, row: Row) -> dict:
+        concept = row.concept
+        return {
+            "concept": concept.name,
+            "kind": concept.kind,
+            "target": concept.target,
+            "targets": list(concept.targets),
+            "anchor": concept.anchor,
+            "neighbors": list(concept.neighbors),
+            "paraphrases": self.specs["score_concept"][row.scores].get("paraphrases", []),
+            "image": concept.image,
+            "scores": self.path(row.scores),
+            "samples": self.path(row.samples),
+            "base": {subject: self.path(key) for subject, key in row.base.items()},
+            "delta": self.path(row.ablation),
+            "training": self.training_record(row),
+        }
+
+    def summary(self) -> str:
+        """One line: how many rows there are, how many are finished, which are not."""
+        names = ", ".join(row.concept.name for row in self.pending[:10])
+        more = f" and {len(self.pending) - 10} more" if len(self.pending) > 10 else ""
+        done = len(self.rows) - len(self.pending)
+        return f"{len(self.rows)} concepts: {done} finished, {len(self.pending)} to do" + (
+            f" ({names}{more})" if names else ""
+        )

@@ -1,0 +1,62 @@
+"""How specs name models and files: by path, revision, and what they hold. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+
+from concept_ablation.common.hashes import file_hash, fingerprint
+from concept_ablation.plan.graph import PlanError
+
+
+def model_spec(model: Mapping, key: str) -> dict:
+    """A model as specs name it: a folder or file with its fingerprint, or a hub id with its pinned revision.
+
+    Raises PlanError.
+    """
+    path, revision = model["path"], model.get("revision")
+    spec = {"path": path, "revision": revision}
+    if model.get("allow_custom_code"):
+        spec["allow_custom_code"] = True
+    if model.get("config"):
+        spec["config"] = model["config"]
+        if os.path.exists(model["config"]):
+            spec["config_fingerprint"] = fingerprint_of(model["config"], key)
+    if os.path.exists(path):
+        return {**spec, "fingerprint": fingerprint_of(path, key)}
+    if revision is None:
+        raise PlanError(
+            f"{key}: {path!r} is no folder here. Give the folder of a model, or a single-file checkpoint; a hub id needs "
+            "its pinned revision (for the scorer: an open_clip name and its pretrained weights)"
+        )
+    return spec
+
+
+@functools.cache
+def fingerprint_of(path: str, key: str) -> str:
+    """The fingerprint of a model that rows share, looked up once a plan. Raises PlanError."""
+    try:
+        return fingerprint(path, keep=True)
+    except OSError as error:
+        raise PlanError(f"{key}: {error.filename}: can't be read: {error.strerror}") from None
+
+
+def clip_spec(scorer: Mapping, key: str) -> dict:
+    """A CLIP model as specs name it: a folder or a file of weights with its fingerprint, or the name of published weights."""
+    model, weights = scorer["model"], scorer["pretrained"]
+    if weights is None or os.path.isdir(model):
+        return {**scorer, "fingerprint": model_spec({"path": model}, f"{key}.model")["fingerprint"]}
+    if os.path.isfile(weights):
+        return {**scorer, "fingerprint": fingerprint_of(weights, f"{key}.pretrained")}
+    return dict(scorer)
+
+
+def sha256_of(path: str, column: str) -> str:
+    """SHA-256 of a file that a row names. Raises PlanError."""
+    if os.path.exists(path) and not os.path.isfile(path):  # of a device or a pipe the reading never ends
+        raise PlanError(f"column {column!r}: {path}: can't be read: it is no file")
+    try:
+        return file_hash(path, keep=True)
+    except OSError as error:
+        raise PlanError(f"column {column!r}: {path}: can't be read: {error.strerror}") from None

@@ -1,0 +1,114 @@
+"""The plan of a run, handed over to its jobs on other machines.
+
+Such a job reads the workflow anew, maybe hours after the run began. Were it to read the table, the config and the prompt
+files too, an edit made meanwhile would take its work away, and ten thousand rows would be planned ten thousand times. So the
+run keeps its plan in a file, names it in an environment variable that SLURM passes on, and its jobs look up their own work.
+Nothing here imports torch or pandas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from concept_ablation.common.files import atomic_output
+from concept_ablation.plan.graph import Plan, canonical
+
+VARIABLE = "CONCEPT_ABLATION_PLAN"
+
+
+class HandedPlan(Plan):
+    """A run's plan as its jobs see it: every unit's spec and files, the report's spec; no rows.
+
+    `config` is the run's checked config. Raises OSError if there is no such file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if not os.path.exists(path):
+            raise FileNotFoundError(path)
+        # Without locks, which a network file system may lack: nobody writes to this file.
+        self._database = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True)
+        run = json.loads(self._find("select content from run"))
+        self.results, self.config = run["results"], run["config"]
+        self._report, self._pending_files, self._goals = run["report"], run["pending_files"], run["goals"]
+        self.stages = _Lookup(lambda key: self._find("select stage from units where key = ?", key))
+        one = "select spec from units where stage = ? and key = ?"
+        self.specs = _Lookup(lambda stage: _Lookup(lambda key: json.loads(self._find(one, stage, key))))
+
+    def _find(self, query: str, *values: str) -> str:
+        row = self._database.execute(query, values).fetchone()
+        if row is None:
+            raise KeyError(values)
+        return zlib.decompress(row[0]).decode() if isinstance(row[0], bytes) else row[0]
+
+    def pending_files(self) -> list[str]:
+        return self._pending_files
+
+    def goals(self) -> list[str]:
+        return self._goals
+
+    def report_spec(self) -> str:
+        return self._report
+
+
+class _Lookup(dict):
+    """A mapping whose values are found when they are asked for."""
+
+    def __init__(self, find: Callable[[str], object]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, key: str) -> object:
+        return self._find(key)
+
+
+def hand_over(plan: Plan, config: Mapping, folder: str | Path) -> Path:
+    """Keep `plan` and the checked `config` in a file of `folder` that this process's jobs will read; returns the file."""
+    run = {
+        "results": plan.results,
+        "config": dict(config),
+        "report": plan.report_spec(),
+        "pending_files": plan.pending_files(),
+        "goals": plan.goals(),
+    }
+    database = sqlite3.connect(":memory:")
+    database.execute("create table run (content blob)")
+    database.execute("create table units (key text primary key, stage text, spec blob) without rowid")
+    database.execute("insert into run values (?)", (zlib.compress(canonical(run).encode(), 1),))
+    database.executemany(
+        "insert into units values (?, ?, ?)",
+        (
+            # Not `canonical`: a spec's order is that of its unit's input files.
+            (key, stage, zlib.compress(json.dumps(spec).encode(), 1))
+            for stage, specs in plan.specs.items()
+            for key, spec in specs.items()
+        ),
+    )
+    database.commit()
+    content = database.serialize()
+    path = Path(folder).absolute() / f"{hashlib.sha256(content).hexdigest()[:12]}.sqlite"
+    with atomic_output(path) as part:
+        part.write_bytes(content)
+    os.environ[VARIABLE] = str(path)
+    return path
+
+
+def handed_plan() -> HandedPlan | None:
+    """The plan of the run that this job belongs to; None if it isn't to be had here, so that the table is to be read."""
+    try:
+        return HandedPlan(os.environ[VARIABLE])
+    except (KeyError, OSError):
+        return None
+
+
+def take_back() -> None:
+    """Remove the file that `hand_over` wrote: the run has ended, and with it its jobs."""
+    path = os.environ.pop(VARIABLE, None)
+    if path:
+        Path(path).unlink(missing_ok=True)

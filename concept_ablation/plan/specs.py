@@ -1,0 +1,191 @@
+"""What each stage of each row is told: from the table's rows and the config to the plan's specs.
+
+A spec holds all that decides its stage's output, and nothing else: the table's order, names and comments, devices and
+batch sizes enter none. Nothing here imports torch, transformers or pandas.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from concept_ablation.common.remote_code import REFUSED, find_code
+from concept_ablation.plan.evaluation_specs import (
+    Frozen,
+    frozen,
+    judges_spec,
+    memory_spec,
+    probe_specs,
+    prompt_path,
+)
+from concept_ablation.plan.graph import Plan, PlanError, Row
+from concept_ablation.plan.model_specs import fingerprint_of, model_spec, sha256_of
+from concept_ablation.plan.schema import check_config, load_schema
+from concept_ablation.plan.settings import SettingsError, shared_settings, with_own
+from concept_ablation.plan.table import Concept, load_concepts, slug
+from concept_ablation.prompts.forms import PARAPHRASES, anchor_prompts, template_set
+from concept_ablation.prompts.templates import SLOT, PromptsError, expand, file_source, read_templates
+
+SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
+
+
+def load_plan(config: Mapping, schemas: Path, source: str, disabled: bool = False) -> tuple[dict, Plan]:
+    """The checked config, its texts made numbers, and the plan of the table that it names.
+
+    `schemas`: the folder `workflow/schemas`; `source`: the files that the config came from, for messages; `disabled`: rows
+    that are switched off are planned too. Raises ConfigError, ConceptsError, PlanError.
+    """
+    config_schema = load_schema(schemas / "config.schema.yaml")
+    checked = check_config(config, config_schema, source)
+    schema = load_schema(schemas / "concepts.schema.yaml")
+    rows = load_concepts(checked["concepts"], schema, config_schema, disabled)
+    return checked, build_plan(rows, checked)
+
+
+def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
+    """The plan of all rows under a valid config; relative paths start at the working directory.
+
+    Raises PlanError, which lists every row that can't be planned; of one that is switched off the plan keeps the slugs.
+    """
+    plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
+    fingerprint_of.cache_clear()  # a model may have been replaced since this process's last plan
+    try:
+        model = model_spec(config["model"], "model.path")
+        for folder in (model["path"], model.get("config")):
+            if not model.get("allow_custom_code") and folder and (code := find_code(folder)):
+                raise PlanError(f"model: {folder}: {REFUSED.format(code=code)}")
+    except PlanError as error:
+        raise PlanError(f"config: {error}") from None
+    settings = functools.cache(functools.partial(shared_settings, config))
+    for concept in concepts:
+        try:
+            own = with_own(settings(concept.kind, concept.preset), concept.overrides)
+            plan.rows.append(_plan_row(plan, concept, own, model))
+        except (PlanError, PromptsError, SettingsError) as error:
+            if concept.enabled:
+                errors.append(f"  {config['concepts']}:{concept.line}: {error}")
+            else:  # hardly anything is here that it needs, and nobody asks for it
+                plan.unknown |= _slugs(concept)
+    if errors:
+        raise PlanError("\n".join([f"{config['concepts']}: {len(errors)} row(s) can't be planned", *errors]))
+    plan.rows.sort(key=lambda row: row.concept.name)
+    return plan
+
+
+def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row:
+    """Enter one row's work, stage by stage."""
+    label = f"{concept.kind}-{'-'.join(concept.targets)}"
+    pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
+    templates = template_set(concept.kind, own["prompts"]["templates"])
+    memory = memory_spec(concept, own["evaluation"])
+    anchors = None
+    if concept.delta:
+        delta = {"file": concept.delta, "sha256": sha256_of(concept.delta, "delta")}
+        ablation = plan.add("import_delta", label, {**pair, **delta, "model": model})
+    else:
+        anchors = _plan_anchors(plan, concept, own, model, memory)
+        training = dict(own["training"], style_templates=templates)
+        training["group"], seed = training.pop("parameter_group"), training.pop("seed")
+        work = {**pair, "model": model, "anchors": anchors, "training": training, "seed": seed}
+        ablation = plan.add("ablate_concept", label, work)
+    probes, settings = probe_specs(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
+    samples = plan.add("sample_ablated", label, {**settings, "delta": ablation, "probes": probes})
+    base = {}
+    for probe in probes:
+        plain = {name: value for name, value in probe.items() if name != "role"}
+        subject = f"{concept.kind}-{probe['subject']}"
+        base[probe["subject"]] = plan.add("sample_base", subject, {**settings, "probe": plain})
+    judged = {
+        **pair,
+        "concept": concept.name,
+        "neighbors": list(concept.neighbors),
+        "samples": samples,
+        "base": base,
+    }
+    if paraphrases := [probe["subject"] for probe in probes if probe["role"] == "paraphrase"]:
+        judged["paraphrases"] = paraphrases
+    scores = plan.add("score_concept", concept.name, {**judged, **judges_spec(concept, own), **memory})
+    return Row(concept, anchors, ablation, samples, scores, base)
+
+
+def _slugs(concept: Concept) -> set[str]:
+    """What the keys of a row's work begin with."""
+    subjects = ["-".join(concept.targets), *concept.targets, concept.anchor, *concept.neighbors]
+    subjects += map(PARAPHRASES.format, concept.targets)
+    return {slug(concept.name), *(slug(f"{concept.kind}-{subject}") for subject in subjects)}
+
+
+def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
+    """Enter the anchor's prompts and pictures; returns the pictures' key."""
+    label, anchors = f"{concept.kind}-{concept.anchor}", dict(own["anchors"])
+    negative = ", ".join(concept.targets) if anchors.pop("negative_target") else None
+    if memory:
+        label = f"{concept.kind}-{concept.target}"
+        asked = own["prompts"]["source"] != "file" and not concept.prompts
+        more = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"])) if asked else None
+        search = {**_search_spec(concept, own["prompts"]), "candidates_from": more, **memory}
+        prompts = plan.add("search_prompts", label, {**search, "model": model})
+    else:
+        prompts = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
+    images = {"prompts": prompts, "model": model, **anchors, **memory, "negative_prompt": negative}
+    return plan.add("generate_anchors", label, images)
+
+
+def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
+    """The spec of a row's anchor prompts. A file is read here, so that its prompts are known to be good."""
+    spec = {"kind": concept.kind, "anchor": concept.anchor, "count": prompts["count"]}
+    if prompts["source"] != "file" and not concept.prompts:
+        # A model is asked to leave the targets out, so its prompts are a row's own.
+        return {**spec, "source": _model_source(prompts), "targets": list(concept.targets)}
+    path = concept.prompts or prompt_path(prompts["training"], concept.anchor)
+    templates = tuple(read_templates(path))
+    slots = _used_slots(templates, prompts["slots"])
+    try:
+        _check_anchor_prompts(concept.kind, concept.anchor, templates, frozen(slots))
+    except PromptsError as error:
+        raise PromptsError(f"{path}: {error}") from None
+    return {**spec, "source": file_source(path), "slots": slots}
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_anchor_prompts(kind: str, anchor: str, templates: tuple[str, ...], slots: Frozen) -> None:
+    """Raises PromptsError if a file makes no prompt of an anchor; rows share both."""
+    anchor_prompts(kind, anchor, templates, dict(slots))
+
+
+def _model_source(prompts: Mapping) -> dict:
+    """The language model that writes prompts, as specs name it. Raises PlanError for what the config doesn't say."""
+    name = SOURCES[prompts["source"]]
+    settings = dict(prompts[name])
+    needed = {"language_model": ["path"], "endpoint": ["base_url", "model"]}[name]
+    missing = [f"prompts.{name}.{key}" for key in needed if not settings[key]]
+    missing += ["prompts.count"] if prompts["count"] is None else []
+    if missing:
+        raise PlanError(f"prompt source {prompts['source']!r} needs {' and '.join(missing)} in the config")
+    if name == "language_model":
+        settings |= model_spec(settings, "prompts.language_model.path")
+    return {name: settings}
+
+
+def _search_spec(concept: Concept, prompts: Mapping) -> dict:
+    """The spec of the search for prompts that bring a memorized picture back, and for such as don't."""
+    path, search = concept.prompts or prompt_path(prompts["training"], concept.anchor), prompts["search"]
+    templates, caption = read_templates(path), concept.targets[0]
+    slots = {
+        **_used_slots(tuple(templates), prompts["slots"]),
+        "caption": [caption],
+        "anchor": [concept.anchor],
+    }
+    candidates = [text for text in expand(templates, concept.anchor, slots) if text != caption]
+    words = {"kind": concept.kind, "targets": [caption], "anchor": concept.anchor, "file": str(path)}
+    wanted = {"anchors_wanted": search["anchors"], "targets_wanted": search["targets"]}
+    limits = {
+        name: search[name] for name in ("images", "anchor_max", "target_min", "budget", "seed", "sampler")
+    }
+    return {**words, "candidates": candidates, **wanted, **limits}
+
+
+def _used_slots(templates: Sequence[str], slots: Mapping[str, Sequence[str]]) -> dict:
+    used = set(SLOT.findall("\n".join(templates)))
+    return {name: list(values) for name, values in slots.items() if name in used}

@@ -1,0 +1,304 @@
+"""Read `concepts.csv`: one row a concept, every mistake of the whole table reported together.
+
+A line that is blank or starts with `#` is skipped, so a row is switched off by commenting it out. Columns may
+come in any order. Each line is parsed alone: an error can name its line, and an open quote can't swallow the
+rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from concept_ablation.common.errors import UserError, did_you_mean, show
+from concept_ablation.plan.schema import find_problems, to_type
+
+# Short names of columns that replace one value of the config for one row. Any other value of these sections has
+# its dotted path as a column, such as `training.hflip`.
+OVERRIDES = {
+    "anchor_images": "anchors.images",
+    "anchor_guidance": "anchors.sampler.guidance_scale",
+    "prompt_source": "prompts.source",
+    "parameter_group": "training.parameter_group",
+    "loss": "training.loss",
+    "steps": "training.steps",
+    "learning_rate": "training.learning_rate",
+    "batch_size": "training.batch_size",
+    "augmentation": "training.augmentation",
+    "prior_preservation": "training.prior_preservation",
+    "prior_weight": "training.prior_weight",
+    "seed": "training.seed",
+}
+# What a row, a kind and a preset may replace; all else of the config is the same for the whole table.
+SECTIONS = ("prompts", "anchors", "training", "evaluation")
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories
+ONE_TARGET = ("memorization",)  # kinds whose target is one text, in which ';' means nothing
+
+
+class ConceptsError(UserError):
+    """The table can't be used; `str()` lists every problem: line, column, value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One row: remove `targets`, so that they become `anchor`, and keep `neighbors` as they are.
+
+    `prompts`: a file of anchor prompts; `image`: the memorized picture; `delta`: a result made elsewhere, to be
+    judged; `preset`: a preset of the config; `overrides`: dotted config key -> value; `enabled`: not switched off.
+    """
+
+    name: str
+    kind: str
+    targets: tuple[str, ...]
+    anchor: str
+    neighbors: tuple[str, ...] = ()
+    prompts: str | None = None
+    image: str | None = None
+    delta: str | None = None
+    preset: str | None = None
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    line: int = 0
+    enabled: bool = True
+
+    @property
+    def target(self) -> str:
+        """The targets as one text."""
+        return "; ".join(self.targets)
+
+
+def slug(text: str, length: int = 40) -> str:
+    """`text` as a piece of a file name: lower-case letters, digits and single hyphens, at most `length`."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:length].strip("-") or "x"
+
+
+def hidden(text: str) -> str | None:
+    """The first character that changes a text without being seen: controls, marks of direction, line separators.
+
+    Not the two joiners (U+200C, U+200D), which some scripts and emoji are written with.
+    """
+    return next((c for c in text if unicodedata.category(c) in HIDDEN and c not in "\u200c\u200d"), None)
+
+
+def load_concepts(
+    path: str | Path, schema: Mapping, config_schema: Mapping, disabled: bool = False
+) -> list[Concept]:
+    """The enabled rows of the table at `path` (with `disabled`: all of them), in the file's order.
+
+    `schema` is `workflow/schemas/concepts.schema.yaml`; the columns of OVERRIDES are checked as
+    `config.schema.yaml`, the `config_schema`, checks the keys that they override. Raises ConceptsError.
+    """
+    table = _Table(Path(path), _columns(schema, config_schema))
+    header: list[str] | None = None
+    rows: list[Concept] = []
+    for line, cells in table.parse():
+        if header is None:
+            header = table.check_header(line, cells)
+        else:
+            rows += table.read_row(line, dict(zip(header, cells, strict=False)), len(header), len(cells))
+    if header is None:
+        table.complain(1, "has no header line", table.names_allowed())
+    elif not rows and not table.errors:
+        table.complain(1, "has no row below its header", "one row a concept")
+    table.check_works(rows)
+    enabled = [concept for concept in rows if concept.enabled]
+    if rows and not enabled and not table.errors:
+        table.complain(1, "has no row that is enabled", "set 'enabled' to true in at least one row")
+    table.raise_errors()
+    return rows if disabled else enabled
+
+
+def _columns(schema: Mapping, config_schema: Mapping) -> dict[str, dict]:
+    """Column -> its schema: the table's own, then the overrides with the config keys' bounds, short and dotted."""
+    values = {}
+
+    def collect(part: Mapping, path: str) -> None:
+        for name, inner in part.get("properties", {}).items():
+            if "properties" in inner:
+                collect(inner, f"{path}.{name}")
+            elif not {"array", "object"} & set(_kinds_of(inner)):
+                values[f"{path}.{name}"] = dict(inner)
+
+    for section in SECTIONS:
+        collect(config_schema["properties"][section], section)
+    short = {column: values[path] for column, path in OVERRIDES.items()}
+    return {**schema["properties"], **short, **values}
+
+
+def _kinds_of(schema: Mapping) -> list[str]:
+    kinds = schema.get("type", [])
+    return [kinds] if isinstance(kinds, str) else list(kinds)
+
+
+class _Table:
+    """One file being read: its known columns and the errors found so far."""
+
+    def __init__(self, path: Path, columns: Mapping[str, dict]) -> None:
+        self.path, self.columns = path, columns
+        self.errors: list[tuple[int, str]] = []
+        self.names: dict[str, int] = {}
+
+    def complain(self, line: int, message: str, allowed: str = "", column: str = "") -> None:
+        where = f"column {column!r}: " if column else ""
+        self.errors.append((line, where + message + (f" (allowed: {allowed})" if allowed else "")))
+
+    def raise_errors(self) -> None:
+        if not self.errors:
+            return
+        count = len(self.errors)
+        lines = [
+            f"  {self.path}:{line}: {message}" for line, message in sorted(self.errors, key=lambda e: e[0])
+        ]
+        raise ConceptsError("\n".join([f"{self.path}: {count} error{'s' if count > 1 else ''}", *lines]))
+
+    def parse(self) -> Iterator[tuple[int, list[str]]]:
+        """Line number and cells of each line that is neither blank nor a comment."""
+        for line, text in enumerate(re.split(r"\r\n|\n|\r", self._text()), start=1):
+            if not text.strip() or text.lstrip().startswith("#"):
+                continue
+            try:
+                cells = next(csv.reader([text], strict=True, skipinitialspace=True))
+            except (csv.Error, StopIteration) as error:
+                self.complain(
+                    line, f"is not valid CSV: {error}; close every quote, and write a quote inside as two"
+                )
+                continue
+            yield line, [cell.strip() for cell in cells]
+
+    def _text(self) -> str:
+        """The file's text; an unreadable file or a wrong encoding ends the reading at once."""
+        if self.path.exists() and not self.path.is_file():  # of a device or a pipe the reading never ends
+            self.complain(1, "can't be read: it is no file; set `concepts` in the config to a CSV file")
+            self.raise_errors()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            self.complain(
+                1, f"can't be read: {error.strerror}; write the table there or set `concepts` in the config"
+            )
+            self.raise_errors()
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data[: error.start].count(b"\n") + 1
+            self.complain(
+                line, f"byte 0x{data[error.start]:02x} is not UTF-8", "UTF-8; save the file as 'CSV UTF-8'"
+            )
+            self.raise_errors()
+            raise AssertionError from error
+
+    def check_header(self, line: int, cells: list[str]) -> list[str]:
+        """The column names; complains about unknown, repeated and missing ones."""
+        header = [cell.lower() for cell in cells]
+        if len(cells) == 1 and (";" in cells[0] or "\t" in cells[0]):
+            self.complain(line, "separates columns by ';' or tabs", "commas; ';' separates neighbors")
+            self.raise_errors()
+        for column in header:
+            if column not in self.columns:
+                self.complain(
+                    line,
+                    f"unknown column {show(column)}{did_you_mean(column, self.columns)}",
+                    self.names_allowed(),
+                )
+            elif header.count(column) > 1 or OVERRIDES.get(column) in header:
+                twin = OVERRIDES[column] if OVERRIDES.get(column) in header else column
+                self.complain(line, f"stands twice in the header, as {twin!r}", "one of them", column)
+        for column in ("kind", "target", "anchor"):
+            if column not in header:
+                self.complain(line, f"column {column!r} is missing", self.names_allowed())
+        return header
+
+    def names_allowed(self) -> str:
+        """The columns that a message lists: all but the dotted ones."""
+        return ", ".join([name for name in self.columns if "." not in name] + ["and dotted config keys"])
+
+    def read_row(self, line: int, cells: dict[str, str], width: int, count: int) -> list[Concept]:
+        """The row as a Concept; an empty list if it can't be made into one."""
+        before = len(self.errors)
+        if count > width:
+            self.complain(line, f"has {count} values under {width} columns; quote a value that holds a comma")
+        known = {column: cell for column, cell in cells.items() if column in self.columns}
+        for column in [column for column, cell in known.items() if hidden(cell)]:
+            found = hidden(known.pop(column))
+            self.complain(
+                line, f"holds the invisible character U+{ord(found):04X}", "text that is seen", column
+            )
+        values = {
+            c: to_type(cell, self.columns[c].get("type", "string")) for c, cell in known.items() if cell
+        }
+        for column in ("kind", "target", "anchor"):
+            if column in cells and not cells[column]:
+                self.complain(line, "is empty", "a value in every row", column)
+        for column in ("target", "neighbors"):
+            if column in values:
+                one = column == "target" and values.get("kind") in ONE_TARGET
+                words = [word.strip() for word in ([values[column]] if one else values[column].split(";"))]
+                values[column] = [word for word in words if word]
+        for problem in find_problems(values, {"properties": self.columns}):
+            column = problem.path if problem.path in self.columns else problem.path.partition(".")[0]
+            self.complain(line, problem.message, self._allowed(column, problem.message), column)
+        self._check_words(line, values)
+        if name := values.get("concept"):
+            self._check_name(line, name)
+        if len(self.errors) > before or not {"kind", "target", "anchor"} <= values.keys():
+            return []
+        enabled = values.pop("enabled", True)
+        name = values.pop("concept", None)
+        if name is None:
+            self._check_name(line, name := slug(f"{values['kind']}-{'-'.join(values['target'])}"))
+        targets, neighbors = tuple(values.pop("target")), tuple(values.pop("neighbors", ()))
+        fixed = {column: values.pop(column) for column in ("kind", "anchor")}
+        fixed |= {column: values.pop(column, None) for column in ("prompts", "image", "delta", "preset")}
+        overrides = {OVERRIDES.get(column, column): value for column, value in values.items()}
+        words = {"targets": targets, "neighbors": neighbors, "overrides": overrides}
+        return [Concept(name, **words, **fixed, line=line, enabled=enabled)]
+
+    def _allowed(self, column: str, message: str) -> str:
+        """What the column allows, as its schema's description says, unless the message has said it."""
+        return "" if " is not one of " in message else self.columns[column].get("description", "")
+
+    def _check_words(self, line: int, values: Mapping) -> None:
+        """Rules between a row's columns: what a kind needs, and that targets, anchor and neighbors all differ."""
+        kind, anchor = values.get("kind"), values.get("anchor")
+        targets = [word.casefold() for word in values.get("target", ())]
+        if kind == "memorization" and "image" not in values:
+            self.complain(
+                line, "is empty", "kind memorization needs the path of the memorized picture", "image"
+            )
+        if kind != "memorization" and "image" in values:
+            self.complain(line, "is only for kind memorization", "leave it empty", "image")
+        if anchor and anchor.casefold() in targets:
+            self.complain(line, f"{show(anchor)} is the target itself", "a broader concept", "anchor")
+        for word in sorted({word for word in targets if targets.count(word) > 1}):
+            self.complain(line, f"{show(word)} stands twice", "each target once", "target")
+        seen: set[str] = set()
+        for word in values.get("neighbors", ()):
+            for role, others in (("target", targets), ("anchor", [anchor.casefold()] if anchor else [])):
+                if word.casefold() in others:
+                    self.complain(
+                        line, f"{show(word)} is the {role}", "other concepts, to be kept", "neighbors"
+                    )
+            if word.casefold() in seen:
+                self.complain(line, f"{show(word)} stands twice", "each neighbor once", "neighbors")
+            seen.add(word.casefold())
+
+    def _check_name(self, line: int, name: str) -> None:
+        """A name stands once in the table, in whatever case."""
+        first = self.names.setdefault(name.lower(), line)
+        if first != line:
+            self.complain(line, f"{show(name)} is the name of line {first}", "a name of its own", "concept")
+
+    def check_works(self, rows: list[Concept]) -> None:
+        """Two rows of the same work are a mistake, whatever their names; reported at the second one."""
+        works: dict[tuple, int] = {}
+        for row in rows:
+            targets = tuple(target.casefold() for target in row.targets)
+            sources = (row.prompts, row.image, row.delta, row.preset)
+            work = (row.kind, targets, row.anchor.casefold(), sources, tuple(sorted(row.overrides.items())))
+            first = works.setdefault(work, row.line)
+            if first != row.line:
+                message = f"{show(row.target)} -> {show(row.anchor)} is the same work as line {first}"
+                self.complain(row.line, message, "each target, anchor and settings once", "target")

@@ -1,0 +1,282 @@
+"""Language models that answer one question at a time: one on this machine, or one behind an HTTP endpoint.
+
+Both are functions `ask(prompt, seed) -> Answer`. What can pass (a slow or busy server, an empty answer) is an
+Answer with a `problem`, for the caller to count, write down and try again; a mistake of the configuration is a
+PromptsError or an Answer that is `final`.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from concept_ablation.common.hardware import pick_device, resolve_precision
+from concept_ablation.prompts.templates import PromptsError
+
+if TYPE_CHECKING:
+    import requests
+
+MAX_BYTES = 4_000_000  # of one response; 200 captions take about 20 kB
+MAX_WAIT = 600.0  # seconds; a server that asks to wait longer is given up
+BUSY = (408, 409, 425, 429)  # of the 4xx statuses, those that can pass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request gave. `cut`: the text ends before the model had finished.
+
+    `problem` is None or says what went wrong; `final`: asking again can't help; `wait`: seconds to wait before,
+    at least.
+    """
+
+    text: str
+    status: str = "ok"
+    cut: bool = False
+    problem: str | None = None
+    final: bool = False
+    wait: float = 0.0
+
+
+Ask = Callable[[str, int], Answer]  # (prompt, seed) -> answer
+
+
+def local_model(settings: Mapping) -> Ask:
+    """The instruct model in the folder, or in the local cache under the hub id, `path` at `revision`.
+
+    Also reads `device`, `temperature` (0: always the likeliest token), `top_p` and `max_new_tokens`. The chat
+    template and the terminators are the model's own; nothing is downloaded and no code of the model's is run.
+    On a CPU, equal seeds give equal answers. Raises PromptsError.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not settings["path"]:
+        raise PromptsError(
+            "language_model: 'path' is not set: give the folder of an instruct model, or a hub id"
+        )
+    path, device = settings["path"], pick_device(settings.get("device", "auto"))
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    options = {
+        "revision": settings.get("revision"),
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtypes[resolve_precision("auto", device)], **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise PromptsError(
+            f"language model {path!r} can't be loaded: {error}\nGive the folder of an instruct model, or a hub "
+            "id and revision that are in the local cache (`hf download ID --revision REVISION` puts it there)"
+        ) from None
+    if not tokenizer.chat_template:
+        raise PromptsError(
+            f"language model {path!r} has no chat template, so it follows no instructions; take an instruct "
+            "(or chat) model"
+        )
+    model.to(device).eval()
+    stops = terminators(model, tokenizer)
+    sampling = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
+    if not settings["temperature"]:
+        sampling = {"temperature": None, "top_p": None, "top_k": None}
+
+    def ask(prompt: str, seed: int) -> Answer:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).to(device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+            torch.manual_seed(seed)
+            made = model.generate(
+                **inputs,
+                **sampling,
+                do_sample=settings["temperature"] > 0,
+                max_new_tokens=settings["max_new_tokens"],
+                eos_token_id=stops,
+                pad_token_id=stops[0],
+            )[0, inputs["input_ids"].shape[1] :].tolist()
+        cut = bool(made) and made[-1] not in stops
+        text = tokenizer.decode([token for token in made if token not in stops], skip_special_tokens=True)
+        return Answer(text, cut=cut) if text.strip() else _failed("empty", "an empty answer")
+
+    return ask
+
+
+def terminators(model, tokenizer) -> list[int]:
+    """The tokens that end an answer, none twice: the generation config's, the tokenizer's, the template's.
+
+    The chat template tells by what it writes after an assistant's words; some models name it nowhere else.
+    """
+    named = model.generation_config.eos_token_id
+    stops = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "farewell"}]
+    after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("farewell")[2]
+    tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    stops += [token for token in tokens[:1] if token in special]
+    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    if not stops:
+        raise PromptsError(f"language model {tokenizer.name_or_path!r} names no token that ends an answer")
+    return stops
+
+
+def endpoint(settings: Mapping) -> Ask:
+    """The chat model `model` behind the OpenAI-compatible endpoint `base_url`.
+
+    Also reads `key_variable` (the environment variable that holds the key, or None), `temperature`,
+    `max_tokens`, `seed` (each left out of the request when None) and `timeout` (seconds for a whole request).
+    The key goes into the request's header alone: where a server repeats it, `[key]` is written. Redirects
+    aren't followed. Raises PromptsError.
+    """
+    import requests
+
+    base, variable = (settings["base_url"] or "").rstrip("/"), settings["key_variable"]
+    parts = urlsplit(base)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        raise PromptsError("endpoint: 'base_url' must look like https://host/v1, without a key in it")
+    if not settings["model"]:
+        raise PromptsError(f"endpoint: 'model' is not set: give the name by which {base} knows its model")
+    key = _read_key(variable, base)
+    session = requests.Session()
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        # By `auth`, for a plain header would lose against a password in ~/.netrc.
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    def hide(text: str) -> str:
+        return text.replace(key, "[key]") if key else text
+
+    def ask(prompt: str, seed: int) -> Answer:
+        body = {"model": settings["model"], "messages": [{"role": "user", "content": prompt}]}
+        body |= {name: settings[name] for name in ("temperature", "max_tokens") if settings[name] is not None}
+        body |= {"seed": seed} if settings["seed"] is not None else {}
+        try:
+            status, headers, data = _post(
+                session, f"{base}/chat/completions", body, sign, settings["timeout"]
+            )
+        except requests.exceptions.SSLError as error:
+            return _failed("tls", f"{base}: no secure connection: {hide(str(error))}", final=True)
+        except requests.exceptions.Timeout:
+            return _failed("timeout", f"{base}: no whole answer within {settings['timeout']:g} s")
+        except requests.exceptions.RequestException as error:
+            return _failed("connection", f"{base}: connection failed: {hide(str(error))}")
+        text = hide(data.decode("utf-8", "replace"))
+        if len(data) > MAX_BYTES:
+            return _failed("too long", f"{base}: an answer of over {MAX_BYTES} bytes", text[:2000])
+        if status != 200:
+            return _refused(status, headers, text, base, settings)
+        return _read_completion(text, base)
+
+    return ask
+
+
+def _read_key(variable: str | None, base: str) -> str:
+    """The key in the environment, or nothing where none is asked for. Its value stands in no message."""
+    if variable is None:
+        return ""
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", variable):  # someone may have put the key itself here
+        raise PromptsError(
+            "endpoint: 'runtime.prompt_key_variable' must be the name of an environment variable, in capitals, not the key"
+        )
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise PromptsError(
+            f"endpoint: the environment variable {variable} is not set: `export {variable}=...` with the key of "
+            f"{base} (also on the machines that a cluster starts jobs on), or set 'runtime.prompt_key_variable' to null"
+        )
+    if not re.fullmatch(r"[!-~]+", key):
+        raise PromptsError(f"endpoint: {variable} holds a character that no key has; set it again")
+    return key
+
+
+def _post(
+    session: requests.Session, url: str, body: Mapping, sign: Callable, timeout: float
+) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and body of one request, of which at most a little more than MAX_BYTES is read.
+
+    `timeout` is for the whole, also when the server sends a byte now and then.
+    """
+    import requests
+    import urllib3
+
+    end, data = time.monotonic() + timeout, bytearray()
+    with session.post(
+        url, json=body, auth=sign, timeout=timeout, stream=True, allow_redirects=False
+    ) as response:
+        while len(data) <= MAX_BYTES:
+            try:
+                part = response.raw.read1(65536, decode_content=True)
+            except urllib3.exceptions.TimeoutError:
+                raise requests.exceptions.Timeout from None
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise requests.exceptions.ConnectionError(str(error)) from None
+            if not part:
+                break
+            data += part
+            if time.monotonic() > end:
+                raise requests.exceptions.Timeout
+        return response.status_code, response.headers, bytes(data)
+
+
+def _refused(status: int, headers: Mapping[str, str], text: str, base: str, settings: Mapping) -> Answer:
+    """The answer for any status but 200: whether it can pass, and if not, what to do."""
+    said = f"{base}: HTTP {status}: {_brief(text)}"
+    if status in BUSY or status >= 500:
+        wait = _seconds(headers.get("Retry-After"))
+        if wait > MAX_WAIT:
+            return _failed(str(status), f"{said}; it asks to wait {wait:.0f} s: run again then", text, True)
+        return _failed(str(status), said, text, wait=wait)
+    advice = {
+        401: f"the key in {settings['key_variable']} is not accepted: set the right one",
+        403: f"the key in {settings['key_variable']} may not use model {settings['model']!r}",
+        404: f"no such address or model: check 'base_url' (most end in /v1) and model {settings['model']!r}",
+    }.get(status, "check 'base_url', 'model' and the settings of the request")
+    if 300 <= status < 400:
+        advice = "the server sends elsewhere: put the final address into 'base_url'"
+    return _failed(str(status), f"{said}; {advice}", text, final=True)
+
+
+def _read_completion(text: str, base: str) -> Answer:
+    """The first choice of a chat completion."""
+    try:
+        choice = json.loads(text)["choices"][0]
+        content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return _failed("broken", f"{base}: not a chat completion: {_brief(text)}", text)
+    if not isinstance(content, str) or not content.strip():
+        return _failed("empty", f"{base}: an empty answer" + (", cut at 'max_tokens'" if cut else ""), text)
+    return Answer(content, cut=cut)
+
+
+def _failed(status: str, problem: str, text: str = "", final: bool = False, wait: float = 0.0) -> Answer:
+    return Answer(text[:2000], status, problem=problem, final=final, wait=wait)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """A Retry-After header, seconds or a date, as seconds from now; 0 if there is none or it can't be read."""
+    try:
+        return max(0.0, float(retry_after or 0))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _brief(text: str) -> str:
+    text = " ".join(text.split())
+    return (text[:200] + "...") if len(text) > 200 else text or "(nothing)"

@@ -1,0 +1,64 @@
+"""English words in prompts: articles, plurals, whole words."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+ARTICLE = r"(?P<article>\b[Aa]n?\s+)?"
+
+
+@functools.lru_cache(maxsize=65536)
+def with_article(article: str, word: str) -> str:
+    """`article` (a, an, A or An) as English wants it before `word`: `an owl`, `a unicorn`, `an r2d2`."""
+    first = word.split()[0].lower() if word.split() else ""
+    vowel = re.match(r"[aeiou]|hour|honest|heir|[fhlmnrsx]\d|[fhlmnrsx]$", first)
+    glide = re.match(r"uni|use|usu|ut[ei]|eu|one\b|once|ufo|ukulele", first)
+    return article[0] + ("n " if vowel and not glide else " ")
+
+
+@functools.lru_cache(maxsize=65536)
+def plural(noun: str) -> str:
+    """The regular English plural of a noun phrase: `grumpy cat` -> `grumpy cats`."""
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    return noun + ("es" if re.search(r"(s|x|z|ch|sh)$", noun) else "s")
+
+
+def replace_word(prompt: str, word: str, other: str) -> str:
+    """`prompt` with `word` replaced by `other`: whole words, any case, the article before it set right.
+
+    A capital first letter and all capitals carry over, a plural becomes a plural. `fisherman` holds no
+    `fish`.
+    """
+    forms = {plural(word).lower(): plural(other), word.lower(): other}
+
+    def put(match: re.Match) -> str:
+        found, new = match["word"], forms[match["word"].lower()]
+        if found.isupper() and len(found) > 1:
+            new = new.upper()
+        elif found[0].isupper():
+            new = new[0].upper() + new[1:]
+        return (with_article(match["article"], new) if match["article"] else "") + new
+
+    return _word_pattern(word).sub(put, prompt)
+
+
+def has_word(prompt: str, word: str) -> bool:
+    """Whether `prompt` holds `word` or its plural as a whole word, in any case."""
+    return _either_form(word).search(prompt) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _either_form(word: str) -> re.Pattern:
+    """`word` or its plural as a whole word in any case."""
+    words = f"{re.escape(word)}|{re.escape(plural(word))}"
+    return re.compile(rf"(?<![\w-])({words})(?![\w-])", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=4096)
+def _word_pattern(word: str) -> re.Pattern:
+    """The same, with the article before it, if there is one."""
+    forms = sorted({word.lower(), plural(word).lower()}, key=len, reverse=True)
+    words = "|".join(re.escape(form) for form in forms)
+    return re.compile(rf"{ARTICLE}(?<![\w-])(?P<word>{words})(?![\w-])", re.IGNORECASE)

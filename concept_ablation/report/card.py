@@ -1,0 +1,323 @@
+"""A model card for one concept: a folder with README.md, pictures and the delta, ready for a model hub.
+
+Nothing is sent anywhere unless `push` is called. The table of concepts is data that people write, so every value is
+escaped for Markdown, and the head is written by a YAML library.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from concept_ablation.common.errors import UserError
+from concept_ablation.common.image_store import METADATA_KEY, ImageStore, read_store
+from concept_ablation.report.tables import missing_rows
+
+log = logging.getLogger(__name__)
+TEMPLATES = Path(__file__).parent / "templates"
+PAIRS = 6  # pairs of pictures in a strip
+SIDE = 192  # pixels, the longer side of a picture in a strip
+GAP = 4
+TAGS = ("concept-ablation", "stable-diffusion", "text-to-image")
+UNSHOWN = ("memorization", "nudity", "inappropriate")
+"""Kinds whose targets' pictures are no pictures to publish."""
+DELTA = "delta.safetensors"
+UNLISTED = (
+    "base_model",
+    "base_revision",
+    "base_fingerprint",
+    "base_config",
+    "kind",
+    "targets",
+    "anchor",
+    "anchors",
+)
+
+
+class CardError(UserError):
+    """A concept that isn't in the results, or a file of it that is missing; the message names it."""
+
+
+def card_of_results(
+    results: str | Path, concept: str, out_folder: str | Path, base_model: str | None = None
+) -> Path:
+    """Write the card of one concept that is finished; see `write_card`. Raises CardError, StoreError, DeltaError."""
+    results = Path(results)
+    summary = _read(results / "report" / "summary.parquet")
+    lines = {line["concept"]: line for line in summary.to_pylist()}
+    if concept in missing_rows(summary):
+        raise CardError(
+            f"{results}: {concept!r} is not finished ({results / 'report' / 'index.html'} says why); run the workflow again"
+        )
+    if concept not in lines:
+        raise CardError(f"{results}: no concept {concept!r} (allowed: {', '.join(lines)})")
+    scores = [
+        line
+        for line in _read(results / "report" / "scores.parquet").to_pylist()
+        if line["concept"] == concept
+    ]
+    if not scores:
+        raise CardError(f"{results}: no scores of {concept!r}; run the workflow again")
+    samples = read_store(results / "samples" / f"{scores[0]['key']}.parquet")
+    delta = _find_delta(results, Path(lines[concept]["delta"]))
+    return write_card(
+        out_folder,
+        lines[concept],
+        scores,
+        delta,
+        samples,
+        _find_base(results, samples),
+        base_model=base_model,
+    )
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CardError(f"{path}: can't be read ({error}); is this the folder of a run's results?") from error
+
+
+def _find_delta(results: Path, path: Path) -> Path:
+    """The summary's delta: there as written, or below `results`, should that have moved."""
+    for found in (path, results / Path(*path.parts[-3:]), results / Path(*path.parts[-2:])):
+        if found.is_file():
+            return found
+    raise CardError(f"{path}: the delta isn't there, nor below {results}")
+
+
+def _find_base(results: Path, samples: ImageStore) -> dict[str, ImageStore]:
+    """Subject -> the base model's pictures: the stores made with the same model, sampler and probe."""
+    wanted = {}
+    for probe in samples.metadata["probes"]:
+        plain = {name: value for name, value in probe.items() if name != "role"}
+        wanted[_identity(samples.metadata, plain)] = probe["subject"]
+    found = {}
+    for path in sorted((results / "base").glob("*.parquet")):
+        metadata = json.loads((pq.read_schema(path).metadata or {}).get(METADATA_KEY, b"{}"))
+        subject = wanted.get(_identity(metadata, metadata.get("probe")))
+        if subject is not None:
+            found[subject] = read_store(path)
+    if missing := [subject for subject in wanted.values() if subject not in found]:
+        raise CardError(
+            f"{results / 'base'}: no pictures of {', '.join(missing)} by the base model; run the workflow again"
+        )
+    return found
+
+
+def _identity(metadata: Mapping, probe: object) -> str:
+    return json.dumps([metadata.get("model"), metadata.get("sampler"), probe], sort_keys=True)
+
+
+def write_card(
+    out_folder: str | Path,
+    summary: Mapping,
+    scores: Sequence[Mapping],
+    delta_path: str | Path,
+    samples: ImageStore,
+    base: Mapping[str, ImageStore],
+    *,
+    base_model: str | None = None,
+) -> Path:
+    """Write README.md, pictures/ and delta.safetensors to `out_folder`; returns the folder.
+
+    summary: the concept's line of the summary. scores: its lines of the long table. samples: the ablated model's pictures;
+    base: subject -> the base model's. base_model: the base model's hub id, where the delta names a local folder.
+    Raises CardError if the folder holds other things; StoreError, DeltaError.
+    """
+    from concept_ablation.diffusion.delta import load_delta
+
+    out = Path(out_folder)
+    if out.exists() and not (
+        out.is_dir() and {p.name for p in out.iterdir()} <= {"README.md", "pictures", DELTA}
+    ):
+        raise CardError(f"{out}: holds other things; give a new folder")
+    tensors, metadata = load_delta(delta_path)
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    for old in (out / "pictures").glob("*.png"):
+        old.unlink()
+    shutil.copyfile(delta_path, out / DELTA)
+    strips = list(_strips(out, summary["kind"], samples, base))
+    targets = metadata.get("targets") or [summary["target"]]
+    text = (
+        _environment()
+        .get_template("card.md.j2")
+        .render(
+            front_matter=_front_matter(base_model or metadata.get("base_model")),
+            base=_base_name(metadata, base_model),
+            targets=", ".join(targets),
+            anchor=summary["anchor"],
+            kind=summary["kind"],
+            neighbors=summary["neighbors"].replace(";", ","),
+            verdict=summary["verdict"],
+            provisional=summary["firmness"] == "provisional",
+            strips=strips,
+            hidden=summary["kind"] in UNSHOWN,
+            snippet=_snippet(tensors, metadata, base_model),
+            scores=_score_lines(scores),
+            features=", ".join(dict.fromkeys(line["features"] for line in scores)),
+            settings=list(
+                _flatten("", {name: metadata[name] for name in sorted(metadata) if name not in UNLISTED})
+            ),
+            measured=", ".join(dict.fromkeys(probe["subject"] for probe in samples.metadata["probes"])),
+        )
+    )
+    (out / "README.md").write_text(text, encoding="utf-8")
+    log.info("%s: card of %s", out, summary["concept"])
+    return out
+
+
+def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageStore]):
+    """Save one PNG a probe: the base model's pictures above, the ablated model's below."""
+    for number, probe in enumerate(samples.metadata["probes"], 1):
+        if kind in UNSHOWN and probe["role"] == "target":
+            continue
+        after, before = samples.select(probe["role"], probe["subject"]), base[probe["subject"]]
+        count = min(PAIRS, len(after), len(before))
+        if count:
+            file = f"pictures/{number}-{probe['role']}.png"
+            rows = [[store.image(position) for position in range(count)] for store in (before, after)]
+            picture_strip(rows).save(out / file)
+            yield {"role": probe["role"].capitalize(), "subject": probe["subject"], "file": file}
+
+
+def picture_strip(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures of one size as one picture, each at most SIDE pixels long."""
+    first = rows[0][0]
+    scale = min(1.0, SIDE / max(first.size))
+    width, height = (max(1, round(side * scale)) for side in first.size)
+    size = (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP)
+    strip = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            strip.paste(small, (x * (width + GAP), y * (height + GAP)))
+    return strip
+
+
+def _front_matter(base_model: object) -> str:
+    from huggingface_hub import ModelCardData
+
+    named = {"base_model": base_model} if is_hub_id(base_model) else {}
+    data = ModelCardData(license="other", tags=list(TAGS), pipeline_tag="text-to-image", **named)
+    return data.to_yaml()
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether `name` is a model hub's id, and no folder or file here."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not isinstance(name, str) or name.count("/") != 1 or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _base_name(metadata: Mapping, base_model: str | None) -> str:
+    """The base model as a reader is told it: no folders of the machine that made the card."""
+    name = base_model or str(metadata.get("base_model"))
+    return Path(name).name if os.path.isabs(name) else name
+
+
+def _snippet(names: Sequence[str] | Mapping, metadata: Mapping, base_model: str | None) -> str:
+    """Python that loads the base model and the delta beside the card."""
+    base = _base_name(metadata, base_model)
+    revision = None if base_model else metadata.get("base_revision")
+    load = (
+        f"StableDiffusionPipeline.from_pretrained({base!r}{f', revision={revision!r}' if revision else ''})"
+    )
+    if base.endswith((".safetensors", ".ckpt")):
+        load = f"StableDiffusionPipeline.from_single_file({base!r})"
+    if not all(name.startswith("unet.") for name in names):
+        return (
+            "from diffusers import StableDiffusionPipeline\n\nfrom concept_ablation import apply_delta\n\n"
+            f"pipeline = {load}\napply_delta(pipeline, {DELTA!r})"
+        )
+    return (
+        "from diffusers import StableDiffusionPipeline\nfrom safetensors.torch import load_file\n\n"
+        f"pipeline = {load}\n"
+        f'delta = {{name.removeprefix("unet."): value for name, value in load_file({DELTA!r}).items()}}\n'
+        "pipeline.unet.load_state_dict(delta, strict=False)"
+    )
+
+
+def _score_lines(scores: Sequence[Mapping]) -> list[dict]:
+    """One line a probe and metric, with both models' values and the change between them as text."""
+    lines: dict[tuple, dict] = {}
+    for score in scores:
+        place = {name: score[name] for name in ("role", "probe", "metric")}
+        line = lines.setdefault(
+            tuple(place.values()), place | {"base": "", "ablated": "", "change": "", "n": score["n"]}
+        )
+        line["change" if score["model"] == "difference" else score["model"]] = _with_interval(score)
+    return list(lines.values())
+
+
+def _with_interval(score: Mapping) -> str:
+    """ "5 % [1 %, 14 %]", a change in points, other metrics as they are."""
+    share, change = score["unit"] == "share of images", score["model"] == "difference"
+
+    def number(value: float | None) -> str:
+        if value is None:
+            return "–"
+        if share:
+            return f"{100 * value:+.1f}" if change else f"{100 * value:.0f} %"
+        return f"{value:+.3g}" if change else f"{value:.3g}"
+
+    return f"{number(score['value'])} [{number(score['ci_low'])}, {number(score['ci_high'])}]"
+
+
+def _flatten(name: str, value: object):
+    if isinstance(value, Mapping) and value:
+        for key in value:
+            yield from _flatten(f"{name}.{key}" if name else str(key), value[key])
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value)
+
+
+def _environment() -> jinja2.Environment:
+    """Templates of Markdown: values are escaped by the filter `md`, not as HTML."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters["md"] = escape
+    return made
+
+
+def escape(text: object) -> str:
+    """A value as plain text within a line of Markdown, or a cell of its tables: no markup, no HTML, no line breaks."""
+    plain = " ".join(str(text).split())
+    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]()#|~$!])", r"\\\1", plain)
+
+
+def push(folder: str | Path, repo_id: str) -> str:
+    """Upload a card's folder to a model hub, to a new private repository or an existing one; returns its address.
+
+    Raises CardError for a name that is no repository's.
+    """
+    from huggingface_hub import HfApi
+
+    if not is_hub_id(repo_id):
+        raise CardError(f"{repo_id!r} is no repository's name (allowed: OWNER/NAME)")
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="model", private=True, exist_ok=True)
+    return str(api.upload_folder(folder_path=str(folder), repo_id=repo_id, repo_type="model"))

@@ -1,0 +1,81 @@
+"""The report's drawings: interval bars, sparklines, thumbnails."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, features
+
+THUMBNAIL = 192
+"""Longest side of a picture on the page, in pixels."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A measured value beside its limit, with the interval that decides; all are places on the bar, 0 (left) to 1 (right).
+
+    before: the base model's value. zone: from where to where the value has to lie, the limit being one of its ends.
+    more_left, more_right: the interval goes on beyond that end of the bar.
+    """
+
+    before: float
+    value: float
+    low: float
+    high: float
+    limit: float
+    zone: tuple[float, float]
+    more_left: bool = False
+    more_right: bool = False
+
+
+def target_bar(line: Mapping) -> Bar:
+    """A summary line's target, on a bar from 0 to 100 %: the share of the deciding target and its limit."""
+    limit, ends = line["target_limit"], ("", "_low", "_high")
+    if line.get("target_excess") is not None:
+        values = [limit + line[f"target_excess{end}"] for end in ends]
+    else:
+        values = [line[f"presence_ablated{end}"] for end in ends]
+    value, low, high, limit = (_inside(place) for place in (*values, limit))
+    return Bar(_inside(line["presence_base"]), value, low, high, limit, (0.0, limit))
+
+
+def change_bar(line: Mapping, column: str, loss_max: float) -> Bar | None:
+    """The paired change of a share, `<column>_change`, beside the loss that is allowed; None where it was not measured.
+
+    The bar reaches from four times that loss (at most 100 points) to half as much gained, so that the limit is always in sight.
+    """
+    if line.get(f"{column}_change") is None:
+        return None
+    left = -min(1.0, 4 * max(loss_max, 0.01))
+    value, low, high, limit, before = (
+        (place - left) / (-1.5 * left)
+        for place in (*(line[f"{column}_change{end}"] for end in ("", "_low", "_high")), -loss_max, 0.0)
+    )
+    places = [_inside(place) for place in (before, value, low, high, limit)]
+    return Bar(*places, (places[-1], 1.0), low < 0, high > 1)
+
+
+def _inside(place: float) -> float:
+    return min(max(place, 0.0), 1.0)
+
+
+def sparkline(values: Sequence[float], width: float, height: float, most: int = 160) -> str:
+    """Points of an SVG polyline through at most `most` averages of `values`, the least at the bottom."""
+    finite = np.asarray([value for value in values if value is not None and np.isfinite(value)], dtype=float)
+    if not len(finite):
+        return ""
+    means = np.array([part.mean() for part in np.array_split(finite, min(most, len(finite)))])
+    scaled = (means - means.min()) / max(float(np.ptp(means)), 1e-12)
+    across = np.linspace(0, width, len(means)) if len(means) > 1 else np.array([0.0])
+    return " ".join(f"{x:.1f},{height * (1 - y):.1f}" for x, y in zip(across, scaled, strict=True))
+
+
+def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
+    """A picture as a data URI, WebP (JPEG where Pillow lacks it), at most `size` pixels on its longer side."""
+    image = image.convert("RGB")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    kind, buffer = ("WEBP" if features.check("webp") else "JPEG"), io.BytesIO()
+    image.save(buffer, format=kind, quality=82, method=2)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,230 @@
+"""The report: one HTML page that opens offline, and the table a run ends with in the terminal.
+
+The page is written as it is made, a row at a time, so that a thousand rows need no more memory than one. Jinja2 escapes
+all text; styles and the one script are inside the file, and a content security policy forbids everything else.
+"""
+
+import base64
+import hashlib
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+import jinja2
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from concept_ablation.common.files import atomic_output
+from concept_ablation.common.image_store import open_store
+from concept_ablation.common.score_table import COLUMNS, POOLS, SHARES, probe_roles
+from concept_ablation.common.text import size_text
+from concept_ablation.prompts.forms import UNSAFE
+from concept_ablation.report import verdict
+from concept_ablation.report.figures import change_bar, sparkline, target_bar
+from concept_ablation.report.formatting import format_metric, points, share
+from concept_ablation.report.sections import previews, sections
+from concept_ablation.report.tables import missing_rows, report_rows
+
+log = logging.getLogger(__name__)
+
+TEMPLATES = Path(__file__).parent / "templates"
+TONES = {
+    verdict.KEPT: "good",
+    verdict.ALONE: "good",
+    verdict.HARMED: "warn",
+    verdict.ANCHOR_HARMED: "warn",
+    verdict.ONE_HARMED: "warn",
+    verdict.PRESENT: "bad",
+}
+"""Colour of a verdict; the inconclusive ones are neutral."""
+
+MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
+"""The same in a terminal."""
+
+SEEN = {"clip_accuracy": "seen by CLIP", "copy_rate": "copied", "detected": "flagged"}
+"""The measure that decides for a kind, in a word or three."""
+
+PAGE = {"images_per_probe": 8, "image_budget": 6000, "open_rows": 12}
+"""Pairs of pictures a probe; pictures on the whole page (but a pair a row in any case); up to so many rows are unfolded."""
+
+
+def render(
+    spec: Mapping | Sequence[Mapping],
+    scores_path: str | Path,
+    summary_path: str | Path,
+    out_path: str | Path,
+    when: datetime | None = None,
+) -> None:
+    """Writes the page to `out_path`, whole or not at all.
+
+    Args:
+        spec: as for `tables.aggregate_scores`; a mapping may also hold "page", other values for some of `PAGE`.
+        scores_path, summary_path: the tables that `aggregate_scores` wrote.
+        when: the time in the page's head; None: now.
+
+    Raises:
+        StoreError: a row's images can't be read.
+    """
+    rows, page = (
+        report_rows(spec),
+        PAGE | dict(spec.get("page", {}) if isinstance(spec, Mapping) else {}),
+    )
+    summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
+    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
+    probes = sum(len(probe_roles(row)) for row in rows)
+    pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
+    shown = probes_a_row(len(rows), probes, page["image_budget"])
+    texts = [field.name for field in COLUMNS if field.type == pa.string()]
+    scores = pq.read_table(scores_path, read_dictionary=texts)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    stream = (
+        environment()
+        .get_template("report.html.j2")
+        .stream(
+            style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            when=when or datetime.now(UTC),
+            model=open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
+            scorers=pc.unique(scores["features"]).to_pylist(),
+            lines=lines,
+            previews=previews(rows),
+            counts=count_verdicts(lines),
+            kinds=sorted({line["kind"] for line in lines}),
+            limits=verdict.read_thresholds(spec),
+            pairs=pairs,
+            capped=pairs < page["images_per_probe"],
+            probes_shown=shown,
+            failures=spec.get("failures", []) if isinstance(spec, Mapping) else [],
+            waiting=spec.get("waiting", []) if isinstance(spec, Mapping) else [],
+            unfolded=len(rows) <= page["open_rows"],
+            sections=sections(rows, lines, scores, pairs, shown),
+        )
+    )
+    stream.enable_buffering(64)
+    with atomic_output(out_path) as part:
+        with part.open("w", encoding="utf-8") as file:
+            stream.dump(file)
+        log.info("%s: %d concepts, %s", out_path, len(rows), size_text(part.stat().st_size))
+
+
+def print_summary(
+    summary_path: str | Path, report_path: str | Path, file: TextIO | None = None, most: int = 40
+) -> None:
+    """Prints how each row came out, one line a row (at most `most`), and where the report is; to stderr if `file` is None."""
+    table = pq.read_table(summary_path)
+    lines, missing = table.to_pylist(), missing_rows(table)
+    text = [summary_text(lines[:most])] if lines else []
+    text += [f"... and {len(lines) - most} more in the report"] if len(lines) > most else []
+    text += ["", f"{headline(lines)}.", f"Report: {report_path}"]
+    text += [f"Rows that are not in it, since they are not finished: {len(missing)}"] if missing else []
+    print("\n".join(text), file=file or sys.stderr)
+
+
+def headline(lines: Sequence[Mapping]) -> str:
+    """How many concepts are gone, in one sentence without its full stop."""
+    fine = sum(TONES.get(line["verdict"]) == "good" for line in lines)
+    noun = "concept" if len(lines) == 1 else "concepts"
+    return f"{fine} of {len(lines)} {noun} removed with neighbors intact"
+
+
+def summary_text(lines: Sequence[Mapping]) -> str:
+    """The summary as aligned ASCII: verdict, target, neighbors and anchor before -> after, with 95 % intervals."""
+    heads = (
+        "target still there",
+        "neighbors recognised, change in points",
+        "worst neighbor",
+        "anchor typical",
+    )
+    table = [("", "concept", "verdict", "", *heads)]
+    for line in lines:
+        table.append(
+            (
+                MARKS.get(TONES.get(line["verdict"]), "??"),
+                _printable(line["concept"], 28),
+                line["verdict"],
+                firmness(line),
+                f"{_change_text(line, 'presence')} {SEEN[line['measure']]}",
+                _change_text(line, "neighbor_recognition", difference=True),
+                _worst_text(line),
+                f"{share(line['anchor_typical_base'])} -> {share(line['anchor_typical_ablated'])}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    text = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
+    """How many pairs of pictures each probe shows: `wanted`, or fewer (at least 1) to keep the page within `budget`."""
+    return max(1, min(wanted, budget // (2 * max(probes, 1))))
+
+
+def probes_a_row(rows: int, probes: int, budget: int) -> int | None:
+    """How many of a row's probes show pictures, at least 1; None, all of them, if a pair for each keeps within `budget`."""
+    return None if 2 * probes <= budget else max(1, budget // (2 * rows))
+
+
+def firmness(line: Mapping) -> str:
+    """ "firm" or "provisional"; empty where the row is inconclusive anyhow."""
+    if line["verdict"].startswith("inconclusive"):
+        return ""
+    return line["firmness"]
+
+
+def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
+    """Rows by verdict, in the order of `verdict.VERDICTS`, without zeros."""
+    found = [line["verdict"] for line in lines]
+    return {
+        words: found.count(words) for words in dict.fromkeys((*verdict.VERDICTS, *found)) if words in found
+    }
+
+
+def environment() -> jinja2.Environment:
+    """Jinja2 with everything escaped, unknown names refused, and the page's number formats."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"share": share, "points": points, "metric": format_metric, "sparkline": sparkline}
+    made.filters |= {
+        "size": size_text,
+        "target_bar": target_bar,
+        "change_bar": change_bar,
+        "firmness": firmness,
+    }
+    made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": SHARES, "seen": SEEN}
+    made.globals |= {"unsafe": UNSAFE, "measures": verdict.MEASURES, "pools": tuple(POOLS.values())}
+    return made
+
+
+def _change_text(line: Mapping, column: str, difference: bool = False) -> str:
+    """ "97% -> 3% [0%, 13%]", or with the paired difference and its interval; "-" where nothing was measured."""
+    if line[f"{column}_base"] is None:
+        return "-"
+    text = f"{share(line[f'{column}_base'])} -> {share(line[f'{column}_ablated'])}"
+    name = f"{column}_change" if difference else f"{column}_ablated"
+    value, low, high = (line[name + end] for end in ("", "_low", "_high"))
+    if difference:
+        return f"{text}, {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{text} [{share(low)}, {share(high)}]"
+
+
+def _worst_text(line: Mapping) -> str:
+    """ "duck, -12.5": the neighbor whose `typical` fell most, and by how many points; "-" for none."""
+    if not line.get("worst_neighbor"):
+        return "-"
+    return f"{_printable(line['worst_neighbor'], 20)}, {100 * line['worst_neighbor_typical_change']:+.1f}"
+
+
+def _printable(text: str, width: int) -> str:
+    """A name for the terminal: no control characters, no longer than `width`."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return clean if len(clean) <= width else clean[: width - 3] + "..."

@@ -1,0 +1,125 @@
+"""What the page shows of each row: its pictures, its scores, how it was made. Read when the page asks for it, a row at a time."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from concept_ablation.common.image_store import ImageStore, open_picture, open_store
+from concept_ablation.common.score_table import probe_roles
+from concept_ablation.report.figures import thumbnail
+from concept_ablation.report.summary import training_record
+
+log = logging.getLogger(__name__)
+
+
+def previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
+    """The target's first picture before and after, small, for each line of the page's table."""
+    for row in rows:
+        after = open_store(row["samples"]).select("target", row["targets"][0])
+        before = open_store(row["base"][row["targets"][0]])
+        yield (
+            tuple(thumbnail(store.image(0), 88) for store in (before, after))
+            if len(after) and len(before)
+            else None
+        )
+
+
+def sections(
+    rows: Sequence[Mapping], lines: Sequence[Mapping], scores: pa.Table, pairs: int, shown: int | None
+) -> Iterator[dict]:
+    """What the page shows of each row, made when the page asks for it. `shown`: as `probes_a_row` gives it."""
+    places = _places(scores["concept"])
+    for row, line in zip(rows, lines, strict=True):
+        samples = open_store(row["samples"])
+        metrics = _metric_lines(scores.take(places.get(row["concept"], [])).to_pylist())
+        record, chosen = training_record(row), _most_telling(row, metrics)[:shown]
+        yield line | {
+            "row": row,
+            "probes": [
+                _probe(row, samples, *place, metrics, pairs if place in chosen else 0)
+                for place in probe_roles(row)
+            ],
+            "memorized": _memorized(row),
+            "metrics": metrics,
+            "loss": record.get("loss", []),
+            "settings": _settings(samples.metadata),
+        }
+
+
+def _places(names: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """Each name's places in a column."""
+    codes = np.unique(names.to_numpy(), return_inverse=True)[1]
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []
+    return {names[int(group[0])].as_py(): group for group in groups}
+
+
+def _most_telling(row: Mapping, metrics: Sequence[Mapping]) -> list[tuple[str, str]]:
+    """Role and subject of a row's probes: targets, the anchor, then the neighbors, those that lost most first."""
+    lost = {
+        line["probe"]: line["difference"]["value"]
+        for line in metrics
+        if line["role"] == "neighbor" and line["metric"] == "recognition" and "difference" in line
+    }
+    return sorted(probe_roles(row), key=lambda place: lost.get(place[1], 0) if place[0] == "neighbor" else -2)
+
+
+def _memorized(row: Mapping) -> str | None:
+    """The memorized picture, small; None for other kinds, and where its file is gone."""
+    if not row.get("image"):
+        return None
+    try:
+        return thumbnail(open_picture(row["image"]))
+    except OSError as error:
+        log.warning("%s: the memorized picture can't be shown: %s", row["concept"], error)
+        return None
+
+
+def _probe(
+    row: Mapping, samples: ImageStore, role: str, subject: str, metrics: Sequence[Mapping], pairs: int
+) -> dict:
+    ablated = samples.select(role, subject)
+    shown = min(pairs, len(ablated))
+    before = _base_pictures(str(row["base"][subject]), shown)
+    after = [thumbnail(ablated.image(position)) for position in range(shown)]
+    pictures = [
+        {"prompt": prompt, "seed": seed, "base": base, "ablated": picture}
+        for (prompt, seed, base), picture in zip(before, after, strict=True)
+    ]
+    found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == (role, subject)}
+    return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
+
+
+@lru_cache(maxsize=1024)
+def _base_pictures(path: str, count: int) -> list[tuple[str, int, str]]:
+    """Prompt, seed and picture of a base store's first images; rows share these stores."""
+    store = open_store(path)
+    return [(store.rows[i]["prompt"], store.rows[i]["seed"], thumbnail(store.image(i))) for i in range(count)]
+
+
+def _metric_lines(scores: Sequence[Mapping]) -> list[dict]:
+    """One line a probe and metric, with its values by model: the long table, a little wider."""
+    lines: dict[tuple, dict] = {}
+    for score in scores:
+        place = {name: score[name] for name in ("role", "probe", "metric", "text", "against", "unit", "n")}
+        lines.setdefault(tuple(place.values())[:3], place)[score["model"]] = score
+    return list(lines.values())
+
+
+def _settings(metadata: Mapping) -> list[tuple[str, str]]:
+    """What a row was made with, as names and values: flat, without the prompts."""
+    flat: list[tuple[str, str]] = []
+
+    def visit(name: str, value: object) -> None:
+        if isinstance(value, Mapping):
+            for key in value:
+                visit(f"{name}.{key}" if name else str(key), value[key])
+        elif name not in ("probes", "stage"):
+            flat.append((name, value if isinstance(value, str) else json.dumps(value)))
+
+    visit("", metadata)
+    return flat

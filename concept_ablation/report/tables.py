@@ -1,0 +1,158 @@
+"""The report's tables: all scores (long) and, made of them, one row a concept (wide, see `summary`).
+
+docs/report.md explains every column to a reader. Each Parquet file says in its metadata, under `concept_ablation`, how many
+rows it has and which are missing because they aren't finished; a whole run leaves the same beside them, as a mark.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from concept_ablation import __version__
+from concept_ablation.common.errors import UserError
+from concept_ablation.common.files import atomic_output, damaged
+from concept_ablation.common.image_store import METADATA_KEY
+from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.report.summary import SUMMARY, summarise
+from concept_ablation.report.verdict import read_thresholds
+
+log = logging.getLogger(__name__)
+LINES = 20_000  # of the long table, in memory at once
+FORMULA = (
+    "^([=+@\\-\t\r\n\uff1d\uff0b\uff0d\uff20])"  # how a text starts that spreadsheets run, also in full width
+)
+
+
+class TableError(UserError):
+    """A row's file is missing or has other columns; the message names it."""
+
+
+def aggregate_scores(
+    spec: Mapping | Sequence[Mapping], scores_path: str | Path, summary_path: str | Path
+) -> None:
+    """Writes all rows' scores (long) and the summary (wide), each as Parquet and, beside it, as CSV.
+
+    Args:
+        spec: the report's rows (concept, kind, targets, target, anchor, neighbors, scores, samples, base, delta, and where
+            they exist training, image), or {"rows": rows, "verdict": thresholds, "missing": names of unfinished rows}, all
+            but the rows optional.
+        scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
+
+    Raises:
+        TableError: a row's file is missing or damaged. ValueError: an unknown threshold.
+    """
+    rows, thresholds, summary = report_rows(spec), read_thresholds(spec), []
+
+    def read_all() -> Iterator[pa.Table]:
+        for row in rows:
+            table = _read(row["scores"])
+            summary.append(summarise(row, table, thresholds))
+            yield table
+
+    about = {METADATA_KEY: json.dumps(describe(spec))}
+    scores = write_table(read_all(), scores_path, COLUMNS.with_metadata(about))
+    wide = pa.Table.from_pylist(summary, schema=SUMMARY)
+    write_table([wide], summary_path, SUMMARY.with_metadata(about))
+    log.info("%d concepts, %d scores", len(rows), scores)
+
+
+def describe(spec: Mapping | Sequence[Mapping]) -> dict:
+    """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the program's version."""
+    missing = spec.get("missing", []) if isinstance(spec, Mapping) else []
+    return {"rows": len(report_rows(spec)), "missing": list(missing), "version": __version__}
+
+
+def mark_complete(spec: Mapping | Sequence[Mapping], path: str | Path) -> None:
+    """Writes the mark of a whole report, the JSON of `describe`: the last of a report's tables to be written."""
+    with atomic_output(path) as part:
+        part.write_text(json.dumps(describe(spec)) + "\n", encoding="utf-8")
+
+
+def missing_rows(table: pa.Table) -> list[str]:
+    """The names of the rows that a table of the report lacks because they weren't finished when it was made."""
+    return json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}")).get("missing", [])
+
+
+def report_rows(spec: Mapping | Sequence[Mapping]) -> list[Mapping]:
+    """The rows of a report's spec, sorted by concept."""
+    rows = spec["rows"] if isinstance(spec, Mapping) else spec
+    return sorted(rows, key=lambda row: row["concept"])
+
+
+def at_hand(spec: Mapping, results: str | Path) -> dict:
+    """A report's spec with the rows' files below `results`: where a job finds them, which under a storage plugin is in
+    its local copies. A row's `delta_shown` is the delta's path as it was: what a reader of the tables knows.
+    """
+
+    def move(value: object, old: str) -> object:
+        if isinstance(value, Mapping):
+            return {name: move(part, old) for name, part in value.items()}
+        return (
+            f"{results}{value[len(old) :]}"
+            if isinstance(value, str) and value.startswith(old + "/")
+            else value
+        )
+
+    rows = []
+    for row in spec["rows"]:
+        old = str(Path(row["scores"]).parents[1])
+        files = {
+            name: move(row.get(name), old) for name in ("scores", "samples", "base", "delta", "training")
+        }
+        rows.append({**row, **files, "delta_shown": row["delta"]})
+    return {**spec, "rows": rows}
+
+
+def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema) -> int:
+    """Writes tables as one, as they come, to Parquet and, beside it, to CSV, each whole or not at all; returns its lines."""
+    options, count = pa.csv.WriteOptions(quoting_style="needed"), 0
+    with (
+        atomic_output(path) as parquet,
+        atomic_output(Path(path).with_suffix(".csv")) as text,
+        pq.ParquetWriter(parquet, schema) as wide,
+        pa.csv.CSVWriter(text, schema, write_options=options) as lines,
+    ):
+        for batch in _batches(tables):
+            wide.write_table(batch)
+            lines.write_table(inert(batch))
+            count += batch.num_rows
+    return count
+
+
+def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables, put together until they have LINES lines."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(one.num_rows for one in waiting) >= LINES:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def inert(table: pa.Table) -> pa.Table:
+    """`table` for a CSV file that a spreadsheet may open: a text that it would run as a formula gets a `'` before it."""
+    for number, field in enumerate(table.schema):
+        if field.type == pa.string():
+            column = pc.replace_substring_regex(table.column(number), FORMULA, r"'\1")
+            table = table.set_column(number, field, column)
+    return table
+
+
+def _read(path: str | Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: there are no such scores; run again") from None
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(TableError, path, f"scores can't be read ({error})") from error
+    if table.schema.names != COLUMNS.names:
+        raise damaged(TableError, path, "these columns are not this version's")
+    return table.cast(COLUMNS)
