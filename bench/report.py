@@ -25,7 +25,8 @@ from plan import ROOT, measure, read_plan, write_table
 
 from concept_ablation.common.image_store import COLUMNS as IMAGES
 from concept_ablation.common.image_store import FEATURES, METADATA_KEY, ROWS_A_GROUP
-from concept_ablation.common.score_table import COLUMNS, probe_roles
+from concept_ablation.common.roles import probe_roles
+from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.probes import Bootstrap, Probe, Subjects, score_probes
 
 CLIP = 64  # numbers of a made-up CLIP feature

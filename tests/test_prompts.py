@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from concept_ablation.prompts.forms import anchor_prompts, probe_prompts, target_prompts, template_set
 from concept_ablation.prompts.stage import write_prompts
 from concept_ablation.prompts.templates import PromptsError, expand, file_source, read_templates
 from concept_ablation.prompts.wording import has_word, replace_word, with_article
+from concept_ablation.registries import KINDS
 
 STYLE = ["{prompt} in the style of {target}", "{prompt}, {target} style"]
 
@@ -59,18 +59,18 @@ def test_an_unknown_slot_says_which_are_allowed():
 
 
 def test_prompts_without_the_anchor_are_left_out_with_a_count(caplog):
-    assert anchor_prompts("object", "cat", ["a cat", "a dog", "two cats"], {}) == ["a cat", "two cats"]
+    assert KINDS["object"].anchor_prompts("cat", ["a cat", "a dog", "two cats"], {}) == ["a cat", "two cats"]
     assert "1 of 3 prompts hold no 'cat'" in caplog.text
 
 
 def test_no_prompt_with_the_anchor_is_an_error():
     with pytest.raises(PromptsError, match="none of 2 prompts holds the anchor 'cat'"):
-        anchor_prompts("object", "cat", ["a dog", "a catalogue"], {})
+        KINDS["object"].anchor_prompts("cat", ["a dog", "a catalogue"], {})
 
 
 def test_a_count_is_spread_over_the_templates():
     templates = ["a {subject} {n}", "the {subject} {n}"]
-    assert anchor_prompts("object", "cat", templates, {"n": list("1234")}, 4) == [
+    assert KINDS["object"].anchor_prompts("cat", templates, {"n": list("1234")}, 4) == [
         "a cat 1",
         "a cat 3",
         "the cat 1",
@@ -79,29 +79,33 @@ def test_a_count_is_spread_over_the_templates():
 
 
 def test_golden_target_prompts():
-    assert target_prompts(["a cat", "two Cats"], "object", ["weary cat"], "cat", []) == [
+    assert KINDS["object"].target_prompts(["a cat", "two Cats"], ["weary cat"], "cat", []) == [
         ("a weary cat",),
         ("two Weary cats",),
     ]
-    assert target_prompts(["a picture"], "style", ["ink"], "picture", STYLE) == [
+    assert KINDS["style"].target_prompts(["a picture"], ["ink"], "picture", STYLE) == [
         ("a picture in the style of ink", "a picture, ink style")
     ]
-    assert target_prompts(["a man"], "nudity", ["nude", "naked"], "man", ["{target}, {prompt}"]) == [
+    assert KINDS["nudity"].target_prompts(["a man"], ["nude", "naked"], "man", ["{target}, {prompt}"]) == [
         ("nude, a man", "naked, a man")
     ]
     with pytest.raises(PromptsError, match="no target prompts of this form"):
-        target_prompts(["x"], "memorization", ["a"], "b", [])
+        KINDS["memorization"].target_prompts(["x"], ["a"], "b", [])
 
 
 def test_each_of_several_targets_has_its_prompts():
-    assert target_prompts(["a cat"], "object", ["weary cat", "owl"], "cat", []) == [("a weary cat", "an owl")]
-    (styled,) = target_prompts(["x"], "style", ["ink", "neon"], "picture", STYLE)
+    assert KINDS["object"].target_prompts(["a cat"], ["weary cat", "owl"], "cat", []) == [
+        ("a weary cat", "an owl")
+    ]
+    (styled,) = KINDS["style"].target_prompts(["x"], ["ink", "neon"], "picture", STYLE)
     assert styled == ("x in the style of ink", "x, ink style", "x in the style of neon", "x, neon style")
 
 
 def test_golden_probe_prompts():
     def made(kind, role, subject, anchor, template):
-        return probe_prompts(kind, role, subject, anchor, [template], {}, "{prompt} in the style of {target}")
+        return KINDS[kind].probe_prompts(
+            role, subject, anchor, [template], {}, "{prompt} in the style of {target}"
+        )
 
     assert made("object", "target", "owl", "bird", "a {subject}") == ["an owl"]
     assert made("object", "anchor", "bird", "bird", "a {subject}") == ["a bird"]
@@ -118,17 +122,17 @@ def test_golden_probe_prompts():
 
 
 def test_the_published_templates_have_names():
-    compvis, diffusers = template_set("style", "compvis"), template_set("style", "diffusers")
+    compvis, diffusers = KINDS["style"].templates("compvis"), KINDS["style"].templates("diffusers")
     assert (
         len(compvis) == 6 and sum("{target} {target}" in form for form in compvis) == 3
     )  # doubled half of the time
     assert len(diffusers) == 3 and len(set(diffusers)) == 2  # two branches of it are identical
-    assert template_set("nudity", "compvis") == template_set("inappropriate", "diffusers")
-    assert len(set(template_set("nudity", "diffusers"))) == 3
-    assert template_set("style", ["{prompt} by {target}"]) == ["{prompt} by {target}"]
+    assert KINDS["nudity"].templates("compvis") == KINDS["inappropriate"].templates("diffusers")
+    assert len(set(KINDS["nudity"].templates("diffusers"))) == 3
+    assert KINDS["style"].templates(["{prompt} by {target}"]) == ["{prompt} by {target}"]
     for wrong in ("paper", ["no slots"], ["{prompt} {targets}"]):
         with pytest.raises(PromptsError, match="allowed|needs"):
-            template_set("style", wrong)
+            KINDS["style"].templates(wrong)
 
 
 def test_has_word():

@@ -17,12 +17,13 @@ from PIL import Image
 
 from concept_ablation.common import score_table as columns
 from concept_ablation.common.image_store import StoreError, write_store
-from concept_ablation.common.score_table import COLUMNS, SHARES, UNITS, probe_roles
+from concept_ablation.common.roles import probe_roles
+from concept_ablation.common.score_table import COLUMNS, SHARES, UNITS
 from concept_ablation.evaluation.statistics import Estimate
+from concept_ablation.registries import KINDS
 from concept_ablation.report import figures, formatting, sections
 from concept_ablation.report import page as report
 from concept_ablation.report.tables import aggregate_scores
-from concept_ablation.report.verdict import MEASURES
 
 WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 HOSTILE = '"><script>alert(1)</script>{{ 7*7 }}<img src=x onerror=alert(2)>'
@@ -42,7 +43,7 @@ def scores(row):
         roles = [*roles, ("neighbors", "neighbors")]
     if len(row["targets"]) > 1:
         roles = [*roles, ("targets", "targets")]
-    measure = MEASURES[row["kind"]]
+    measure = KINDS[row["kind"]].measure
     for role, probe in roles:
         for metric, unit in UNITS.items():
             if metric == "recognition" and role == "anchor":

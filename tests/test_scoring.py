@@ -11,12 +11,12 @@ from tiny_clip import make_tiny_clip
 
 from concept_ablation.common import score_table as columns
 from concept_ablation.common.image_store import write_store
+from concept_ablation.common.roles import PARAPHRASES
 from concept_ablation.evaluation import scoring
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.copies import CopyNet
 from concept_ablation.evaluation.probes import Bootstrap, Probe, Subjects, score_probes
 from concept_ablation.evaluation.scoring import ScoreError, score_concept
-from concept_ablation.prompts.forms import PARAPHRASES
 
 TARGET, ANCHOR, OWL, DUCK = "pouting cat", "cat", "owl", "duck"
 WEARY = "weary cat"

@@ -1,7 +1,5 @@
 """The long table of scores: its columns, its metrics and their units."""
 
-from collections.abc import Mapping
-
 import pyarrow as pa
 
 UNITS = {
@@ -23,12 +21,6 @@ UNITS = {
 
 SHARES = tuple(name for name, unit in UNITS.items() if unit == "share of images")
 
-POOLS = {"target": "targets", "neighbor": "neighbors"}
-"""Role (and probe name) of all images of a role taken together: all targets, all neighbors."""
-
-WORST = "worst neighbor"
-"""Role of the neighbor that lost most of its typical images, once more, with intervals corrected for choosing it."""
-
 COLUMNS = pa.schema(
     [
         (name, pa.string())
@@ -38,17 +30,3 @@ COLUMNS = pa.schema(
     + [(name, pa.string()) for name in ("unit", "interval", "text", "against", "features", "key")]
 )
 """The long table's columns."""
-
-
-def probe_roles(row: Mapping) -> list[tuple[str, str]]:
-    """Role and subject of each probe of a row, in their order: a mapping with targets, anchor, neighbors and paraphrases.
-
-    `paraphrases` may be missing; they are the subjects of probes that ask for a target in other words.
-    """
-    subjects = {
-        "target": row["targets"],
-        "paraphrase": row.get("paraphrases", ()),
-        "anchor": [row["anchor"]],
-        "neighbor": row["neighbors"],
-    }
-    return [(role, subject) for role, names in subjects.items() for subject in names]

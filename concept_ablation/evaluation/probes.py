@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from concept_ablation.common.score_table import POOLS, SHARES, WORST
+from concept_ablation.common.roles import PARAPHRASES, POOLS, WORST
+from concept_ablation.common.score_table import SHARES
 from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.evaluation.statistics import Estimate
 from concept_ablation.evaluation.typicality import NearestNeighbors, typical_change
-from concept_ablation.prompts.forms import PARAPHRASES
 
 log = logging.getLogger(__name__)
 

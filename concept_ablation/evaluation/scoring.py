@@ -19,11 +19,13 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hardware import pick_device
 from concept_ablation.common.image_store import ImageStore, open_picture, read_store
-from concept_ablation.common.score_table import COLUMNS, POOLS, UNITS, probe_roles
+from concept_ablation.common.roles import POOLS, probe_roles
+from concept_ablation.common.score_table import COLUMNS, UNITS
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.copies import CopyDescriptor
 from concept_ablation.evaluation.detectors import Detector, load_detector
 from concept_ablation.evaluation.probes import Bootstrap, Probe, Subjects, score_probes
+from concept_ablation.registries import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,10 @@ def score_concept(
     scorer = ClipScorer(spec["scorer"]["model"], spec["scorer"].get("pretrained"), device)
     judge = load_judge(spec, scorer, device)
     subjects = Subjects(
-        tuple(spec["targets"]), spec["anchor"], tuple(spec["neighbors"]), style=spec["kind"] == "style"
+        tuple(spec["targets"]),
+        spec["anchor"],
+        tuple(spec["neighbors"]),
+        style=KINDS[spec["kind"]].limit_above_neutral,
     )
     if not isinstance(base_paths, Mapping):
         base_paths = dict(zip([subject for _, subject in probe_roles(spec)], base_paths, strict=True))

@@ -14,10 +14,10 @@ from concept_ablation.plan.lint import LintRow, format_findings, lint_rows
 from concept_ablation.plan.schema import read_config
 from concept_ablation.plan.settings import merge
 from concept_ablation.plan.specs import load_plan
-from concept_ablation.prompts.forms import target_prompts
-from concept_ablation.prompts.templates import expand, read_templates, spread
+from concept_ablation.prompts.templates import expand, read_templates, subsample_evenly
 from concept_ablation.prompts.tokenizer import TokenizerError, load_tokens, tokenizer_folder
 from concept_ablation.prompts.wording import has_word
+from concept_ablation.registries import KINDS
 
 ROOT = Path(__file__).parents[2]  # the checkout
 
@@ -91,10 +91,13 @@ def _lint_row(plan: Plan, row: Row) -> LintRow:
     source = plan.specs["write_prompts"].get(work and plan.specs["generate_anchors"][row.anchors]["prompts"])
     if source and "file" in source["source"]:
         templates = read_templates(source["source"]["file"])
-        anchors = spread(expand(templates, concept.anchor, source["slots"]), source["count"])
-        words = (concept.kind, concept.targets, concept.anchor, work["training"]["style_templates"])
-        targets = [tuple(dict.fromkeys(made)) for made in target_prompts(anchors, *words)]
-        if concept.kind == "object":  # prompts without the anchor are left out, which the linter counts
+        anchors = subsample_evenly(expand(templates, concept.anchor, source["slots"]), source["count"])
+        kind, words = (
+            KINDS[concept.kind],
+            (concept.targets, concept.anchor, work["training"]["style_templates"]),
+        )
+        targets = [tuple(dict.fromkeys(made)) for made in kind.target_prompts(anchors, *words)]
+        if kind.needs_anchor_word:  # prompts without the anchor are left out, which the linter counts
             targets = [
                 made if has_word(prompt, concept.anchor) else ()
                 for prompt, made in zip(anchors, targets, strict=True)

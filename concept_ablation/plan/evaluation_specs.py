@@ -7,24 +7,25 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 
+from concept_ablation.common.roles import PARAPHRASES
 from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_of
 from concept_ablation.plan.table import Concept, slug
-from concept_ablation.prompts.forms import PARAPHRASES, UNSAFE, probe_prompts
 from concept_ablation.prompts.templates import PromptsError, fill, read_templates
+from concept_ablation.registries import KINDS
 
 Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, as a cache can keep them
 
 
 def memory_spec(concept: Concept, evaluation: Mapping) -> dict:
     """The memorized picture and what tells its copies; empty for the other kinds. Raises PlanError."""
-    if concept.kind != "memorization":
+    if not KINDS[concept.kind].needs_image:
         return {}
     descriptor = dict(evaluation["descriptor"])
     if not os.path.exists(descriptor["model"]):
         raise PlanError(
-            f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here. Kind memorization tells "
-            "copies by it: put it there, or set the path of one that is here"
+            f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here. Memorized pictures' "
+            "copies are told by it: put it there, or set the path of one that is here"
         )
     if os.path.isfile(descriptor["model"]) and not descriptor["sha256"]:
         found = sha256_of(descriptor["model"], "descriptor")
@@ -46,7 +47,7 @@ def judges_spec(concept: Concept, own: Mapping) -> dict:
     texts[concept.anchor] = fill(words["anchor_text"], {"subject": concept.anchor})
     judges = {"texts": texts, "statistics": evaluation["statistics"]}
     judges["scorer"] = clip_spec(evaluation["scorer"], "evaluation.scorer")
-    if concept.kind in UNSAFE:
+    if KINDS[concept.kind].uses_detector:
         judges["detector"] = _detector_spec(evaluation["detector"], concept, texts)
     return judges
 
@@ -105,7 +106,8 @@ def _probe_prompts(
     probe_template: str,
 ) -> list[str]:
     """A probe's first `count` prompts; rows share most of their neighbors."""
-    return probe_prompts(kind, role, subject, anchor, templates, dict(slots), probe_template)[:count]
+    prompts = KINDS[kind].probe_prompts(role, subject, anchor, templates, dict(slots), probe_template)
+    return prompts[:count]
 
 
 def frozen(slots: Mapping[str, Sequence[str]]) -> Frozen:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from concept_ablation.prompts.tokenizer import Tokens
 from concept_ablation.prompts.wording import has_word, plural
+from concept_ablation.registries import KINDS
 
 Prompts = tuple[str, ...]
 
@@ -62,7 +63,7 @@ def lint_rows(rows: Sequence[LintRow], tokens: Tokens | None) -> list[Finding]:
     for row in rows:
         anchor_prompts = tuple(row.anchor_prompts)
         found: list[Found] = [
-            *about_anchor(anchor_prompts, row.anchor if row.kind == "object" else None, tokens),
+            *about_anchor(anchor_prompts, row.anchor if KINDS[row.kind].needs_anchor_word else None, tokens),
             *_about_target_prompts(anchor_prompts, row.target_prompts, tokens),
             *_targets_in_anchor_prompts(anchor_prompts, row.targets),
             *(

@@ -13,11 +13,13 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from concept_ablation.common.errors import UserError, did_you_mean, show
+from concept_ablation.registries import KINDS, METHODS
 
 MAX_PARTS, MAX_DEPTH = 100_000, 50  # of a config: its values, and groups in groups
 
 
 MAX_NUMBER = 1e18
+NAMES = {"kinds": KINDS, "methods": METHODS}  # what a schema may ask a registry for
 
 
 class ConfigError(UserError):
@@ -36,7 +38,8 @@ def load_schema(path: str | Path) -> dict:
     """Read a JSON schema written in YAML.
 
     `{layer_of: [a, b], with: [c]}` in it stands for a group that may hold any keys of the schema's properties a and b,
-    none required, and property c as it is.
+    none required, and property c as it is; `{registry: kinds}` for one of a registry's names; `{registry: kinds, each: s}`
+    for a group with a key of schema s for each of its names.
     """
     schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return _with_layers(schema, schema.get("properties", {}))
@@ -47,6 +50,12 @@ def _with_layers(part: object, sections: Mapping) -> object:
         return [_with_layers(item, sections) for item in part]
     if not isinstance(part, Mapping):
         return part
+    if "registry" in part:
+        names = list(NAMES[part["registry"]])
+        if "each" not in part:
+            return {**{key: part[key] for key in part if key != "registry"}, "enum": names}
+        each = _with_layers(part["each"], sections)
+        return {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(names, each)}
     if "layer_of" in part:
         inner = {name: _optional(sections[name]) for name in part["layer_of"]}
         inner |= {name: _with_layers(sections[name], sections) for name in part.get("with", ())}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from concept_ablation.common.remote_code import REFUSED, find_code
+from concept_ablation.common.roles import PARAPHRASES
 from concept_ablation.plan.evaluation_specs import (
     Frozen,
     frozen,
@@ -24,8 +25,8 @@ from concept_ablation.plan.model_specs import fingerprint_of, model_spec, sha256
 from concept_ablation.plan.schema import check_config, load_schema
 from concept_ablation.plan.settings import SettingsError, shared_settings, with_own
 from concept_ablation.plan.table import Concept, load_concepts, slug
-from concept_ablation.prompts.forms import PARAPHRASES, anchor_prompts, template_set
 from concept_ablation.prompts.templates import SLOT, PromptsError, expand, file_source, read_templates
+from concept_ablation.registries import KINDS
 
 SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
 
@@ -77,7 +78,7 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
     """Enter one row's work, stage by stage."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
     pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
-    templates = template_set(concept.kind, own["prompts"]["templates"])
+    templates = KINDS[concept.kind].templates(own["prompts"]["templates"])
     memory = memory_spec(concept, own["evaluation"])
     anchors = None
     if concept.delta:
@@ -151,7 +152,7 @@ def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
 @functools.lru_cache(maxsize=4096)
 def _check_anchor_prompts(kind: str, anchor: str, templates: tuple[str, ...], slots: Frozen) -> None:
     """Raises PromptsError if a file makes no prompt of an anchor; rows share both."""
-    anchor_prompts(kind, anchor, templates, dict(slots))
+    KINDS[kind].anchor_prompts(anchor, templates, dict(slots))
 
 
 def _model_source(prompts: Mapping) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from concept_ablation.common.errors import UserError, did_you_mean, show
 from concept_ablation.plan.schema import find_problems, to_type
+from concept_ablation.registries import KINDS
 
 # Short names of columns that replace one value of the config for one row. Any other value of these sections has
 # its dotted path as a column, such as `training.hflip`.
@@ -36,7 +37,6 @@ OVERRIDES = {
 # What a row, a kind and a preset may replace; all else of the config is the same for the whole table.
 SECTIONS = ("prompts", "anchors", "training", "evaluation")
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories
-ONE_TARGET = ("memorization",)  # kinds whose target is one text, in which ';' means nothing
 
 
 class ConceptsError(UserError):
@@ -234,7 +234,7 @@ class _Table:
                 self.complain(line, "is empty", "a value in every row", column)
         for column in ("target", "neighbors"):
             if column in values:
-                one = column == "target" and values.get("kind") in ONE_TARGET
+                one = column == "target" and values.get("kind") in KINDS and KINDS[values["kind"]].one_target
                 words = [word.strip() for word in ([values[column]] if one else values[column].split(";"))]
                 values[column] = [word for word in words if word]
         for problem in find_problems(values, {"properties": self.columns}):
@@ -264,12 +264,12 @@ class _Table:
         """Rules between a row's columns: what a kind needs, and that targets, anchor and neighbors all differ."""
         kind, anchor = values.get("kind"), values.get("anchor")
         targets = [word.casefold() for word in values.get("target", ())]
-        if kind == "memorization" and "image" not in values:
-            self.complain(
-                line, "is empty", "kind memorization needs the path of the memorized picture", "image"
-            )
-        if kind != "memorization" and "image" in values:
-            self.complain(line, "is only for kind memorization", "leave it empty", "image")
+        needs_image = kind in KINDS and KINDS[kind].needs_image
+        if needs_image and "image" not in values:
+            self.complain(line, "is empty", f"kind {kind} needs the path of the memorized picture", "image")
+        if not needs_image and "image" in values:
+            having = " and ".join(name for name in KINDS if KINDS[name].needs_image)
+            self.complain(line, f"is only for kind {having}", "leave it empty", "image")
         if anchor and anchor.casefold() in targets:
             self.complain(line, f"{show(anchor)} is the target itself", "a broader concept", "anchor")
         for word in sorted({word for word in targets if targets.count(word) > 1}):

@@ -22,6 +22,7 @@ from pathlib import Path
 from concept_ablation.prompts.clients import Answer, Ask, endpoint, local_model
 from concept_ablation.prompts.templates import PromptsError
 from concept_ablation.prompts.wording import has_word
+from concept_ablation.registries import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,11 @@ def _ask_on(
     failures, attempts = 0, settings["attempts"]
     for spent in range(1, attempts + 1):
         prompt = instruction(
-            found.kind, found.anchor, found.targets, settings["prompts_per_request"], found.prompts[-SHOWN:]
+            found.kind.name,
+            found.anchor,
+            found.targets,
+            settings["prompts_per_request"],
+            found.prompts[-SHOWN:],
         )
         started = time.monotonic()
         answer = ask(prompt, (settings["seed"] or 0) + raw.number)
@@ -139,8 +144,8 @@ def _delay(failures: int, asked: float, backoff: float) -> float:
 
 
 def instruction(kind: str, anchor: str, targets: Sequence[str], count: int, found: Sequence[str] = ()) -> str:
-    """What the model is asked: for captions of the anchor or, for kind `memorization`, for paraphrases."""
-    memorized = kind == "memorization"
+    """What the model is asked: for captions of the anchor or, where target prompts are searched for, for paraphrases."""
+    memorized = KINDS[kind].searches_prompts
     words = " / ".join(targets) if memorized else " or ".join(f'"{target}"' for target in targets)
     text = INSTRUCTIONS["paraphrase" if memorized else "caption"]
     text = text.format(count=count, anchor=anchor, targets=words)
@@ -219,7 +224,11 @@ class Collector:
     """The prompts found so far, `prompts`, and why others were refused."""
 
     def __init__(self, kind: str, anchor: str, targets: Sequence[str]) -> None:
-        self.kind, self.anchor, self.targets = kind, anchor, [target for target in targets if target.strip()]
+        self.kind, self.anchor, self.targets = (
+            KINDS[kind],
+            anchor,
+            [target for target in targets if target.strip()],
+        )
         self.prompts: list[str] = []
         self.refused: Counter[str] = Counter()
         self._seen: set[str] = set()
@@ -244,7 +253,7 @@ class Collector:
             return "repeated"
         if any(self._holds(prompt, target) for target in self.targets):
             return "with a target in it"
-        if self.kind == "object" and not has_word(prompt, self.anchor):
+        if self.kind.needs_anchor_word and not has_word(prompt, self.anchor):
             return f"without the anchor {self.anchor!r}"
         return None
 
@@ -253,7 +262,7 @@ class Collector:
 
         Near paraphrases of a memorized caption may hold it: images decide what they bring back.
         """
-        if self.kind == "memorization":
+        if self.kind.searches_prompts:
             return _letters(prompt) == _letters(target)
         pairs = [(prompt, target)]
         pairs += [(re.sub(r"[^\w\s]|_", gap, prompt), re.sub(r"[^\w\s]|_", gap, target)) for gap in (" ", "")]

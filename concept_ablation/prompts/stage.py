@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from concept_ablation.common.files import atomic_output, damaged
-from concept_ablation.prompts.forms import anchor_prompts
 from concept_ablation.prompts.templates import PromptsError, file_source, read_templates
+from concept_ablation.registries import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def write_prompts(spec: Mapping, path: str | Path, asking: Mapping | None = None
         templates = read_templates(source["file"])
         if file_source(source["file"])["sha256"] != source["sha256"]:
             raise PromptsError(f"{source['file']}: was changed after this run was planned; start it again")
-        prompts = anchor_prompts(spec["kind"], spec["anchor"], templates, spec["slots"], spec["count"])
+        prompts = KINDS[spec["kind"]].anchor_prompts(spec["anchor"], templates, spec["slots"], spec["count"])
     else:
         from concept_ablation.prompts.captions import write_by_model
 

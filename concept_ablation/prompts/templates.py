@@ -96,7 +96,7 @@ def _expand(
     return tuple(dict.fromkeys(prompts))
 
 
-def spread(prompts: Sequence[str], count: int | None) -> list[str]:
+def subsample_evenly(prompts: Sequence[str], count: int | None) -> list[str]:
     """At most `count` of the prompts (None: all), evenly spaced."""
     if count is None or count >= len(prompts):
         return list(prompts)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.image_store import METADATA_KEY, ImageStore, read_store
+from concept_ablation.registries import KINDS
 from concept_ablation.report.tables import missing_rows
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ PAIRS = 6  # pairs of pictures in a strip
 SIDE = 192  # pixels, the longer side of a picture in a strip
 GAP = 4
 TAGS = ("concept-ablation", "stable-diffusion", "text-to-image")
-UNSHOWN = ("memorization", "nudity", "inappropriate")
-"""Kinds whose targets' pictures are no pictures to publish."""
 DELTA = "delta.safetensors"
 UNLISTED = (
     "base_model",
@@ -162,7 +161,7 @@ def write_card(
             verdict=summary["verdict"],
             provisional=summary["firmness"] == "provisional",
             strips=strips,
-            hidden=summary["kind"] in UNSHOWN,
+            hidden=not KINDS[summary["kind"]].publishable,
             snippet=_snippet(tensors, metadata, base_model),
             scores=_score_lines(scores),
             features=", ".join(dict.fromkeys(line["features"] for line in scores)),
@@ -180,7 +179,7 @@ def write_card(
 def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageStore]):
     """Save one PNG a probe: the base model's pictures above, the ablated model's below."""
     for number, probe in enumerate(samples.metadata["probes"], 1):
-        if kind in UNSHOWN and probe["role"] == "target":
+        if not KINDS[kind].publishable and probe["role"] == "target":
             continue
         after, before = samples.select(probe["role"], probe["subject"]), base[probe["subject"]]
         count = min(PAIRS, len(after), len(before))

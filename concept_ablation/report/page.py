@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.image_store import open_store
-from concept_ablation.common.score_table import COLUMNS, POOLS, SHARES, probe_roles
+from concept_ablation.common.roles import POOLS, probe_roles
+from concept_ablation.common.score_table import COLUMNS, SHARES
 from concept_ablation.common.text import size_text
-from concept_ablation.prompts.forms import UNSAFE
+from concept_ablation.registries import KINDS
 from concept_ablation.report import verdict
 from concept_ablation.report.figures import change_bar, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, points, share
@@ -94,7 +95,7 @@ def render(
             lines=lines,
             previews=previews(rows),
             counts=count_verdicts(lines),
-            kinds=sorted({line["kind"] for line in lines}),
+            kinds_shown=sorted({line["kind"] for line in lines}),
             limits=verdict.read_thresholds(spec),
             pairs=pairs,
             capped=pairs < page["images_per_probe"],
@@ -201,7 +202,7 @@ def environment() -> jinja2.Environment:
         "firmness": firmness,
     }
     made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": SHARES, "seen": SEEN}
-    made.globals |= {"unsafe": UNSAFE, "measures": verdict.MEASURES, "pools": tuple(POOLS.values())}
+    made.globals |= {"kinds": KINDS, "pools": tuple(POOLS.values())}
     return made
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from concept_ablation.common.image_store import ImageStore, open_picture, open_store
-from concept_ablation.common.score_table import probe_roles
+from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.figures import thumbnail
 from concept_ablation.report.summary import training_record
 

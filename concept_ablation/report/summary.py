@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import damaged
-from concept_ablation.common.score_table import POOLS, WORST
-from concept_ablation.report.verdict import MEASURES, Presence, Thresholds, judge
+from concept_ablation.common.roles import POOLS, WORST
+from concept_ablation.registries import KINDS
+from concept_ablation.report.verdict import Presence, Thresholds, judge
 
 
 class RecordError(UserError):
@@ -18,7 +19,7 @@ class RecordError(UserError):
 
 
 PRESENCE = "presence"
-"""Stands for the metric that decides for the row's kind, `verdict.MEASURES`."""
+"""Stands for the metric that decides for the row's kind, `Kind.measure`."""
 
 MEASURED = {
     "presence": ("target", PRESENCE),
@@ -46,7 +47,7 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds) -> dict:
     A role's columns hold the values of all its images: of the only target or of all targets pooled, of all neighbors pooled.
     """
     found = _by_place(row, scores)
-    measure = MEASURES[row["kind"]]
+    measure = KINDS[row["kind"]].measure
     summary = {name: row[name] for name in ("concept", "kind", "target", "anchor")}
     summary |= {"neighbors": "; ".join(row["neighbors"]), "measure": measure}
     for column, (role, metric) in MEASURED.items():
@@ -72,7 +73,7 @@ def read_presence(row: Mapping, scores: pa.Table) -> list[Presence]:
         for line in scores.to_pylist()
         if line["role"] == "target"
     }
-    measure, targets = MEASURES[row["kind"]], []
+    measure, targets = KINDS[row["kind"]].measure, []
     for target in row["targets"]:
         before, after = (lines[target, measure, model] for model in ("base", "ablated"))
         neutral = lines.get((target, "neutral_share", "base"), {}).get("value")

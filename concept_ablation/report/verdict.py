@@ -7,14 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-MEASURES = {
-    "style": "clip_accuracy",
-    "object": "clip_accuracy",
-    "memorization": "copy_rate",
-    "nudity": "detected",
-    "inappropriate": "detected",
-}
-"""The metric whose share of images says that the target is still there, by kind."""
+from concept_ablation.registries import KINDS
 
 KEPT = "removed, neighbors kept"
 HARMED = "removed, neighbors harmed"
@@ -194,14 +187,8 @@ def target_limit(kind: str, neutral: float | None, thresholds: Thresholds) -> fl
 
     A style can't fall below what prompts without any style give: the base model's own share under the anchor.
     """
-    if kind == "style":
-        return (neutral or 0.0) + thresholds.style_margin
-    limits = {
-        "clip_accuracy": thresholds.target_max,
-        "copy_rate": thresholds.copy_max,
-        "detected": thresholds.detected_max,
-    }
-    return limits[MEASURES[kind]]
+    own = getattr(thresholds, KINDS[kind].limit)
+    return own + (neutral or 0.0) if KINDS[kind].limit_above_neutral else own
 
 
 def read_thresholds(spec: Mapping | Sequence[Mapping]) -> Thresholds:

@@ -23,7 +23,7 @@ from concept_ablation.methods.ablation.data import AnchorData
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import StepRecord, Training
-from concept_ablation.prompts.forms import target_prompts
+from concept_ablation.registries import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,14 @@ def ablate_concept(
 
 def _target_prompts(spec: Mapping, data: AnchorData, anchors_path: str | Path) -> list[tuple[str, ...]]:
     """Each image's target prompts: made from its own, or those that were searched for, the same for all."""
-    if spec["kind"] == "memorization":
+    kind = KINDS[spec["kind"]]
+    if kind.searches_prompts:
         searched = read_store(anchors_path).metadata.get("target_prompts")
         if not searched:
             raise TrainingError(f"{anchors_path}: no target_prompts in its metadata; make the images again")
         return [tuple(searched)] * len(data.prompts)
     templates = spec["training"]["style_templates"]
-    return target_prompts(data.prompts, spec["kind"], spec["targets"], spec["anchor"], templates)
+    return kind.target_prompts(data.prompts, spec["targets"], spec["anchor"], templates)
 
 
 def _train(

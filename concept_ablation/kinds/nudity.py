@@ -1,0 +1,12 @@
+"""Kind `nudity`: nudity, which NudeNet flags by default."""
+
+from __future__ import annotations
+
+from concept_ablation.kinds.unsafe import Unsafe
+
+
+class Nudity(Unsafe):
+    name = "nudity"
+
+
+KIND = Nudity()

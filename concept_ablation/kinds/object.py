@@ -1,0 +1,51 @@
+"""Kind `object`: the target's word stands where the anchor's would ("a cat" -> "a grumpy cat")."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from concept_ablation.kinds.base import Kind
+from concept_ablation.prompts.templates import PromptsError
+from concept_ablation.prompts.wording import has_word, replace_word
+
+log = logging.getLogger(__name__)
+
+
+class Object(Kind):
+    """Whole words are replaced, plurals too; a prompt without the anchor's word would train the target on itself."""
+
+    name = "object"
+    measure = "clip_accuracy"
+    limit = "target_max"
+    needs_anchor_word = True
+
+    def usable(self, prompts: Sequence[str], anchor: str) -> list[str]:
+        """The prompts that hold the anchor as a word; a warning counts the others. Raises PromptsError if none does."""
+        kept = [prompt for prompt in prompts if has_word(prompt, anchor)]
+        if not kept:
+            raise PromptsError(f"none of {len(prompts)} prompts holds the anchor {anchor!r} as a word")
+        if len(kept) < len(prompts):
+            left = len(prompts) - len(kept)
+            log.warning("%d of %d prompts hold no %r and are left out", left, len(prompts), anchor)
+        return kept
+
+    def target_prompts(
+        self, prompts: Sequence[str], targets: Sequence[str], anchor: str, templates: Sequence[str]
+    ) -> list[tuple[str, ...]]:
+        return [tuple(replace_word(prompt, anchor, target) for target in targets) for prompt in prompts]
+
+    def probe_prompts(
+        self,
+        role: str,
+        subject: str,
+        anchor: str,
+        templates: Sequence[str],
+        slots: Mapping[str, Sequence[str]],
+        probe_template: str,
+    ) -> list[str]:
+        prompts = self.anchor_prompts(anchor, templates, slots)
+        return prompts if role == "anchor" else [replace_word(prompt, anchor, subject) for prompt in prompts]
+
+
+KIND = Object()

@@ -1,0 +1,36 @@
+"""Kind `style`: the target is a way of drawing, added to the anchor's prompts ("{prompt} in the style of {target}")."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from concept_ablation.kinds.base import AddedKind
+
+
+class Style(AddedKind):
+    """A style can't be seen less often than in neutral prompts' images, so its limit lies above their share."""
+
+    name = "style"
+    measure = "clip_accuracy"
+    limit = "style_margin"
+    limit_above_neutral = True
+    added_roles = ("target", "paraphrase", "neighbor")
+    published_templates: ClassVar = {
+        "compvis": (
+            "{prompt}, in the style of {target} {target}",
+            "{prompt}, in the style of {target}",
+            "{target} {target} inspired painting, {prompt}",
+            "{target} inspired painting, {prompt}",
+            "in {target} {target}'s style, {prompt}",
+            "in {target}'s style, {prompt}",
+        ),
+        # A form that is twice as likely stands twice: two of the code's three branches are the same.
+        "diffusers": (
+            "{prompt}, in the style of {target}",
+            "in {target}'s style, {prompt}",
+            "in {target}'s style, {prompt}",
+        ),
+    }
+
+
+KIND = Style()
