@@ -89,7 +89,7 @@ def test_golden_target_prompts():
     assert KINDS["nudity"].target_prompts(["a man"], ["nude", "naked"], "man", ["{target}, {prompt}"]) == [
         ("nude, a man", "naked, a man")
     ]
-    with pytest.raises(PromptsError, match="no target prompts of this form"):
+    with pytest.raises(PromptsError, match="has no target prompts that are made from"):
         KINDS["memorization"].target_prompts(["x"], ["a"], "b", [])
 
 

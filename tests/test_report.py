@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation.common import score_table as columns
+from concept_ablation.common import roles as common_roles
 from concept_ablation.common.image_store import StoreError, write_store
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.common.score_table import COLUMNS, SHARES, UNITS
@@ -406,7 +406,7 @@ def test_firm_and_provisional_stand_beside_the_verdict_but_not_beside_an_inconcl
 
 def test_a_role_without_a_verdict_is_shown_as_not_judged(tmp_path, monkeypatch):
     def roles(row):
-        found = columns.probe_roles(row)
+        found = common_roles.probe_roles(row)
         return [*found[:1], ("paraphrase", "the same in other words"), *found[1:]]
 
     for module in (report, sections, sys.modules[__name__]):
