@@ -7,7 +7,8 @@ planning loads no torch. No name from a config or a table is ever imported: what
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from concept_ablation.common.errors import UserError, did_you_mean, show
@@ -32,8 +33,7 @@ class Registry(Mapping[str, Any]):
                 f"{self.noun} {show(name)} is unknown{did_you_mean(name, self.targets)} (allowed: {allowed})"
             )
         if name not in self._loaded:
-            module, _, attribute = self.targets[name].partition(":")
-            self._loaded[name] = getattr(importlib.import_module(module), attribute)
+            self._loaded[name] = load(self.targets[name])
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -44,6 +44,42 @@ class Registry(Mapping[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.targets
+
+
+def load(target: str) -> Any:
+    """What `module:attribute` names. For targets that this package's code lists, never for a user's text."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the pipeline, which is a rule of the workflow: its units of work are named by their specs.
+
+    version: raise it when the stage's code gives other output for the same spec; tests/test_stage_lock.py asks for it.
+    files: what it writes below the results folder, by the names that the rule and the function use; the first one stands
+    for the unit, and is there last.
+    function: `module:function`, called with the spec, the rule's inputs and outputs by name, and `options`.
+    options: the function's parameters that a rule's resources of the same name give: they change no result.
+    neutral: dotted paths of a spec that came later, each with the value that leaves the output as it was before. A setting
+    enters a spec only where it differs from that, so a new setting renames no result that is there.
+    """
+
+    version: int
+    files: Mapping[str, str]
+    function: str
+    options: tuple[str, ...] = ()
+    neutral: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The file that stands for a unit of work, below the results folder, with `{key}` in it."""
+        return next(iter(self.files.values()))
+
+    @property
+    def run(self) -> Callable[..., None]:
+        """The stage's function, loaded when it is asked for."""
+        return load(self.function)
 
 
 KINDS = Registry(
@@ -66,3 +102,62 @@ METRICS = Registry("metric", {})
 
 FAMILIES = Registry("family", {})
 """Models of one architecture, by the class of their pipeline. An entry is a `concept_ablation.diffusion.families.base.Family`."""
+
+DRAWING = ("device", "batch_size")
+STAGES = {
+    "write_prompts": Stage(
+        version=1,
+        files={"prompts": "prompts/{key}.json"},
+        function="concept_ablation.prompts.stage:write_prompts",
+        options=("device", "attempts", "timeout", "key_variable"),
+    ),
+    "search_prompts": Stage(
+        version=2,
+        files={"prompts": "searches/{key}.json", "record": "searches/{key}.parquet"},
+        function="concept_ablation.methods.ablation.prompt_search:search_prompts",
+        options=DRAWING,
+        neutral={"model.allow_custom_code": False},
+    ),
+    "generate_anchors": Stage(
+        version=2,
+        files={"images": "anchors/{key}.parquet"},
+        function="concept_ablation.methods.ablation.anchors:generate_anchors",
+        options=DRAWING,
+        neutral={"model.allow_custom_code": False},
+    ),
+    "ablate_concept": Stage(
+        version=3,
+        files={"delta": "concepts/{key}/delta.safetensors", "training": "concepts/{key}/training.parquet"},
+        function="concept_ablation.methods.stage:ablate_concept",
+        options=("device", "checkpoint_steps"),
+        neutral={"model.allow_custom_code": False, "method": "ablation"},
+    ),
+    "import_delta": Stage(
+        version=1,
+        files={"delta": "deltas/{key}.safetensors"},
+        function="concept_ablation.diffusion.delta_import:import_delta_stage",
+        neutral={"model.allow_custom_code": False},
+    ),
+    "sample_base": Stage(
+        version=2,
+        files={"images": "base/{key}.parquet"},
+        function="concept_ablation.diffusion.stages:sample_base",
+        options=DRAWING,
+        neutral={"model.allow_custom_code": False},
+    ),
+    "sample_ablated": Stage(
+        version=2,
+        files={"images": "samples/{key}.parquet"},
+        function="concept_ablation.diffusion.stages:sample_ablated",
+        options=DRAWING,
+        neutral={"model.allow_custom_code": False},
+    ),
+    "score_concept": Stage(
+        version=3,
+        files={"scores": "scores/{key}.parquet"},
+        function="concept_ablation.evaluation.scoring:score_concept",
+        options=("device",),
+        neutral={"paraphrases": []},
+    ),
+}
+"""The stages whose work the plan names, in the order of the flow."""

@@ -4,46 +4,33 @@ import json
 from pathlib import Path
 
 from concept_ablation.plan.graph import Plan
+from concept_ablation.registries import STAGES
+
+INPUTS = {
+    "search_prompts": {"candidates": "candidates_from"},
+    "generate_anchors": {"prompts": "prompts"},
+    "ablate_concept": {"anchors": "anchors"},
+    "sample_ablated": {"delta": "delta"},
+    "score_concept": {"samples": "samples", "base": "base"},
+}
+"""The rules' inputs: their name -> that in the spec."""
 
 
 def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     """Do all of the plan's work that isn't done, then write its two tables and the page."""
-    from concept_ablation.diffusion.delta_import import import_delta_stage
-    from concept_ablation.diffusion.stages import sample_ablated, sample_base
-    from concept_ablation.evaluation.scoring import score_concept
-    from concept_ablation.methods.ablation.anchors import generate_anchors
-    from concept_ablation.methods.ablation.prompt_search import search_prompts
-    from concept_ablation.methods.ablation.stage import ablate_concept
-    from concept_ablation.prompts.stage import write_prompts
     from concept_ablation.report.page import render
     from concept_ablation.report.tables import aggregate_scores
 
-    options = {"device": device, "batch_size": batch_size}
-    for stage, specs in plan.specs.items():
-        for key in specs:
-            spec, out = json.loads(plan.spec(stage, key)), Path(plan.path(key))
-            if out.exists():
+    for name, stage in STAGES.items():
+        given = {"device": device, "batch_size": batch_size}
+        options = {option: given[option] for option in stage.options if option in given}
+        for key in plan.specs[name]:
+            outputs = {file: Path(plan.results) / path.format(key=key) for file, path in stage.files.items()}
+            if next(iter(outputs.values())).exists():
                 continue
-
-            def source(name, stage=stage, key=key):
-                return plan.upstream(stage, key, name)
-
-            if stage == "write_prompts":
-                write_prompts(spec, out)
-            elif stage == "search_prompts":
-                search_prompts(spec, out, out.with_suffix(".parquet"), **options)
-            elif stage == "generate_anchors":
-                generate_anchors(spec, source("prompts"), out, **options)
-            elif stage == "ablate_concept":
-                ablate_concept(spec, source("anchors"), out, out.with_name("training.parquet"), device=device)
-            elif stage == "import_delta":
-                import_delta_stage(spec, out)
-            elif stage == "sample_base":
-                sample_base(spec, out, **options)
-            elif stage == "sample_ablated":
-                sample_ablated(spec, source("delta"), out, **options)
-            elif stage == "score_concept":
-                score_concept(spec, source("samples"), source("base"), out, runtime={"device": device})
+            sources = {file: plan.upstream(name, key, own) for file, own in INPUTS.get(name, {}).items()}
+            inputs = {file: source for file, source in sources.items() if source}
+            stage.run(json.loads(plan.spec(name, key)), **inputs, **outputs, **options)
     report = Path(plan.results) / "report"
     tables = (report / "scores.parquet", report / "summary.parquet")
     aggregate_scores(json.loads(plan.report_spec()), *tables)

@@ -1,6 +1,7 @@
 """Keys and specs: equal work has one key, an edit changes its own row's keys and no others."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from concept_ablation.plan.graph import PATHS, VERSIONS, PlanError, canonical, make_key
+from concept_ablation.plan.graph import PlanError, canonical, make_key
 from concept_ablation.plan.schema import ConfigError, check_config, load_schema
 from concept_ablation.plan.specs import build_plan
 from concept_ablation.plan.table import Concept, ConceptsError, load_concepts
+from concept_ablation.registries import STAGES
 
 ROOT = Path(__file__).parents[1]
 CONFIG_SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
@@ -180,13 +182,14 @@ def test_a_setting_changes_the_keys_from_its_stage_on(config, path, stages):
         part = part[group]
     part[last] = part[last] * 2 if last != "target_max" else 0.5
     after = build_plan([CAT], config)
-    assert {stage for stage in VERSIONS if before.specs[stage].keys() != after.specs[stage].keys()} == stages
+    assert {stage for stage in STAGES if before.specs[stage].keys() != after.specs[stage].keys()} == stages
     assert before.report_spec() != after.report_spec()
 
 
 def test_the_stage_version_is_part_of_the_key(config, monkeypatch):
     before = build_plan([CAT], config).rows[0]
-    monkeypatch.setitem(VERSIONS, "ablate_concept", VERSIONS["ablate_concept"] + 1)
+    stage = STAGES["ablate_concept"]
+    monkeypatch.setitem(STAGES, "ablate_concept", dataclasses.replace(stage, version=stage.version + 1))
     after = build_plan([CAT], config).rows[0]
     assert before.anchors == after.anchors and before.ablation != after.ablation
 
@@ -284,7 +287,7 @@ def test_a_file_replaced_in_place_changes_the_keys_from_the_stages_that_use_it_o
         content.seek(100_000)
         content.write(b"1")
     after = build_plan([row], config)
-    changed = {stage for stage in VERSIONS if before.specs[stage].keys() != after.specs[stage].keys()}
+    changed = {stage for stage in STAGES if before.specs[stage].keys() != after.specs[stage].keys()}
     assert changed == stages
 
 
@@ -304,7 +307,10 @@ def test_a_spec_is_canonical_json_that_names_its_stage(config):
     for stage, specs in plan.specs.items():
         for key, spec in specs.items():
             text = plan.spec(stage, key)
-            assert json.loads(text) == spec and (spec["stage"], spec["version"]) == (stage, VERSIONS[stage])
+            assert json.loads(text) == spec and (spec["stage"], spec["version"]) == (
+                stage,
+                STAGES[stage].version,
+            )
             assert make_key(key.rpartition(".")[0], json.loads(text)) == key
     assert canonical({"b": 1, "a": "é"}) == '{"a":"é","b":1}'
 
@@ -502,7 +508,8 @@ def test_an_unfinished_rows_scores_stand_for_all_its_files_unless_they_are_there
 
 
 def test_every_stage_has_a_path_of_its_own():
-    assert PATHS.keys() == VERSIONS.keys() and len(set(PATHS.values())) == len(PATHS)
+    paths = [path for stage in STAGES.values() for path in stage.files.values()]
+    assert len(set(paths)) == len(paths) and all("{key}" in path for path in paths)
 
 
 def test_planning_imports_no_heavy_library():

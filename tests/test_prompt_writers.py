@@ -462,7 +462,7 @@ def test_the_stage_writes_the_models_prompts_and_keeps_its_answers(server, tmp_p
     spec = {"kind": "object", "anchor": "cat", "targets": ["grumpy cat"], "count": 2}
     spec["source"] = {"endpoint": {**source, "prompts_per_request": 5}}
     asking = {"device": "cpu", "attempts": 3, "timeout": 5, "key_variable": "TEST_KEY"}
-    assert write_prompts(spec, tmp_path / "p.json", asking) == CATS[:2]
+    assert write_prompts(spec, tmp_path / "p.json", **asking) == CATS[:2]
     assert json.loads((tmp_path / "p.json").read_text())["prompts"] == CATS[:2]
     written = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "a grumpy cat" in written, "the raw answer is kept"

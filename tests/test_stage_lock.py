@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from concept_ablation.plan.graph import VERSIONS
+from concept_ablation import registries
+from concept_ablation.registries import STAGES
 
 ROOT = Path(__file__).parents[1]
 LOCK = Path(__file__).with_name("stage_lock.json")
@@ -73,6 +74,19 @@ def _plain(node: object) -> object:
     ]
 
 
+def _place(target: str) -> tuple[str, str]:
+    """Module, without the package's name, and name of what `module:name` names."""
+    module, _, name = target.partition(":")
+    return module.removeprefix(f"{PACKAGE}."), name
+
+
+REGISTRIES = {
+    ("registries", name): value
+    for name, value in vars(registries).items()
+    if isinstance(value, registries.Registry)
+}
+
+
 class Package:
     """The package below `root`: what each stage runs, found by following the names that its code uses."""
 
@@ -84,11 +98,10 @@ class Package:
             for path in folder.rglob("*.py")
         }
 
-    def code(self, stage: str) -> dict[str, str]:
-        """Module -> 12 hex of the code that `stage` runs there."""
-        script = Module(self.root / "workflow" / "scripts" / f"{stage}.py")
+    def code(self, function: str) -> dict[str, str]:
+        """Module -> 12 hex of the code that `function`, "module:name", runs there."""
         reached: set[tuple[str, str]] = set()
-        self._follow(*script.imports[stage], reached)
+        self._follow(*_place(function), reached)
         parts = defaultdict(list)
         for module, name in sorted(reached):
             parts[module].append([name, _plain(self.modules[module].definitions[name])])
@@ -102,6 +115,10 @@ class Package:
         if (module, name) in reached or module not in self.modules:
             return
         here = self.modules[module]
+        if (module, name) in REGISTRIES:  # the lines of such a table are no code; what they name is
+            for target in REGISTRIES[module, name].targets.values():
+                self._follow(*_place(target), reached)
+            return
         if name in here.definitions:
             reached.add((module, name))
         for statement in here.definitions.get(name, ()):
@@ -118,10 +135,13 @@ class Package:
                 yield here.imports.get(node.id, (module, node.id))
 
 
-def current(root: Path = ROOT, versions: dict[str, int] = VERSIONS) -> dict[str, dict]:
+def current(root: Path = ROOT) -> dict[str, dict]:
     """What the lock file should hold now."""
     package = Package(root)
-    return {stage: {"version": versions[stage], "code": package.code(stage)} for stage in sorted(versions)}
+    return {
+        name: {"version": stage.version, "code": package.code(stage.function)}
+        for name, stage in sorted(STAGES.items())
+    }
 
 
 def complaints(lock: dict[str, dict], now: dict[str, dict]) -> list[str]:
@@ -146,7 +166,7 @@ def complaints(lock: dict[str, dict], now: dict[str, dict]) -> list[str]:
             ]
             found.append(
                 f"{stage}: its code in {', '.join(parts)} changed. If its output "
-                f"changes for the same spec, raise VERSIONS[{stage!r}] in {PACKAGE}/plan/graph.py, so that old results "
+                f"changes for the same spec, raise its version in STAGES of {PACKAGE}/registries.py, so that old results "
                 f"are made anew. Then, or at once if the output stays the same, run `{ACCEPT}`."
             )
     return found
@@ -161,7 +181,6 @@ def test_the_stages_code_is_as_the_lock_file_has_it():
 def copy(tmp_path):
     """A copy of the package and the scripts, to be edited; `edit(module, old, new)` gives what changed."""
     shutil.copytree(ROOT / PACKAGE, tmp_path / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "workflow" / "scripts", tmp_path / "workflow" / "scripts")
     before = current(tmp_path)
 
     def edit(module: str, old: str, new: str) -> set[str]:
@@ -170,15 +189,21 @@ def copy(tmp_path):
         assert old in text
         path.write_text(text.replace(old, new), encoding="utf-8")
         now = current(tmp_path)
-        return {stage for stage in VERSIONS if before[stage] != now[stage]}
+        return {stage for stage in STAGES if before[stage] != now[stage]}
 
     return edit
 
 
 def test_an_edit_asks_for_the_stages_that_run_it_and_no_others(copy):
+    changed = copy("methods.ablation.losses", "error.sum((1, 2, 3)) / mask", "error.sum((1, 2, 3)) * mask")
+    assert changed == {"ablate_concept"}
+
+
+def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
     assert copy("prompts.wording", 'noun[:-1] + "ies"', 'noun[:-1] + "ys"') == {
         "write_prompts",
         "ablate_concept",
+        "score_concept",  # it asks a kind for its limit, and is taken to run all that the kinds run
     }
 
 
@@ -213,7 +238,12 @@ def test_the_message_says_what_to_do():
     old = {"sample_base": {"version": 1, "code": {"diffusion.pipeline": "a", "diffusion.sampler": "b"}}}
     edited = {"sample_base": {"version": 1, "code": {"diffusion.pipeline": "a", "diffusion.sampler": "c"}}}
     (message,) = complaints(old, edited)
-    for part in ("sample_base", "concept_ablation/diffusion/sampler.py", "VERSIONS['sample_base']", ACCEPT):
+    for part in (
+        "sample_base",
+        "concept_ablation/diffusion/sampler.py",
+        "STAGES of concept_ablation/registries.py",
+        ACCEPT,
+    ):
         assert part in message
     assert "pipeline.py" not in message
     raised = {"sample_base": {"version": 2, "code": {"diffusion.pipeline": "a", "diffusion.sampler": "c"}}}

@@ -20,3 +20,17 @@ def start_job(snakemake) -> None:
     resources = snakemake.resources
     if resources.get("gpu", 0) and resources.device in ("auto", "cuda"):
         claim_device(snakemake.config["runtime"]["gpu_jobs_per_device"])
+
+
+def files_of(snakemake) -> dict[str, str | list[str]]:
+    """A job's inputs, outputs and records by the names that its rule gives them; a name with no file is left out.
+
+    A record is a file of the rule's `log` other than the log itself: it stays when the job fails.
+    """
+    named = [*snakemake.input.items(), *snakemake.output.items(), *snakemake.log.items()]
+    files = {name: file if isinstance(file, str) else [str(one) for one in file] for name, file in named}
+    return {
+        name: str(file) if isinstance(file, str) else file
+        for name, file in files.items()
+        if file and name != "text"
+    }

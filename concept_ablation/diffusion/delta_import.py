@@ -67,7 +67,7 @@ def import_delta(
     }
 
 
-def import_delta_stage(spec: Mapping, out_path: str | Path) -> None:
+def import_delta_stage(spec: Mapping, delta: str | Path) -> None:
     """Stage `import_delta`: the delta that a row names, as ours. Raises what `import_delta` does."""
     if (now := _sha256(spec["file"])) != spec["sha256"]:
         raise FormatError(
@@ -83,8 +83,8 @@ def import_delta_stage(spec: Mapping, out_path: str | Path) -> None:
         allow_custom_code=model.get("allow_custom_code", False),
     )
     metadata |= {name: spec.get(name) for name in ("kind", "targets", "anchor", "stage", "version")}
-    save_delta(out_path, tensors, metadata)
-    log.info("%s: %d tensors (%s) from %s", out_path, len(tensors), metadata["group"], spec["file"])
+    save_delta(delta, tensors, metadata)
+    log.info("%s: %d tensors (%s) from %s", delta, len(tensors), metadata["group"], spec["file"])
 
 
 def delta_parameters(pipeline: StableDiffusionPipeline, names: Iterable[str] = ()) -> dict[str, Tensor]:

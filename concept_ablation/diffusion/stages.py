@@ -30,18 +30,16 @@ def load_model(model: Mapping, device: str) -> StableDiffusionPipeline:
     )
 
 
-def sample_base(spec: Mapping, out_path: str | Path, *, device: str = "auto", batch_size: int = 16) -> None:
+def sample_base(spec: Mapping, images: str | Path, *, device: str = "auto", batch_size: int = 16) -> None:
     """Stage `sample_base`: one probe's images by the unchanged model, without a role: rows share them."""
-    _sample_probes(spec, [{"role": None, **spec["probe"]}], out_path, device=device, batch_size=batch_size)
+    _sample_probes(spec, [{"role": None, **spec["probe"]}], images, device=device, batch_size=batch_size)
 
 
 def sample_ablated(
-    spec: Mapping, delta_path: str | Path, out_path: str | Path, *, device: str = "auto", batch_size: int = 16
+    spec: Mapping, delta: str | Path, images: str | Path, *, device: str = "auto", batch_size: int = 16
 ) -> None:
     """Stage `sample_ablated`: all probes of a row by the model with its delta, one after the other."""
-    _sample_probes(
-        spec, spec["probes"], out_path, delta_path=delta_path, device=device, batch_size=batch_size
-    )
+    _sample_probes(spec, spec["probes"], images, delta_path=delta, device=device, batch_size=batch_size)
 
 
 def _sample_probes(

@@ -47,28 +47,29 @@ class Judge(Protocol):
 
 def score_concept(
     spec: Mapping,
-    samples_path: str | Path,
-    base_paths: Mapping[str, str | Path] | Sequence[str | Path],
-    out_path: str | Path,
-    runtime: Mapping | None = None,
+    samples: str | Path,
+    base: Mapping[str, str | Path] | Sequence[str | Path],
+    scores: str | Path,
+    *,
+    device: str = "auto",
+    batch_size: int = 64,
 ) -> None:
-    """Writes the long table of one row to `out_path` (Parquet, columns `COLUMNS`).
+    """Writes the long table of one row to `scores` (Parquet, columns `COLUMNS`).
 
     Args:
         spec: concept, kind, targets, anchor, neighbors, texts (subject -> the text that the scorer compares with),
             scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images); for kind
             memorization also image {file, sha256} and descriptor {model, sha256}, for nudity and inappropriate detector
             (see `detectors.load_detector`).
-        samples_path: image store of the ablated model, all probes.
-        base_paths: subject -> image store of the base model; or these stores in the order targets, anchor, neighbors.
-        runtime: device ("auto"), score_batch_size (64); neither changes a score.
+        samples: image store of the ablated model, all probes.
+        base: subject -> image store of the base model; or these stores in the order targets, anchor, neighbors.
+        device, batch_size: where, and how many images at once; neither changes a score.
 
     Raises:
         ScoreError: a probe is missing, its prompts and seeds differ between base and ablated, or the memorized picture
             is not the planned one. FeatureError: the scorer or descriptor can't be loaded. DetectorError.
     """
-    runtime, statistics = runtime or {}, spec["statistics"]
-    device, batch_size = pick_device(runtime.get("device", "auto")), runtime.get("score_batch_size", 64)
+    statistics, device = spec["statistics"], pick_device(device)
     scorer = ClipScorer(spec["scorer"]["model"], spec["scorer"].get("pretrained"), device)
     judge = load_judge(spec, scorer, device)
     subjects = Subjects(
@@ -77,16 +78,16 @@ def score_concept(
         tuple(spec["neighbors"]),
         style=KINDS[spec["kind"]].limit_above_neutral,
     )
-    if not isinstance(base_paths, Mapping):
-        base_paths = dict(zip([subject for _, subject in probe_roles(spec)], base_paths, strict=True))
+    if not isinstance(base, Mapping):
+        base = dict(zip([subject for _, subject in probe_roles(spec)], base, strict=True))
     texts = dict(zip(spec["texts"], scorer.text_features(list(spec["texts"].values())), strict=True))
-    probes = list(read_probes(spec, samples_path, base_paths, scorer, judge, batch_size))
+    probes = list(read_probes(spec, samples, base, scorer, judge, batch_size))
     bootstrap = Bootstrap(statistics["confidence"], statistics["bootstrap"], statistics["seed"])
     rows = score_probes(probes, texts, subjects, bootstrap)
     names = {name: spec[name] for name in ("concept", "kind", "anchor")}
     names |= {"target": "; ".join(spec["targets"]), "features": scorer.name, "key": spec["samples"]}
     lines = [names | row | _words(row, spec["texts"], judge) for row in rows]
-    with atomic_output(out_path) as path:
+    with atomic_output(scores) as path:
         pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), path)
     log.info("%s: %d scores of %d probes", spec["concept"], len(rows), len(probes))
 

@@ -9,10 +9,10 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from concept_ablation.common.settings import merge
 from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.lint import LintRow, format_findings, lint_rows
 from concept_ablation.plan.schema import read_config
-from concept_ablation.plan.settings import merge
 from concept_ablation.plan.specs import load_plan
 from concept_ablation.prompts.templates import expand, read_templates, subsample_evenly
 from concept_ablation.prompts.tokenizer import TokenizerError, load_tokens, tokenizer_folder

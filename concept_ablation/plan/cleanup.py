@@ -19,7 +19,8 @@ from pathlib import Path
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.text import size_text
-from concept_ablation.plan.graph import PATHS, Plan
+from concept_ablation.plan.graph import Plan
+from concept_ablation.registries import STAGES
 
 KEY = re.compile(r"\.?([A-Za-z0-9-]+\.[0-9a-f]{12})(?:\..*)?")
 
@@ -146,7 +147,7 @@ def measure(path: str | Path) -> tuple[int, float]:
 
 def _entries(results: Path) -> Iterator[tuple[str, os.DirEntry]]:
     """The entries of every folder in which names begin with a key, and of the folders below those, with their stage."""
-    stages = list(dict.fromkeys(path.partition("/")[0] for path in PATHS.values()))
+    stages = list(dict.fromkeys(stage.path.partition("/")[0] for stage in STAGES.values()))
     for stage in (*stages, "checkpoints", "report"):
         for entry in _scan(results / stage):
             yield stage, entry

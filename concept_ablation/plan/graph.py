@@ -16,32 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from concept_ablation.common.errors import UserError
+from concept_ablation.common.settings import without
 from concept_ablation.plan.table import Concept, slug
-
-# Raise a stage's number when its code gives other output for the same spec; tests/test_stage_lock.py asks for
-# it.
-VERSIONS = {
-    "write_prompts": 1,
-    "search_prompts": 2,
-    "generate_anchors": 2,
-    "ablate_concept": 3,
-    "import_delta": 1,
-    "sample_base": 2,
-    "sample_ablated": 2,
-    "score_concept": 3,
-}
-# Where each stage writes, below the results folder; the rules say the same.
-PATHS = {
-    "write_prompts": "prompts/{key}.json",
-    "search_prompts": "searches/{key}.json",
-    "generate_anchors": "anchors/{key}.parquet",
-    "ablate_concept": "concepts/{key}/delta.safetensors",
-    "import_delta": "deltas/{key}.safetensors",
-    "sample_base": "base/{key}.parquet",
-    "sample_ablated": "samples/{key}.parquet",
-    "score_concept": "scores/{key}.parquet",
-}
-TRAINING_RECORD = "concepts/{key}/training.parquet"
+from concept_ablation.registries import STAGES
 
 
 class PlanError(UserError):
@@ -88,15 +65,18 @@ class Plan:
         self.results = results
         self.report = {"verdict": dict(verdict), "page": dict(page)}
         self.rows: list[Row] = []
-        self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in VERSIONS}
+        self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in STAGES}
         self.stages: dict[str, str] = {}  # key -> its stage
         self.unknown: set[str] = (
             set()
         )  # slugs of rows that are switched off and lack a file: their keys aren't known
 
     def add(self, stage: str, label: str, spec: Mapping) -> str:
-        """Enter one unit of work; returns its key. Equal work is entered once."""
-        full = {"stage": stage, "version": VERSIONS[stage], **spec}
+        """Enter one unit of work; returns its key. Equal work is entered once.
+
+        What `Stage.neutral` names is left out of the spec where it has its neutral value.
+        """
+        full = {"stage": stage, "version": STAGES[stage].version, **without(spec, STAGES[stage].neutral)}
         key = make_key(label, full)
         self.specs[stage][key], self.stages[key] = full, stage
         return key
@@ -107,11 +87,11 @@ class Plan:
 
     def path(self, key: str) -> str:
         """The file that the unit of work with this key writes."""
-        return f"{self.results}/{PATHS[self.stages[key]].format(key=key)}"
+        return f"{self.results}/{STAGES[self.stages[key]].path.format(key=key)}"
 
     def upstream(self, stage: str, key: str, name: str) -> str | list[str]:
         """The file, or files, that a unit of `stage` reads as its `name`: its spec holds their keys under it."""
-        found = self.specs[stage][key][name] or {}
+        found = self.specs[stage][key].get(name) or {}
         return [self.path(k) for k in found.values()] if isinstance(found, Mapping) else self.path(found)
 
     def files(self, row: Row) -> list[str]:
@@ -127,7 +107,8 @@ class Plan:
     def training_record(self, row: Row) -> str | None:
         """The table of training steps that `ablate_concept` writes beside its delta; None for an imported one."""
         trained = self.stages[row.ablation] == "ablate_concept"
-        return f"{self.results}/{TRAINING_RECORD.format(key=row.ablation)}" if trained else None
+        record = STAGES["ablate_concept"].files["training"].format(key=row.ablation)
+        return f"{self.results}/{record}" if trained else None
 
     @functools.cached_property
     def pending(self) -> list[Row]:

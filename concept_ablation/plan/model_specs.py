@@ -16,9 +16,7 @@ def model_spec(model: Mapping, key: str) -> dict:
     Raises PlanError.
     """
     path, revision = model["path"], model.get("revision")
-    spec = {"path": path, "revision": revision}
-    if model.get("allow_custom_code"):
-        spec["allow_custom_code"] = True
+    spec = {"path": path, "revision": revision, "allow_custom_code": bool(model.get("allow_custom_code"))}
     if model.get("config"):
         spec["config"] = model["config"]
         if os.path.exists(model["config"]):

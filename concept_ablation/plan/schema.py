@@ -19,7 +19,7 @@ MAX_PARTS, MAX_DEPTH = 100_000, 50  # of a config: its values, and groups in gro
 
 
 MAX_NUMBER = 1e18
-NAMES = {"kinds": KINDS, "methods": METHODS}  # what a schema may ask a registry for
+NAMES = {"kinds": KINDS}  # what a schema may ask a registry for
 
 
 class ConfigError(UserError):
@@ -39,7 +39,7 @@ def load_schema(path: str | Path) -> dict:
 
     `{layer_of: [a, b], with: [c]}` in it stands for a group that may hold any keys of the schema's properties a and b,
     none required, and property c as it is; `{registry: kinds}` for one of a registry's names; `{registry: kinds, each: s}`
-    for a group with a key of schema s for each of its names.
+    for a group with a key of schema s for each of its names; `{registry: method_settings}` for the config's `method`.
     """
     schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return _with_layers(schema, schema.get("properties", {}))
@@ -50,6 +50,8 @@ def _with_layers(part: object, sections: Mapping) -> object:
         return [_with_layers(item, sections) for item in part]
     if not isinstance(part, Mapping):
         return part
+    if part.get("registry") == "method_settings":
+        return _method_settings()
     if "registry" in part:
         names = list(NAMES[part["registry"]])
         if "each" not in part:
@@ -57,10 +59,26 @@ def _with_layers(part: object, sections: Mapping) -> object:
         each = _with_layers(part["each"], sections)
         return {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(names, each)}
     if "layer_of" in part:
-        inner = {name: _optional(sections[name]) for name in part["layer_of"]}
+        inner = {name: _optional(_with_layers(sections[name], sections)) for name in part["layer_of"]}
         inner |= {name: _with_layers(sections[name], sections) for name in part.get("with", ())}
         return {"type": "object", "additionalProperties": False, "properties": inner}
     return {key: _with_layers(value, sections) for key, value in part.items()}
+
+
+def _method_settings() -> dict:
+    """A group with the method's name and, for each method that has settings, a group of those."""
+    own = {
+        name: {"type": "object", "additionalProperties": False, "properties": dict(METHODS[name].schema)}
+        for name in METHODS
+        if METHODS[name].schema
+    }
+    names = {"enum": list(METHODS), "description": "one of the methods"}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name"],
+        "properties": {"name": names, **own},
+    }
 
 
 def _optional(schema: object) -> object:

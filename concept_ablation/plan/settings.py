@@ -10,7 +10,9 @@ import copy
 from collections.abc import Mapping
 
 from concept_ablation.common.errors import UserError, did_you_mean, show
+from concept_ablation.common.settings import merge
 from concept_ablation.plan.table import SECTIONS
+from concept_ablation.registries import METHODS
 
 
 class SettingsError(UserError):
@@ -28,6 +30,10 @@ def shared_settings(config: Mapping, kind: str, preset: str | None) -> dict:
         )
     preset = presets[name]
     own = {section: copy.deepcopy(config[section]) for section in SECTIONS}
+    # A method's own settings have their defaults in its file, not in the config.
+    methods = {name: dict(METHODS[name].defaults) for name in METHODS}
+    merge(methods, own["method"])
+    own["method"] = methods
     for layer in (config["kinds"].get(kind), preset, (preset.get("kinds") or {}).get(kind)):
         for section in SECTIONS:
             merge(own[section], (layer or {}).get(section) or {})
@@ -44,12 +50,3 @@ def with_own(settings: Mapping, overrides: Mapping[str, object]) -> dict:
             part = part[group]
         part[last] = value
     return own
-
-
-def merge(base: dict, layer: Mapping) -> None:
-    """Put the keys of `layer` into `base`, groups key by key; lists are replaced whole."""
-    for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            merge(base[key], value)
-        else:
-            base[key] = copy.deepcopy(value)

@@ -26,7 +26,7 @@ from concept_ablation.plan.schema import check_config, load_schema
 from concept_ablation.plan.settings import SettingsError, shared_settings, with_own
 from concept_ablation.plan.table import Concept, load_concepts, slug
 from concept_ablation.prompts.templates import SLOT, PromptsError, expand, file_source, read_templates
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, METHODS
 
 SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
 
@@ -78,18 +78,8 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
     """Enter one row's work, stage by stage."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
     pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
-    templates = KINDS[concept.kind].templates(own["prompts"]["templates"])
     memory = memory_spec(concept, own["evaluation"])
-    anchors = None
-    if concept.delta:
-        delta = {"file": concept.delta, "sha256": sha256_of(concept.delta, "delta")}
-        ablation = plan.add("import_delta", label, {**pair, **delta, "model": model})
-    else:
-        anchors = _plan_anchors(plan, concept, own, model, memory)
-        training = dict(own["training"], style_templates=templates)
-        training["group"], seed = training.pop("parameter_group"), training.pop("seed")
-        work = {**pair, "model": model, "anchors": anchors, "training": training, "seed": seed}
-        ablation = plan.add("ablate_concept", label, work)
+    anchors, ablation = _plan_ablation(plan, concept, own, model, memory)
     probes, settings = probe_specs(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
     samples = plan.add("sample_ablated", label, {**settings, "delta": ablation, "probes": probes})
     base = {}
@@ -103,11 +93,30 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
         "neighbors": list(concept.neighbors),
         "samples": samples,
         "base": base,
+        "paraphrases": [probe["subject"] for probe in probes if probe["role"] == "paraphrase"],
     }
-    if paraphrases := [probe["subject"] for probe in probes if probe["role"] == "paraphrase"]:
-        judged["paraphrases"] = paraphrases
     scores = plan.add("score_concept", concept.name, {**judged, **judges_spec(concept, own), **memory})
     return Row(concept, anchors, ablation, samples, scores, base)
+
+
+def _plan_ablation(
+    plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping
+) -> tuple[str | None, str]:
+    """Enter what makes a row's delta: the keys of the anchor's pictures (None: not needed) and of the delta."""
+    label = f"{concept.kind}-{'-'.join(concept.targets)}"
+    fields = {name: getattr(concept, name) for name in ("kind", "targets", "anchor", "neighbors")}
+    row = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    templates = KINDS[concept.kind].templates(own["prompts"]["templates"])
+    if concept.delta:
+        delta = {"file": concept.delta, "sha256": sha256_of(concept.delta, "delta"), "model": model}
+        pair = {name: row[name] for name in ("kind", "targets", "anchor")}
+        return None, plan.add("import_delta", label, {**pair, **delta})
+    method = METHODS[own["method"]["name"]]
+    work = {name: row[name] for name in method.row_fields} | {"model": model}
+    anchors = None
+    if method.uses_anchors:
+        anchors = work["anchors"] = _plan_anchors(plan, concept, own, model, memory)
+    return anchors, plan.add("ablate_concept", label, work | method.work(own, templates))
 
 
 def _slugs(concept: Concept) -> set[str]:

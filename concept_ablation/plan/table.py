@@ -24,6 +24,7 @@ OVERRIDES = {
     "anchor_images": "anchors.images",
     "anchor_guidance": "anchors.sampler.guidance_scale",
     "prompt_source": "prompts.source",
+    "method": "method.name",
     "parameter_group": "training.parameter_group",
     "loss": "training.loss",
     "steps": "training.steps",
@@ -35,7 +36,7 @@ OVERRIDES = {
     "seed": "training.seed",
 }
 # What a row, a kind and a preset may replace; all else of the config is the same for the whole table.
-SECTIONS = ("prompts", "anchors", "training", "evaluation")
+SECTIONS = ("prompts", "anchors", "method", "training", "evaluation")
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories
 
 

@@ -28,28 +28,43 @@ def read_prompts(path: str | Path) -> dict:
     raise damaged(PromptsError, path, f"damaged prompts ({problem})")
 
 
-def write_prompts(spec: Mapping, path: str | Path, asking: Mapping | None = None) -> list[str]:
-    """Stage `write_prompts`: make the spec's anchor prompts and write them as JSON to `path`.
+def write_prompts(
+    spec: Mapping,
+    prompts: str | Path,
+    *,
+    device: str = "auto",
+    attempts: int = 1,
+    timeout: float = 60.0,
+    key_variable: str | None = None,
+) -> list[str]:
+    """Stage `write_prompts`: make the spec's anchor prompts, write them as JSON to `prompts` and return them.
 
-    Their source is a file, or a language model, whose raw answers are kept beside `path` as `.answers.jsonl`. `asking`:
-    how a model is asked, which is no part of the spec: `attempts`, `timeout` (s), `key_variable`, `device`. Raises
-    PromptsError.
+    Their source is a file, or a language model, whose raw answers are kept beside `prompts` as `.answers.jsonl`. How a model
+    is asked is no part of the spec: at most `attempts` requests, `timeout` seconds each, with the key in the environment
+    variable `key_variable`. Raises PromptsError.
     """
     source = spec["source"]
     if "file" in source:
         templates = read_templates(source["file"])
         if file_source(source["file"])["sha256"] != source["sha256"]:
             raise PromptsError(f"{source['file']}: was changed after this run was planned; start it again")
-        prompts = KINDS[spec["kind"]].anchor_prompts(spec["anchor"], templates, spec["slots"], spec["count"])
+        made = KINDS[spec["kind"]].anchor_prompts(spec["anchor"], templates, spec["slots"], spec["count"])
     else:
         from concept_ablation.prompts.captions import write_by_model
 
-        answers = Path(path).with_suffix(".answers.jsonl")
-        words = {name: spec[name] for name in ("anchor", "kind", "targets", "count")}
-        source = {name: {**settings, **(asking or {})} for name, settings in source.items()}
-        prompts = write_by_model(source, raw_path=answers, **words)
-    content = {"kind": spec["kind"], "anchor": spec["anchor"], "prompts": prompts}
-    with atomic_output(path) as part:
+        asking = {
+            "device": device,
+            "attempts": attempts,
+            "timeout": timeout,
+            "key_variable": key_variable or None,
+        }
+        made = write_by_model(
+            {name: {**settings, **asking} for name, settings in source.items()},
+            raw_path=Path(prompts).with_suffix(".answers.jsonl"),
+            **{name: spec[name] for name in ("anchor", "kind", "targets", "count")},
+        )
+    content = {"kind": spec["kind"], "anchor": spec["anchor"], "prompts": made}
+    with atomic_output(prompts) as part:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    log.info("wrote %d prompts of %r to %s", len(prompts), spec["anchor"], path)
-    return prompts
+    log.info("wrote %d prompts of %r to %s", len(made), spec["anchor"], prompts)
+    return made

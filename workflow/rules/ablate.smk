@@ -9,8 +9,8 @@ rule ablate_concept:
     input:
         anchors=lambda wildcards: plan.upstream("ablate_concept", wildcards.key, "anchors"),
     output:
-        delta="<results>/concepts/{key}/delta.safetensors",
-        training="<results>/concepts/{key}/training.parquet",
+        delta=file_of("ablate_concept", "delta"),
+        training=file_of("ablate_concept", "training"),
     log:
         "<logs>/ablate_concept/{key}.log",
     benchmark:
@@ -25,13 +25,13 @@ rule ablate_concept:
     params:
         spec=lambda wildcards: plan.spec("ablate_concept", wildcards.key),
     script:
-        "../scripts/ablate_concept.py"
+        "../scripts/run_stage.py"
 
 
 rule import_delta:
     """Read a delta that was made elsewhere, in any of the published forms."""
     output:
-        "<results>/deltas/{key}.safetensors",
+        delta=file_of("import_delta", "delta"),
     log:
         "<logs>/import_delta/{key}.log",
     benchmark:
@@ -41,4 +41,4 @@ rule import_delta:
     params:
         spec=lambda wildcards: plan.spec("import_delta", wildcards.key),
     script:
-        "../scripts/import_delta.py"
+        "../scripts/run_stage.py"

@@ -8,7 +8,7 @@ rule generate_anchors:
     input:
         prompts=lambda wildcards: plan.upstream("generate_anchors", wildcards.key, "prompts"),
     output:
-        "<results>/anchors/{key}.parquet",
+        images=file_of("generate_anchors", "images"),
     log:
         "<logs>/generate_anchors/{key}.log",
     benchmark:
@@ -19,8 +19,8 @@ rule generate_anchors:
     resources:
         gpu=1,
         device=config["runtime"]["device"],
-        sample_batch_size=config["runtime"]["sample_batch_size"],
+        batch_size=config["runtime"]["sample_batch_size"],
     params:
         spec=lambda wildcards: plan.spec("generate_anchors", wildcards.key),
     script:
-        "../scripts/generate_anchors.py"
+        "../scripts/run_stage.py"

@@ -10,7 +10,8 @@ from concept_ablation.plan.table import ConceptsError
 from concept_ablation.report.failures import set_empty_aside
 from concept_ablation.plan.snapshot import hand_over, handed_plan, take_back
 from concept_ablation.plan.graph import PlanError
-from concept_ablation.plan.settings import merge
+from concept_ablation.common.settings import merge
+from concept_ablation.registries import STAGES
 from concept_ablation.plan.specs import load_plan
 from concept_ablation.plan.schema import ConfigError, read_config
 
@@ -49,6 +50,11 @@ def read_plan(config, configfiles):
         return plan
     except (ConceptsError, ConfigError, PlanError) as error:
         sys.exit(f"\n{error}")
+
+
+def file_of(stage, name):
+    """The output of a stage that is called `name`, with `{key}` in it; `registries.STAGES` lists them."""
+    return f"<results>/{STAGES[stage].files[name]}"
 
 
 def print_report(plan):

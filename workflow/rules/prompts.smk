@@ -7,7 +7,7 @@
 rule write_prompts:
     """Make the prompts of one anchor."""
     output:
-        "<results>/prompts/{key}.json",
+        prompts=file_of("write_prompts", "prompts"),
     log:
         "<logs>/write_prompts/{key}.log",
     benchmark:
@@ -23,7 +23,7 @@ rule write_prompts:
     params:
         spec=lambda wildcards: plan.spec("write_prompts", wildcards.key),
     script:
-        "../scripts/write_prompts.py"
+        "../scripts/run_stage.py"
 
 
 rule search_prompts:
@@ -31,10 +31,10 @@ rule search_prompts:
     input:
         candidates=lambda wildcards: plan.upstream("search_prompts", wildcards.key, "candidates_from"),
     output:
-        "<results>/searches/{key}.json",
+        prompts=file_of("search_prompts", "prompts"),
     log:
         text="<logs>/search_prompts/{key}.log",
-        record="<results>/searches/{key}.parquet",  # as a log it stays when too few prompts are found
+        record=file_of("search_prompts", "record"),  # as a log it stays when too few prompts are found
     benchmark:
         "<benchmarks>/search_prompts/{key}.tsv"
     conda:
@@ -43,8 +43,8 @@ rule search_prompts:
     resources:
         gpu=1,
         device=config["runtime"]["device"],
-        sample_batch_size=config["runtime"]["sample_batch_size"],
+        batch_size=config["runtime"]["sample_batch_size"],
     params:
         spec=lambda wildcards: plan.spec("search_prompts", wildcards.key),
     script:
-        "../scripts/search_prompts.py"
+        "../scripts/run_stage.py"

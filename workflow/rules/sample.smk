@@ -5,7 +5,7 @@
 rule sample_base:
     """Draw one probe with the unchanged model."""
     output:
-        "<results>/base/{key}.parquet",
+        images=file_of("sample_base", "images"),
     log:
         "<logs>/sample_base/{key}.log",
     benchmark:
@@ -16,11 +16,11 @@ rule sample_base:
     resources:
         gpu=1,
         device=config["runtime"]["device"],
-        sample_batch_size=config["runtime"]["sample_batch_size"],
+        batch_size=config["runtime"]["sample_batch_size"],
     params:
         spec=lambda wildcards: plan.spec("sample_base", wildcards.key),
     script:
-        "../scripts/sample_base.py"
+        "../scripts/run_stage.py"
 
 
 rule sample_ablated:
@@ -28,7 +28,7 @@ rule sample_ablated:
     input:
         delta=lambda wildcards: plan.upstream("sample_ablated", wildcards.key, "delta"),
     output:
-        "<results>/samples/{key}.parquet",
+        images=file_of("sample_ablated", "images"),
     log:
         "<logs>/sample_ablated/{key}.log",
     benchmark:
@@ -39,8 +39,8 @@ rule sample_ablated:
     resources:
         gpu=1,
         device=config["runtime"]["device"],
-        sample_batch_size=config["runtime"]["sample_batch_size"],
+        batch_size=config["runtime"]["sample_batch_size"],
     params:
         spec=lambda wildcards: plan.spec("sample_ablated", wildcards.key),
     script:
-        "../scripts/sample_ablated.py"
+        "../scripts/run_stage.py"

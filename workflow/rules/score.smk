@@ -9,7 +9,7 @@ rule score_concept:
         samples=lambda wildcards: plan.upstream("score_concept", wildcards.key, "samples"),
         base=lambda wildcards: plan.upstream("score_concept", wildcards.key, "base"),
     output:
-        "<results>/scores/{key}.parquet",
+        scores=file_of("score_concept", "scores"),
     log:
         "<logs>/score_concept/{key}.log",
     benchmark:
@@ -23,4 +23,4 @@ rule score_concept:
     params:
         spec=lambda wildcards: plan.spec("score_concept", wildcards.key),
     script:
-        "../scripts/score_concept.py"
+        "../scripts/run_stage.py"

@@ -12,8 +12,8 @@ from concept_ablation.prompts.stage import read_prompts
 
 def generate_anchors(
     spec: Mapping,
-    prompts_path: str | Path,
-    out_path: str | Path,
+    prompts: str | Path,
+    images: str | Path,
     *,
     device: str = "auto",
     batch_size: int = 16,
@@ -24,7 +24,7 @@ def generate_anchors(
     (`image` and `descriptor`), copies of it are left out; they are counted as `copies_dropped` in the metadata. Raises
     SamplerError, and for a memorized picture MemorizationError and FeatureError.
     """
-    written = read_prompts(prompts_path)
+    written = read_prompts(prompts)
     pipeline = load_model(spec["model"], device)
     probe = {"role": None, "subject": None, "prompts": written["prompts"], "seed": spec["seed"]}
     draw = functools.partial(
@@ -33,7 +33,7 @@ def generate_anchors(
         sampler=spec["sampler"],
         batch_size=batch_size,
         negative_prompt=spec.get("negative_prompt"),
-        progress=Path(out_path).stem,
+        progress=Path(images).stem,
     )
     metadata = {name: written[name] for name in ("target_prompts",) if name in written}
     if "image" in spec:
@@ -45,4 +45,4 @@ def generate_anchors(
         metadata["copies_dropped"] = dropped
     else:
         rows = draw([{**probe, "images": spec["images"]}])
-    write_images(out_path, rows, pipeline, spec, metadata)
+    write_images(images, rows, pipeline, spec, metadata)

@@ -60,20 +60,20 @@ class Trial:
 
 def search_prompts(
     spec: Mapping,
-    out_json: str | Path,
-    out_parquet: str | Path,
+    prompts: str | Path,
+    record: str | Path,
     *,
-    candidates_path: str | Path | None = None,
+    candidates: str | Path | None = None,
     device: str = "auto",
     batch_size: int = 16,
 ) -> None:
     """Stage `search_prompts`: find anchor and target prompts of a memorized picture.
 
-    The captions (`targets`) are tried first, then `candidates` in their order, then the `prompts` of the JSON file
-    `candidates_path`; `images` images each, image i with `seed` + i, until `anchors_wanted` and `targets_wanted`
-    prompts are found or `budget` prompts were tried. A caption is never an anchor prompt. `out_json` gets `kind`,
-    `anchor`, `prompts` (the anchor prompts) and `target_prompts`, both in the order in which they were found;
-    `out_parquet` gets every prompt that was tried, also when this fails. Prompts after the last one that was needed
+    The captions (`targets`) are tried first, then `candidates` in their order, then the prompts of the JSON file
+    `candidates`; `images` images each, image i with `seed` + i, until `anchors_wanted` and `targets_wanted`
+    prompts are found or `budget` prompts were tried. A caption is never an anchor prompt. The file `prompts` gets `kind`,
+    `anchor`, `prompts` (the anchor's) and `target_prompts`, both in the order in which they were found;
+    `record` gets every prompt that was tried, also when this fails. Prompts after the last one that was needed
     aren't drawn, but for those that share its batch.
 
     Raises MemorizationError, FeatureError, SamplerError, DeviceError, ModelError.
@@ -82,21 +82,21 @@ def search_prompts(
         raise MemorizationError(
             f"anchor_max {spec['anchor_max']} must be below target_min {spec['target_min']}"
         )
-    prompts = _in_order(spec, candidates_path)
-    affordable = prompts[: max(spec["budget"], len(spec["targets"]))]
+    possible = _in_order(spec, candidates)
+    affordable = possible[: max(spec["budget"], len(spec["targets"]))]
     judge = CopyJudge(spec["image"], spec["descriptor"], pick_device(device))
     trials: list[Trial] = []
     try:
-        for trial in _tried(affordable, judge, spec, device, batch_size, Path(out_json).stem):
+        for trial in _tried(affordable, judge, spec, device, batch_size, Path(prompts).stem):
             trials.append(trial)
             log.info("%s: %d of %d copies: %r", trial.decision, trial.copies, trial.images, trial.prompt)
-            _check_captions(trials, spec, out_parquet)
+            _check_captions(trials, spec, record)
             if _missing(trials, spec) == (0, 0):
                 break
     finally:
-        _write_record(out_parquet, trials, spec, judge)
-    _check_found(trials, len(prompts), spec, out_parquet)
-    _write_found(out_json, trials, spec)
+        _write_record(record, trials, spec, judge)
+    _check_found(trials, len(possible), spec, record)
+    _write_found(prompts, trials, spec)
 
 
 def _in_order(spec: Mapping, candidates_path: str | Path | None) -> list[str]:

@@ -1,0 +1,63 @@
+"""What a way of removing concepts decides: what names its work, its settings, and how it gets from a spec to a delta.
+
+A new method is a file beside this one (or a folder), with an instance called `METHOD`, and a line in `registries.METHODS`.
+Nothing here or at the top of such a file imports torch: the plan reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from concept_ablation.common.settings import changed
+
+
+class Method:
+    """A way of removing concepts. A subclass sets `name`, its settings, and `run`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raise it when the method gives another delta for the same spec, or a default changes."""
+    uses_anchors: ClassVar[bool] = True
+    """Whether it reads pictures of the anchor, which are then drawn before it."""
+    row_fields: ClassVar[tuple[str, ...]] = ("kind", "targets", "anchor")
+    """The columns of the table that its work depends on; also possible: neighbors."""
+    defaults: ClassVar[Mapping[str, object]] = {}
+    """Its settings, below `method.<name>` in the config, each with its default."""
+    schema: ClassVar[Mapping[str, Mapping]] = {}
+    """The JSON schema of each setting."""
+
+    def work(self, settings: Mapping, templates: list[str]) -> dict:
+        """What its spec holds besides the row's fields, the model and the anchors: all else that decides the delta.
+
+        settings: the row's merged sections, as the config names them. templates: those of the kind's target prompts.
+        """
+        own = settings["method"].get(self.name, {})
+        return {
+            "method": self.name,
+            "method_version": self.version,
+            "templates": templates,
+            "settings": changed(own, self.defaults),
+        }
+
+    def run(
+        self,
+        spec: Mapping,
+        anchors: str | Path | None,
+        delta: str | Path,
+        training: str | Path,
+        *,
+        device: str,
+        checkpoint_steps: int,
+    ) -> None:
+        """Remove what `spec` says: write the delta and the table of its steps, each whole or not at all.
+
+        anchors: the image store of the anchor's pictures, None unless `uses_anchors`. `self.settings_of(spec)` gives the
+        settings. Raises UserError where the spec can't be done.
+        """
+        raise NotImplementedError
+
+    def settings_of(self, spec: Mapping) -> dict:
+        """All settings of a spec, those at their defaults too."""
+        return {**self.defaults, **spec.get("settings", {})}
