@@ -102,7 +102,18 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    export = command(_export, "write a delta in another program's form")
+    _add_export(command(_export, "write a delta in another program's form"))
+    _add_import(command(_import, "read a delta made elsewhere as ours"))
+    _add_card(command(_card, "write the model card of one concept that is finished"))
+    _add_overlays(
+        command(_check, "read the config, the table and every row's prompts, and say what is wrong")
+    )
+    _add_gc(command(_gc, "list what the results folder holds that no row refers to, and its size"))
+    _add_overlays(command(_status, "tell how far a run is, how long it will take and what disk it uses"))
+    return parser
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
     export.add_argument("delta", metavar="DELTA", help="a delta.safetensors")
     export.add_argument("--to", required=True, choices=FORMATS, help="the form")
     export.add_argument(
@@ -119,14 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="pipeline: of its weights")
 
-    bring = command(_import, "read a delta made elsewhere as ours")
+
+def _add_import(bring: argparse.ArgumentParser) -> None:
     bring.add_argument(
         "file", metavar="FILE", help="the reference's delta.bin or delta_*.ckpt, or a delta of ours"
     )
     _add_model(bring, required=True, text="the base model that it changes")
     bring.add_argument("--out", required=True, metavar="DELTA", help="the delta.safetensors to write")
 
-    card = command(_card, "write the model card of one concept that is finished")
+
+def _add_card(card: argparse.ArgumentParser) -> None:
     card.add_argument("results", metavar="RESULTS", help="the folder of a run's results")
     card.add_argument("concept", metavar="CONCEPT", help="the concept's name, as in the report")
     card.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
@@ -137,12 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         "--push", metavar="REPO_ID", help="upload the folder, to a new private repository or an existing one"
     )
 
-    check = command(_check, "read the config, the table and every row's prompts, and say what is wrong")
-    check.add_argument(
-        "--configfile", nargs="*", default=[], metavar="FILE", help="overlays of the config, as for snakemake"
-    )
 
-    gc = command(_gc, "list what the results folder holds that no row refers to, and its size")
+def _add_gc(gc: argparse.ArgumentParser) -> None:
     gc.add_argument(
         "--configfile",
         nargs="+",
@@ -152,11 +161,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     gc.add_argument("--remove", action="store_true", help="remove it")
 
-    status = command(_status, "tell how far a run is, how long it will take and what disk it uses")
-    status.add_argument(
+
+def _add_overlays(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--configfile", nargs="*", default=[], metavar="FILE", help="overlays of the config, as for snakemake"
     )
-    return parser
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool, text: str) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.plan.schema import ConfigError, check_config, load_schema
-from concept_ablation.plan.table import Concept, ConceptsError, load_concepts, slug
+from concept_ablation.plan.table import ConceptsError, load_concepts
 
 SCHEMAS = Path(__file__).parents[1] / "workflow" / "schemas"
 CONCEPTS, CONFIG = (load_schema(SCHEMAS / f"{name}.schema.yaml") for name in ("concepts", "config"))

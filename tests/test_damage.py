@@ -127,8 +127,8 @@ class FewKeys(Plan):
 
     def __init__(self, results):
         super().__init__(str(results), {}, {})
+        from concept_ablation.plan.concept import Concept
         from concept_ablation.plan.graph import Row
-        from concept_ablation.plan.table import Concept
 
         prompts = self.add("write_prompts", "cat", {})
         anchors = self.add("generate_anchors", "cat", {"prompts": prompts})

@@ -24,10 +24,11 @@ from concept_ablation.evaluation.features import FeatureError
 from concept_ablation.evaluation.memorized import MemorizationError, _read_picture
 from concept_ablation.evaluation.scoring import ScoreError, read_image
 from concept_ablation.methods.ablation.checkpoints import load_checkpoint
+from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.graph import PlanError, make_key
 from concept_ablation.plan.model_specs import sha256_of
 from concept_ablation.plan.schema import load_schema
-from concept_ablation.plan.table import Concept, ConceptsError, load_concepts
+from concept_ablation.plan.table import ConceptsError, load_concepts
 from concept_ablation.prompts.templates import PromptsError, read_templates
 from concept_ablation.report.tables import write_table
 from tests.tiny import make_tiny_pipeline

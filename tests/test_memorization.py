@@ -14,7 +14,7 @@ from concept_ablation.evaluation.copies import CopyNet
 from concept_ablation.evaluation.memorized import CopyJudge, MemorizationError, without_copies
 from concept_ablation.methods.ablation import prompt_search as memorization
 from concept_ablation.methods.ablation.prompt_search import search_prompts
-from concept_ablation.plan.table import slug
+from concept_ablation.plan.concept import slug
 from concept_ablation.prompts.templates import expand, read_templates
 
 CONFIG = Path(__file__).parents[1] / "config"

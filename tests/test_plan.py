@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.graph import PlanError, canonical, make_key
 from concept_ablation.plan.schema import ConfigError, check_config, load_schema
 from concept_ablation.plan.specs import build_plan
-from concept_ablation.plan.table import Concept, ConceptsError, load_concepts
+from concept_ablation.plan.table import ConceptsError, load_concepts
 from concept_ablation.registries import STAGES
 
 ROOT = Path(__file__).parents[1]

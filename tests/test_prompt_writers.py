@@ -9,8 +9,10 @@ import time
 import pytest
 
 from concept_ablation.prompts import clients as language_models
-from concept_ablation.prompts.captions import Collector, instruction, parse_answer, write_by_model
-from concept_ablation.prompts.clients import local_model
+from concept_ablation.prompts import local_model as local_models
+from concept_ablation.prompts.answers import Collector, parse_answer
+from concept_ablation.prompts.captions import instruction, write_by_model
+from concept_ablation.prompts.local_model import local_model
 from concept_ablation.prompts.stage import write_prompts
 from concept_ablation.prompts.templates import PromptsError
 
@@ -417,9 +419,9 @@ def test_terminators_are_the_configs_the_tokenizers_and_the_templates(chat_model
 
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
-    assert language_models.terminators(model, tokenizer) == [1, 2]
+    assert local_models.terminators(model, tokenizer) == [1, 2]
     model.generation_config.eos_token_id = [5, 1]
-    assert language_models.terminators(model, tokenizer) == [5, 1, 2]
+    assert local_models.terminators(model, tokenizer) == [5, 1, 2]
 
 
 def test_prompts_by_a_local_model(chat_model, tmp_path):

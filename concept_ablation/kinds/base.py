@@ -26,6 +26,8 @@ class Kind:
     """Whether `limit` is added to the share that the base model's anchor images give: no removal can fall below that."""
     published_templates: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Templates of target prompts by the name of the code that published them, each as likely as the others."""
+    defaults: ClassVar[Mapping[str, Mapping]] = {}
+    """What this kind replaces of the config's sections, below the config's own `kinds`: for instance its templates."""
     one_target: ClassVar[bool] = False
     """Whether a row's target is one text, in which `;` separates nothing."""
     needs_image: ClassVar[bool] = False

@@ -8,9 +8,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_of
-from concept_ablation.plan.table import Concept, slug
 from concept_ablation.prompts.templates import PromptsError, fill, read_templates
 from concept_ablation.registries import KINDS
 
@@ -38,18 +38,18 @@ def memory_spec(concept: Concept, evaluation: Mapping) -> dict:
     return {"image": image, "descriptor": descriptor}
 
 
-def judges_spec(concept: Concept, own: Mapping) -> dict:
+def scoring_spec(concept: Concept, own: Mapping) -> dict:
     """What a row's scores are made with: the texts, the scorer, the statistics, for unsafe kinds the detector."""
     words, evaluation = own["prompts"], own["evaluation"]
     texts = {
         name: fill(words["target_text"], {"subject": name}) for name in (*concept.targets, *concept.neighbors)
     }
     texts[concept.anchor] = fill(words["anchor_text"], {"subject": concept.anchor})
-    judges = {"texts": texts, "statistics": evaluation["statistics"]}
-    judges["scorer"] = clip_spec(evaluation["scorer"], "evaluation.scorer")
+    scoring = {"texts": texts, "statistics": evaluation["statistics"]}
+    scoring["scorer"] = clip_spec(evaluation["scorer"], "evaluation.scorer")
     if KINDS[concept.kind].uses_detector:
-        judges["detector"] = _detector_spec(evaluation["detector"], concept, texts)
-    return judges
+        scoring["detector"] = _detector_spec(evaluation["detector"], concept, texts)
+    return scoring
 
 
 def _detector_spec(detector: Mapping, concept: Concept, texts: Mapping[str, str]) -> dict:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import without
-from concept_ablation.plan.table import Concept, slug
+from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.registries import STAGES
 
 

@@ -1,6 +1,6 @@
 """The settings of one row: the config, then what its kind, its preset and its own columns replace.
 
-A *layer* holds some keys of the sections in SECTIONS. Later layers win: the config's sections, `kinds[kind]`,
+A *layer* holds some keys of the sections in SECTIONS. Later layers win: the config's sections, the kind's own defaults, `kinds[kind]`,
 `presets[preset]`, `presets[preset].kinds[kind]`, the row's columns.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from concept_ablation.common.errors import UserError, did_you_mean, show
 from concept_ablation.common.settings import merge
-from concept_ablation.plan.table import SECTIONS
-from concept_ablation.registries import METHODS
+from concept_ablation.plan.concept import SECTIONS
+from concept_ablation.registries import KINDS, METHODS
 
 
 class SettingsError(UserError):
@@ -34,7 +34,12 @@ def shared_settings(config: Mapping, kind: str, preset: str | None) -> dict:
     methods = {name: dict(METHODS[name].defaults) for name in METHODS}
     merge(methods, own["method"])
     own["method"] = methods
-    for layer in (config["kinds"].get(kind), preset, (preset.get("kinds") or {}).get(kind)):
+    for layer in (
+        KINDS[kind].defaults,
+        config["kinds"].get(kind),
+        preset,
+        (preset.get("kinds") or {}).get(kind),
+    ):
         for section in SECTIONS:
             merge(own[section], (layer or {}).get(section) or {})
     return own

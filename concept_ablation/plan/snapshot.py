@@ -1,9 +1,11 @@
-"""The plan of a run, handed over to its jobs on other machines.
+"""A snapshot of a run's plan, for its jobs on other machines.
 
-Such a job reads the workflow anew, maybe hours after the run began. Were it to read the table, the config and the prompt
-files too, an edit made meanwhile would take its work away, and ten thousand rows would be planned ten thousand times. So the
-run keeps its plan in a file, names it in an environment variable that SLURM passes on, and its jobs look up their own work.
-Nothing here imports torch or pandas.
+Such a job reads the workflow anew, maybe hours after the run began. If it read the table, the config and the prompt files
+again, an edit made meanwhile could remove its own work, and ten thousand rows would be planned ten thousand times. So the run
+saves its plan in a file and names that in an environment variable, which SLURM passes on; its jobs look up their own work.
+
+The file is an SQLite database: a job of 10,000 rows finds its spec in milliseconds. The same as JSON is 91 MB, takes each job
+1.4 s and 340 MB, and the jobs of such a run 15 hours in all (docs/performance.md). Nothing here imports torch or pandas.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from concept_ablation.plan.graph import Plan, canonical
 VARIABLE = "CONCEPT_ABLATION_PLAN"
 
 
-class HandedPlan(Plan):
+class PlanSnapshot(Plan):
     """A run's plan as its jobs see it: every unit's spec and files, the report's spec; no rows.
 
     `config` is the run's checked config. Raises OSError if there is no such file.
@@ -68,7 +70,7 @@ class _Lookup(dict):
         return self._find(key)
 
 
-def hand_over(plan: Plan, config: Mapping, folder: str | Path) -> Path:
+def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
     """Keep `plan` and the checked `config` in a file of `folder` that this process's jobs will read; returns the file."""
     run = {
         "results": plan.results,
@@ -99,16 +101,16 @@ def hand_over(plan: Plan, config: Mapping, folder: str | Path) -> Path:
     return path
 
 
-def handed_plan() -> HandedPlan | None:
+def load_snapshot() -> PlanSnapshot | None:
     """The plan of the run that this job belongs to; None if it isn't to be had here, so that the table is to be read."""
     try:
-        return HandedPlan(os.environ[VARIABLE])
+        return PlanSnapshot(os.environ[VARIABLE])
     except (KeyError, OSError):
         return None
 
 
-def take_back() -> None:
-    """Remove the file that `hand_over` wrote: the run has ended, and with it its jobs."""
+def delete_snapshot() -> None:
+    """Remove the file that `save_snapshot` wrote: the run has ended, and with it its jobs."""
     path = os.environ.pop(VARIABLE, None)
     if path:
         Path(path).unlink(missing_ok=True)

@@ -12,19 +12,20 @@ from pathlib import Path
 
 from concept_ablation.common.remote_code import REFUSED, find_code
 from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.plan.evaluation_specs import (
     Frozen,
     frozen,
-    judges_spec,
     memory_spec,
     probe_specs,
     prompt_path,
+    scoring_spec,
 )
 from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.model_specs import fingerprint_of, model_spec, sha256_of
 from concept_ablation.plan.schema import check_config, load_schema
 from concept_ablation.plan.settings import SettingsError, shared_settings, with_own
-from concept_ablation.plan.table import Concept, load_concepts, slug
+from concept_ablation.plan.table import load_concepts
 from concept_ablation.prompts.templates import SLOT, PromptsError, expand, file_source, read_templates
 from concept_ablation.registries import KINDS, METHODS
 
@@ -95,7 +96,7 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
         "base": base,
         "paraphrases": [probe["subject"] for probe in probes if probe["role"] == "paraphrase"],
     }
-    scores = plan.add("score_concept", concept.name, {**judged, **judges_spec(concept, own), **memory})
+    scores = plan.add("score_concept", concept.name, {**judged, **scoring_spec(concept, own), **memory})
     return Row(concept, anchors, ablation, samples, scores, base)
 
 

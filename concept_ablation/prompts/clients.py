@@ -1,6 +1,6 @@
-"""Language models that answer one question at a time: one on this machine, or one behind an HTTP endpoint.
+"""Language models behind an HTTP endpoint, and what any client answers.
 
-Both are functions `ask(prompt, seed) -> Answer`. What can pass (a slow or busy server, an empty answer) is an
+A client, here `endpoint` and in `local_model` the one on this machine, is a function `ask(prompt, seed) -> Answer`. What can pass (a slow or busy server, an empty answer) is an
 Answer with a `problem`, for the caller to count, write down and try again; a mistake of the configuration is a
 PromptsError or an Answer that is `final`.
 """
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from concept_ablation.common.hardware import pick_device, resolve_precision
 from concept_ablation.prompts.templates import PromptsError
 
 if TYPE_CHECKING:
@@ -47,90 +46,6 @@ class Answer:
 Ask = Callable[[str, int], Answer]  # (prompt, seed) -> answer
 
 
-def local_model(settings: Mapping) -> Ask:
-    """The instruct model in the folder, or in the local cache under the hub id, `path` at `revision`.
-
-    Also reads `device`, `temperature` (0: always the likeliest token), `top_p` and `max_new_tokens`. The chat
-    template and the terminators are the model's own; nothing is downloaded and no code of the model's is run.
-    On a CPU, equal seeds give equal answers. Raises PromptsError.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not settings["path"]:
-        raise PromptsError(
-            "language_model: 'path' is not set: give the folder of an instruct model, or a hub id"
-        )
-    path, device = settings["path"], pick_device(settings.get("device", "auto"))
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    options = {
-        "revision": settings.get("revision"),
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtypes[resolve_precision("auto", device)], **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise PromptsError(
-            f"language model {path!r} can't be loaded: {error}\nGive the folder of an instruct model, or a hub "
-            "id and revision that are in the local cache (`hf download ID --revision REVISION` puts it there)"
-        ) from None
-    if not tokenizer.chat_template:
-        raise PromptsError(
-            f"language model {path!r} has no chat template, so it follows no instructions; take an instruct "
-            "(or chat) model"
-        )
-    model.to(device).eval()
-    stops = terminators(model, tokenizer)
-    sampling = {"temperature": settings["temperature"], "top_p": settings["top_p"]}
-    if not settings["temperature"]:
-        sampling = {"temperature": None, "top_p": None, "top_k": None}
-
-    def ask(prompt: str, seed: int) -> Answer:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
-            torch.manual_seed(seed)
-            made = model.generate(
-                **inputs,
-                **sampling,
-                do_sample=settings["temperature"] > 0,
-                max_new_tokens=settings["max_new_tokens"],
-                eos_token_id=stops,
-                pad_token_id=stops[0],
-            )[0, inputs["input_ids"].shape[1] :].tolist()
-        cut = bool(made) and made[-1] not in stops
-        text = tokenizer.decode([token for token in made if token not in stops], skip_special_tokens=True)
-        return Answer(text, cut=cut) if text.strip() else _failed("empty", "an empty answer")
-
-    return ask
-
-
-def terminators(model, tokenizer) -> list[int]:
-    """The tokens that end an answer, none twice: the generation config's, the tokenizer's, the template's.
-
-    The chat template tells by what it writes after an assistant's words; some models name it nowhere else.
-    """
-    named = model.generation_config.eos_token_id
-    stops = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "farewell"}]
-    after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("farewell")[2]
-    tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    stops += [token for token in tokens[:1] if token in special]
-    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
-    if not stops:
-        raise PromptsError(f"language model {tokenizer.name_or_path!r} names no token that ends an answer")
-    return stops
-
-
 def endpoint(settings: Mapping) -> Ask:
     """The chat model `model` behind the OpenAI-compatible endpoint `base_url`.
 
@@ -141,14 +56,8 @@ def endpoint(settings: Mapping) -> Ask:
     """
     import requests
 
-    base, variable = (settings["base_url"] or "").rstrip("/"), settings["key_variable"]
-    parts = urlsplit(base)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise PromptsError("endpoint: 'base_url' must look like https://host/v1, without a key in it")
-    if not settings["model"]:
-        raise PromptsError(f"endpoint: 'model' is not set: give the name by which {base} knows its model")
-    key = _read_key(variable, base)
-    session = requests.Session()
+    base = _read_address(settings)
+    key, session = _read_key(settings["key_variable"], base), requests.Session()
 
     def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
         # By `auth`, for a plain header would lose against a password in ~/.netrc.
@@ -168,19 +77,30 @@ def endpoint(settings: Mapping) -> Ask:
                 session, f"{base}/chat/completions", body, sign, settings["timeout"]
             )
         except requests.exceptions.SSLError as error:
-            return _failed("tls", f"{base}: no secure connection: {hide(str(error))}", final=True)
+            return failed("tls", f"{base}: no secure connection: {hide(str(error))}", final=True)
         except requests.exceptions.Timeout:
-            return _failed("timeout", f"{base}: no whole answer within {settings['timeout']:g} s")
+            return failed("timeout", f"{base}: no whole answer within {settings['timeout']:g} s")
         except requests.exceptions.RequestException as error:
-            return _failed("connection", f"{base}: connection failed: {hide(str(error))}")
+            return failed("connection", f"{base}: connection failed: {hide(str(error))}")
         text = hide(data.decode("utf-8", "replace"))
         if len(data) > MAX_BYTES:
-            return _failed("too long", f"{base}: an answer of over {MAX_BYTES} bytes", text[:2000])
+            return failed("too long", f"{base}: an answer of over {MAX_BYTES} bytes", text[:2000])
         if status != 200:
             return _refused(status, headers, text, base, settings)
         return _read_completion(text, base)
 
     return ask
+
+
+def _read_address(settings: Mapping) -> str:
+    """The endpoint's address without a slash at its end. Raises PromptsError."""
+    base = (settings["base_url"] or "").rstrip("/")
+    parts = urlsplit(base)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        raise PromptsError("endpoint: 'base_url' must look like https://host/v1, without a key in it")
+    if not settings["model"]:
+        raise PromptsError(f"endpoint: 'model' is not set: give the name by which {base} knows its model")
+    return base
 
 
 def _read_key(variable: str | None, base: str) -> str:
@@ -237,8 +157,8 @@ def _refused(status: int, headers: Mapping[str, str], text: str, base: str, sett
     if status in BUSY or status >= 500:
         wait = _seconds(headers.get("Retry-After"))
         if wait > MAX_WAIT:
-            return _failed(str(status), f"{said}; it asks to wait {wait:.0f} s: run again then", text, True)
-        return _failed(str(status), said, text, wait=wait)
+            return failed(str(status), f"{said}; it asks to wait {wait:.0f} s: run again then", text, True)
+        return failed(str(status), said, text, wait=wait)
     advice = {
         401: f"the key in {settings['key_variable']} is not accepted: set the right one",
         403: f"the key in {settings['key_variable']} may not use model {settings['model']!r}",
@@ -246,7 +166,7 @@ def _refused(status: int, headers: Mapping[str, str], text: str, base: str, sett
     }.get(status, "check 'base_url', 'model' and the settings of the request")
     if 300 <= status < 400:
         advice = "the server sends elsewhere: put the final address into 'base_url'"
-    return _failed(str(status), f"{said}; {advice}", text, final=True)
+    return failed(str(status), f"{said}; {advice}", text, final=True)
 
 
 def _read_completion(text: str, base: str) -> Answer:
@@ -255,13 +175,13 @@ def _read_completion(text: str, base: str) -> Answer:
         choice = json.loads(text)["choices"][0]
         content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
     except (ValueError, LookupError, TypeError, AttributeError):
-        return _failed("broken", f"{base}: not a chat completion: {_brief(text)}", text)
+        return failed("broken", f"{base}: not a chat completion: {_brief(text)}", text)
     if not isinstance(content, str) or not content.strip():
-        return _failed("empty", f"{base}: an empty answer" + (", cut at 'max_tokens'" if cut else ""), text)
+        return failed("empty", f"{base}: an empty answer" + (", cut at 'max_tokens'" if cut else ""), text)
     return Answer(content, cut=cut)
 
 
-def _failed(status: str, problem: str, text: str = "", final: bool = False, wait: float = 0.0) -> Answer:
+def failed(status: str, problem: str, text: str = "", final: bool = False, wait: float = 0.0) -> Answer:
     return Answer(text[:2000], status, problem=problem, final=final, wait=wait)
 
 

@@ -8,7 +8,7 @@ import yaml
 from concept_ablation.plan.checks import check_report, check_rows
 from concept_ablation.plan.table import ConceptsError
 from concept_ablation.report.failures import set_empty_aside
-from concept_ablation.plan.snapshot import hand_over, handed_plan, take_back
+from concept_ablation.plan.snapshot import save_snapshot, load_snapshot, delete_snapshot
 from concept_ablation.plan.graph import PlanError
 from concept_ablation.common.settings import merge
 from concept_ablation.registries import STAGES
@@ -24,10 +24,10 @@ def read_plan(config, configfiles):
 
     A job on another machine gets the plan of its run, whatever the table and the config say by now.
     """
-    handed = None if workflow.is_main_process else handed_plan()
-    if handed:
-        config.update(handed.config)
-        return handed
+    snapshot = None if workflow.is_main_process else load_snapshot()
+    if snapshot:
+        config.update(snapshot.config)
+        return snapshot
     defaults, files = ROOT / "config" / "config.yaml", [str(file) for file in configfiles]
     # A module's `config:` stands in for the file; here too its keys are an overlay.
     if str(defaults) not in files:
@@ -113,15 +113,15 @@ wildcard_constraints:
 
 onstart:
     if not workflow.local_exec:
-        hand_over(plan, config, Path(".snakemake") / "plans")
+        save_snapshot(plan, config, Path(".snakemake") / "plans")
     logger.info(plan.summary())
 
 
 onsuccess:
-    take_back()
+    delete_snapshot()
     print_report(plan)
 
 
 onerror:
-    take_back()
+    delete_snapshot()
     print_failures(plan, workflow.scheduler)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from concept_ablation.plan.graph import Plan
-from concept_ablation.plan.snapshot import VARIABLE, hand_over, handed_plan, take_back
+from concept_ablation.plan.snapshot import VARIABLE, delete_snapshot, load_snapshot, save_snapshot
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def plan():
 
 def test_a_job_finds_its_work_as_the_run_planned_it(plan, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "of another run")
-    file = hand_over(plan, {"runtime": {"threads": 3}}, tmp_path / "a folder#1?")
+    file = save_snapshot(plan, {"runtime": {"threads": 3}}, tmp_path / "a folder#1?")
     assert os.environ[VARIABLE] == str(file)
-    handed = handed_plan()
+    handed = load_snapshot()
     assert handed.config == {"runtime": {"threads": 3}} and handed.results == "results"
     (key,) = plan.specs["generate_anchors"]
     assert handed.spec("generate_anchors", key) == plan.spec("generate_anchors", key)
@@ -35,7 +35,7 @@ def test_a_job_finds_its_work_as_the_run_planned_it(plan, tmp_path, monkeypatch)
     assert handed.path(key) == plan.path(key)
     assert handed.report_spec() == plan.report_spec() and json.loads(handed.report_spec())["rows"] == []
     assert handed.pending_files() == plan.pending_files() and handed.goals() == plan.goals()
-    take_back()
+    delete_snapshot()
     assert not file.exists() and VARIABLE not in os.environ
 
 
@@ -44,11 +44,11 @@ def test_without_the_runs_plan_a_job_reads_the_table(named, tmp_path, monkeypatc
     monkeypatch.delenv(VARIABLE, raising=False)
     if named:
         monkeypatch.setenv(VARIABLE, str(tmp_path / named))
-    assert handed_plan() is None
+    assert load_snapshot() is None
 
 
 def test_work_that_the_run_did_not_plan_is_no_work(plan, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "")
-    hand_over(plan, {}, tmp_path)
+    save_snapshot(plan, {}, tmp_path)
     with pytest.raises(KeyError, match="unknown"):
-        handed_plan().spec("generate_anchors", "unknown.000000000000")
+        load_snapshot().spec("generate_anchors", "unknown.000000000000")
