@@ -32,7 +32,7 @@ def test_reads_a_row_in_any_column_order(tmp_path):
 
 
 def test_overrides_get_the_type_and_bounds_of_the_config_key(tmp_path):
-    text = "kind,target,anchor,steps,learning_rate,prior_preservation,parameter_group\nobject,a,b,7,1e-4,yes,attn\n"
+    text = "kind,target,anchor,steps,learning_rate,training.prior_preservation,parameter_group\nobject,a,b,7,1e-4,yes,attn\n"
     assert load(tmp_path, text)[0].overrides == {
         "training.steps": 7,
         "training.learning_rate": 1e-4,
@@ -235,3 +235,8 @@ def test_numbers_that_yaml_reads_as_text_become_numbers():
         "properties": {"a": {"type": "number"}, "b": {"type": ["integer", "null"]}, "c": {"type": "string"}}
     }
     assert check_config({"a": "1e-4", "b": "null", "c": "7"}, schema, "x") == {"a": 1e-4, "b": None, "c": "7"}
+
+
+def test_a_settings_last_name_is_told_with_its_path(tmp_path):
+    (message,) = errors(tmp_path, "kind,target,anchor,hflip\nobject,a,b,0.5\n")
+    assert "unknown column 'hflip' (did you mean 'training.hflip'?)" in message

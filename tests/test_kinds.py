@@ -16,7 +16,7 @@ from tests.workflow.conftest import SMALL
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = ROOT / "workflow" / "schemas"
-TABLE = """concept,kind,target,anchor,neighbors,preset,parameter_group,loss,anchor_images,anchors.sampler.steps,steps,batch_size,prior_preservation
+TABLE = """concept,kind,target,anchor,neighbors,preset,parameter_group,training.loss,anchors.images,anchors.sampler.steps,steps,training.batch_size,training.prior_preservation
 two-styles,style,ink; pencil,picture,neon,,,,4,2,2,2,
 paper,style,ink,picture,neon,paper,,,4,2,2,2,yes
 diffusers,style,pencil,picture,neon,diffusers,,,4,2,2,2,yes

@@ -9,18 +9,10 @@ from dataclasses import dataclass, field
 # Short names of columns that replace one value of the config for one row. Any other value of these sections has
 # its dotted path as a column, such as `training.hflip`.
 OVERRIDES = {
-    "anchor_images": "anchors.images",
-    "anchor_guidance": "anchors.sampler.guidance_scale",
-    "prompt_source": "prompts.source",
     "method": "method.name",
     "parameter_group": "training.parameter_group",
-    "loss": "training.loss",
     "steps": "training.steps",
     "learning_rate": "training.learning_rate",
-    "batch_size": "training.batch_size",
-    "augmentation": "training.augmentation",
-    "prior_preservation": "training.prior_preservation",
-    "prior_weight": "training.prior_weight",
     "seed": "training.seed",
 }
 # What a row, a kind and a preset may replace; all else of the config is the same for the whole table.

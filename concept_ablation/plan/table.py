@@ -148,11 +148,11 @@ class _Table:
             self.raise_errors()
         for column in header:
             if column not in self.columns:
-                self.complain(
-                    line,
-                    f"unknown column {show(column)}{did_you_mean(column, self.columns)}",
-                    self.names_allowed(),
-                )
+                dotted = [
+                    f" (did you mean {name!r}?)" for name in self.columns if name.endswith(f".{column}")
+                ]
+                hint = dotted[0] if dotted else did_you_mean(column, self.columns)
+                self.complain(line, f"unknown column {show(column)}{hint}", self.names_allowed())
             elif header.count(column) > 1 or OVERRIDES.get(column) in header:
                 twin = OVERRIDES[column] if OVERRIDES.get(column) in header else column
                 self.complain(line, f"stands twice in the header, as {twin!r}", "one of them", column)
