@@ -26,9 +26,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from concept_ablation.diffusion.parameters import detach_bos
+from concept_ablation.diffusion.families.base import Conditioning
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.methods.ablation.data import AnchorData, Batch, View, augment
+from concept_ablation.methods.ablation.draws import BatchDraws, LossDraws
 from concept_ablation.methods.ablation.settings import TrainingSettings
 from concept_ablation.methods.ablation.training import Training
 
@@ -119,31 +120,22 @@ def replay(
     pipeline, settings: TrainingSettings, steps: Sequence[Step], texts: Mapping | None = None
 ) -> Training:
     """Our training, its random draws replaced by those recorded. `texts`: encodings, if there's no text encoder."""
-    halves = [half for step in steps for half in (step.target, step.prior) if half]
-    anchors = [prompt for half in halves for prompt in half.anchors]
-    targets = [(prompt,) for half in halves for prompt in half.prompts]
-    data = AnchorData([Image.new("RGB", (8, 8))] * len(anchors), anchors)
-    training = Training(pipeline, data, targets, settings, seed=0)
-    losses, starts, start = training._losses, {}, 0
-    for half in halves:
-        starts[start] = half
-        start += len(half.anchors)
-
-    def batch(half: Half) -> Batch:
-        first = next(number for number, other in starts.items() if other is half)
-        views = [View(torch.zeros(3, 8, 8), mask, "", False) for mask in half.mask]
-        return Batch(list(range(first, first + len(views))), [False] * len(views), views)
-
-    def draw(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        half = starts[batch.positions[0]]
-        return half.latents, half.noise, half.timesteps
-
-    losses.batches = iter([batch(step.target) for step in steps])
-    losses.prior_batches = iter([batch(step.prior) for step in steps if step.prior])
-    losses._draw = draw
+    data = AnchorData([Image.new("RGB", (8, 8))], [""])
+    training = Training(pipeline, data, [("",)], settings, seed=0)
+    batches = [BatchDraws(as_draws(step.target), step.prior and as_draws(step.prior)) for step in steps]
+    training._draws = SimpleNamespace(next_batch=iter(batches).__next__)
+    encoder = training._objective.encoder
+    encoder.latents = lambda batch, noise: noise  # theirs were recorded, see `as_draws`
     if texts is not None:
-        losses.encoder.text = lambda prompts: torch.stack([texts[prompt] for prompt in prompts])
+        encoder.text = lambda prompts: Conditioning(torch.stack([texts[prompt] for prompt in prompts]))
     return training
+
+
+def as_draws(half: Half) -> LossDraws:
+    """What was recorded as if we had drawn it, with the latents in the place of the noise that would draw them."""
+    views = [View(torch.zeros(3, 8, 8), mask, "", False) for mask in half.mask]
+    batch = Batch(list(range(len(views))), [False] * len(views), views)
+    return LossDraws(batch, half.prompts, half.anchors, half.latents, half.noise, half.timesteps)
 
 
 def compare(name: str, make_pipeline, settings: TrainingSettings, steps, final, texts=None) -> Difference:
@@ -176,10 +168,8 @@ def compare(name: str, make_pipeline, settings: TrainingSettings, steps, final, 
 
 def one_step(training: Training) -> tuple[float, float]:
     """The losses and gradients of a step, which isn't taken."""
-    detached = (
-        detach_bos(training.pipeline.unet) if training.settings.detach_bos else contextlib.nullcontext()
-    )
-    with detached:
+    detached = training.family.detach_bos(training.network)
+    with detached if training.settings.detach_bos else contextlib.nullcontext():
         return training._backward()
 
 

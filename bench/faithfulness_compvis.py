@@ -123,8 +123,12 @@ def to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return convert_ldm_unet_checkpoint({f"{PREFIX}{name}": value for name, value in tensors.items()}, config)
 
 
-def make_pipeline(weights: dict[str, Tensor]) -> SimpleNamespace:
-    """What our training asks of a pipeline, with diffusers' form of their network."""
+class StableDiffusionPipeline(SimpleNamespace):
+    """What our training asks of a pipeline. The class's name says of which family it is."""
+
+
+def make_pipeline(weights: dict[str, Tensor]) -> StableDiffusionPipeline:
+    """Diffusers' form of their network, in a pipeline without a VAE and a text encoder."""
     from diffusers.models import UNet2DConditionModel
     from diffusers.schedulers import DDPMScheduler
 
@@ -139,8 +143,14 @@ def make_pipeline(weights: dict[str, Tensor]) -> SimpleNamespace:
     )
     unet.load_state_dict(weights)
     scheduler, device = DDPMScheduler(**SCHEDULE), torch.device("cpu")
-    return SimpleNamespace(
-        unet=unet.eval(), text_encoder=nn.Module(), scheduler=scheduler, vae_scale_factor=8, device=device
+    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
+    return StableDiffusionPipeline(
+        unet=unet.eval(),
+        text_encoder=nn.Module(),
+        vae=vae,
+        scheduler=scheduler,
+        vae_scale_factor=8,
+        device=device,
     )
 
 

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop, sdpa_flop
 from train_sd14_shaped import UNET, VAE
 
-from concept_ablation.diffusion.parameters import ParameterGroup, detach_bos, trainable_parameters
+from concept_ablation.diffusion.families.base import ParameterGroup
+from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.methods.ablation.losses import model_based_loss
 
 GROUPS: tuple[ParameterGroup, ...] = ("cross-attn", "attn", "full-weight")
@@ -139,7 +140,7 @@ def passes(unet: nn.Module, vae: nn.Module, cells: int) -> None:
 def training(unet: nn.Module, group: ParameterGroup, cells: int, precision: str, checkpointing: bool) -> None:
     """Print a row: a picture's share in a step of model-based training, without its encoding by the VAE."""
     unet.requires_grad_(False)
-    for parameter in trainable_parameters(unet, group).values():
+    for parameter in FAMILY.trainable_parameters(unet, group).values():
         parameter.requires_grad_(True)
     (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
 
@@ -157,7 +158,7 @@ def training(unet: nn.Module, group: ParameterGroup, cells: int, precision: str,
         loss(n).backward()
         unet.zero_grad()
 
-    with detach_bos(unet):
+    with FAMILY.detach_bos(unet):
         kept, (tflop, each, rest) = saved(unet, loss), count(unet, step)
     name = f"{group}, checkpointing" if checkpointing else group
     print(f"| {name} | {precision} | {tflop:.2f} | {kept:.2f} | {each:.2f} | {rest:.2f} |", flush=True)

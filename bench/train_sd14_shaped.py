@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from concept_ablation.common.hardware import pick_device, resolve_precision
-from concept_ablation.diffusion.parameters import ParameterGroup
+from concept_ablation.diffusion.families.base import ParameterGroup
 from concept_ablation.methods.ablation.data import AnchorData
 from concept_ablation.methods.ablation.settings import TrainingSettings
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
@@ -134,7 +134,7 @@ def measure(group: ParameterGroup, args: argparse.Namespace) -> str:
         teacher="current",
         detach_bos=True,
     )
-    tokens = target_tokens(pipeline.tokenizer, ["owl"], "cat") if group == "embedding" else []
+    tokens = {"text_encoder": target_tokens(pipeline.tokenizer, ["owl"], "cat")}
     targets = [("a photo of an owl",)] * len(noise)
     training = Training(pipeline, data, targets, settings, seed=0, tokens=tokens)
     records = list(training)

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 from concept_ablation.common.amx import avoid_hidden_tiles
 from concept_ablation.common.errors import UserError
-
-FORMATS = ("pipeline", "delta-bin", "compvis", "lora", "kohya")
+from concept_ablation.diffusion.formats import FORMATS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

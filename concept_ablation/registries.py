@@ -100,7 +100,10 @@ METHODS = Registry("method", {"ablation": "concept_ablation.methods.ablation.met
 METRICS = Registry("metric", {})
 """What is measured, in the order of the tables. An entry is a `concept_ablation.evaluation.metrics.base.Metric`."""
 
-FAMILIES = Registry("family", {})
+FAMILIES = Registry(
+    "family",
+    {"StableDiffusionPipeline": "concept_ablation.diffusion.families.stable_diffusion:FAMILY"},
+)
 """Models of one architecture, by the class of their pipeline. An entry is a `concept_ablation.diffusion.families.base.Family`."""
 
 DRAWING = ("device", "batch_size")

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import make_tiny_pipeline
 
 from concept_ablation.common.image_store import write_store
-from concept_ablation.diffusion.delta import TOKEN_ROW, apply_delta, save_delta
+from concept_ablation.diffusion.delta import apply_delta, save_delta, token_row_name
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.report.card import CardError, card_of_results, escape, is_hub_id, push
 
@@ -140,7 +140,7 @@ def test_escape():
 def test_the_snippet_runs_and_loads_the_delta(group, tmp_path, monkeypatch):
     folder = make_tiny_pipeline(tmp_path / "tiny")
     pipeline = load_pipeline(folder, device="cpu")
-    name = "unet.conv_in.bias" if group == "unet" else f"{TOKEN_ROW}70"
+    name = "unet.conv_in.bias" if group == "unet" else token_row_name("text_encoder", 70)
     own = (
         pipeline.unet.conv_in.bias
         if group == "unet"

@@ -12,7 +12,7 @@ from tiny import make_tiny_pipeline
 from concept_ablation.__main__ import FORMATS, main
 from concept_ablation.diffusion import delta_export as exports
 from concept_ablation.diffusion.delta import load_delta, save_delta
-from concept_ablation.diffusion.parameters import trainable_parameters
+from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.diffusion.pipeline import load_pipeline
 
 
@@ -27,7 +27,7 @@ def delta(folder, tmp_path_factory):
     draw = torch.Generator().manual_seed(0)
     tensors = {
         f"unet.{name}": value + 0.01 * torch.randn(value.shape, generator=draw)
-        for name, value in trainable_parameters(unet, "cross-attn").items()
+        for name, value in FAMILY.trainable_parameters(unet, "cross-attn").items()
     }
     path = tmp_path_factory.mktemp("delta") / "delta.safetensors"
     save_delta(path, tensors, {"base_model": str(folder), "base_revision": None})

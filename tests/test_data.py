@@ -154,6 +154,12 @@ def test_images_are_cut_to_their_middle_square():
         AnchorData([], [])
 
 
+def drawn(batch, seed=0):
+    """Noise of the latents' shape."""
+    shape = (len(batch.views), 4, *batch.mask.shape[2:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     return load_pipeline(make_tiny_pipeline(tmp_path_factory.mktemp("tiny")), device="cpu")
@@ -165,11 +171,11 @@ def test_latents_are_the_posterior_scaled_and_whole_images_are_encoded_once(pipe
     pixels = torch.stack([view.pixels for view in batch.views])
     with torch.no_grad():
         posterior = pipeline.vae.encode(pixels).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    noise = drawn(batch, 3)
     expected = (posterior.mean + posterior.std * noise) * pipeline.vae.config.scaling_factor
-    assert torch.allclose(encoder.latents(batch, torch.Generator().manual_seed(3)), expected, atol=1e-5)
+    assert torch.allclose(encoder.latents(batch, noise), expected, atol=1e-5)
     monkeypatch.setattr(pipeline.vae, "encode", None)
-    assert torch.allclose(encoder.latents(batch, torch.Generator().manual_seed(3)), expected, atol=1e-5)
+    assert torch.allclose(encoder.latents(batch, noise), expected, atol=1e-5)
 
 
 def test_scaled_views_of_one_image_keep_their_own_latents(pipeline):
@@ -179,7 +185,7 @@ def test_scaled_views_of_one_image_keep_their_own_latents(pipeline):
     with torch.no_grad():
         mean = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
     spread = pipeline.vae.config.scaling_factor * 6
-    latents = [encoder.latents(batch, torch.Generator().manual_seed(seed)) for seed in range(100)]
+    latents = [encoder.latents(batch, drawn(batch, seed)) for seed in range(100)]
     assert len({view.whole for view in batch.views}) == 2
     assert abs(torch.stack(latents).mean(0) - mean).max() < spread / 100**0.5
 
@@ -188,10 +194,10 @@ def test_text_is_encoded_once_as_the_pipeline_does(pipeline, monkeypatch):
     encoder = Encoder(pipeline)
     with torch.no_grad():
         expected = pipeline.encode_prompt(["a cat", "an owl"], "cpu", 1, False)[0]
-    encoded = encoder.text(["a cat", "an owl", "a cat"])
+    encoded = encoder.text(["a cat", "an owl", "a cat"]).hidden
     assert torch.allclose(encoded, expected[[0, 1, 0]], atol=1e-5) and not encoded.requires_grad
     monkeypatch.setattr(pipeline, "encode_prompt", None)
-    assert torch.equal(encoder.text(["an owl"]), encoded[1:2])
+    assert torch.equal(encoder.text(["an owl"]).hidden, encoded[1:2])
 
 
 def test_an_encoding_does_not_depend_on_its_batch(pipeline):
@@ -200,12 +206,13 @@ def test_an_encoding_does_not_depend_on_its_batch(pipeline):
     batch = next(data.batches(4, "none", 0.0, FACTOR, random.Random(0)))
     texts = ["a cat", "an owl", "a red fox on a mat"]
     together = Encoder(pipeline)
-    together.text(texts), together.latents(batch, torch.Generator())
+    together.text(texts), together.latents(batch, drawn(batch))
     for text in texts:
-        assert torch.equal(Encoder(pipeline).text([text]), together.text([text]))
+        assert torch.equal(Encoder(pipeline).text([text]).hidden, together.text([text]).hidden)
     for position, view in zip(batch.positions, batch.views, strict=True):
         alone = Encoder(pipeline)
-        alone.latents(Batch([position], [False], [view]), torch.Generator())
+        own = Batch([position], [False], [view])
+        alone.latents(own, drawn(own))
         assert torch.equal(alone._moments[position, False], together._moments[position, False])
 
 
@@ -228,7 +235,7 @@ def test_encodings_in_chunks_are_those_of_each_alone(pipeline, monkeypatch):
     def encodings():
         calls.clear()
         encoder = Encoder(pipeline)
-        return encoder.latents(batch, torch.Generator()), encoder.text(texts), list(calls)
+        return encoder.latents(batch, drawn(batch)), encoder.text(texts).hidden, list(calls)
 
     *alone, sizes = encodings()
     assert sizes == [1] * 8

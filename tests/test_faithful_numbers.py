@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.schedulers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from concept_ablation.diffusion.parameters import detach_bos
+from concept_ablation.diffusion.families.stable_diffusion import FAMILY, DiffusionSchedule
 from concept_ablation.methods.ablation.losses import model_based_loss, noise_based_loss, prior_loss
 
 FILE = Path(__file__).parent / "data" / "faithful_numbers.safetensors"
@@ -87,21 +86,29 @@ def formulas(stored, loss, prior, masked):
 def test_losses_and_gradients(loss, prior, masked):
     stored = load_file(FILE)
     network = Network(stored)
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    schedule = DiffusionSchedule(
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "epsilon",
+        }
+    )
     mask = stored["mask"] if masked == "masked" else torch.ones_like(stored["mask"])
     drawn = [stored[name] for name in ("latents", "noise", "timesteps")]
     priors = [stored[f"prior_{name}"] for name in ("latents", "noise", "timesteps")]
     target, anchor = stored["target_text"], stored["anchor_text"]
-    with detach_bos(network):
+    with FAMILY.detach_bos(network):
+        noisy = schedule.add_noise(*drawn)
         if loss == "model-based":
-            noisy = scheduler.add_noise(*drawn)
             total = model_based_loss(network, network, noisy, drawn[2], target, anchor, mask)
         else:
-            total = noise_based_loss(network, scheduler, *drawn, target, mask)
+            total = noise_based_loss(network, noisy, drawn[2], target, schedule.target(*drawn), mask)
+        parts = (network, schedule.add_noise(*priors), priors[2], anchor, schedule.target(*priors))
         if prior == "doubled":
-            total = total + WEIGHTS[prior] * prior_loss(network, scheduler, *priors, anchor)
+            total = total + WEIGHTS[prior] * prior_loss(*parts)
         if prior == "halved":
-            total = total + WEIGHTS[prior] * noise_based_loss(network, scheduler, *priors, anchor, mask)
+            total = total + WEIGHTS[prior] * noise_based_loss(*parts, mask)
         total.backward()
     expected = {name: stored[f"{loss}, {prior}, {masked}: {name}"] for name in ("loss", "to_k", "to_v")}
     assert float(total.detach()) == pytest.approx(float(expected["loss"]), rel=1e-5)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_pipeline
 
 from concept_ablation.diffusion.compvis import LayoutError, compvis_names
-from concept_ablation.diffusion.delta import TOKEN_ROW, DeltaError, apply_delta, load_delta, save_delta
+from concept_ablation.diffusion.delta import DeltaError, apply_delta, load_delta, save_delta, token_row_name
 from concept_ablation.diffusion.delta_export import export_delta
 from concept_ablation.diffusion.delta_import import FormatError, import_delta, import_delta_stage
+from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.diffusion.lora import LoraError, factorise
-from concept_ablation.diffusion.parameters import trainable_parameters
 from concept_ablation.diffusion.pipeline import load_pipeline
 
 GROUPS = ("cross-attn", "attn", "full-weight", "embedding")
@@ -41,10 +41,10 @@ def deltas(folder, tmp_path_factory):
     pipeline, made, where = load_pipeline(folder, device="cpu"), {}, tmp_path_factory.mktemp("deltas")
     draw = torch.Generator().manual_seed(1)
     for group in GROUPS:
-        own = {f"unet.{n}": p for n, p in trainable_parameters(pipeline.unet, group).items()}
+        own = {f"unet.{n}": p for n, p in FAMILY.trainable_parameters(pipeline.unet, group).items()}
         if group == "embedding":
             rows = pipeline.text_encoder.get_input_embeddings().weight
-            own = {f"{TOKEN_ROW}{token}": rows[token] for token in TOKENS}
+            own = {token_row_name("text_encoder", token): rows[token] for token in TOKENS}
         tensors = {
             name: value.detach() + 0.02 * _change(value.shape, draw, number)
             for number, (name, value) in enumerate(own.items())
@@ -120,7 +120,7 @@ def test_compvis_names_are_those_that_diffusers_reads(config):
 def test_compvis_names_of_stable_diffusion_1():
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
-    names = compvis_names(trainable_parameters(unet, "cross-attn"), unet.config)
+    names = compvis_names(FAMILY.trainable_parameters(unet, "cross-attn"), unet.config)
     table = [
         ("input_blocks", f"down_blocks.{i // 2}.attentions.{i % 2}", n)
         for i, n in enumerate((1, 2, 4, 5, 7, 8))
@@ -195,8 +195,8 @@ def test_some_embedding_rows_are_the_vocabularys_last(nested, folder, pipeline, 
     tensors, metadata = import_delta(tmp_path / "d.ckpt", folder)
     assert metadata["group"] == "embedding"
     last = len(whole) - 1
-    assert set(tensors) == {f"{TOKEN_ROW}{last - 1}", f"{TOKEN_ROW}{last}"}
-    assert torch.equal(tensors[f"{TOKEN_ROW}{last}"], whole[-1] + 1)
+    assert set(tensors) == {token_row_name("text_encoder", last - 1), token_row_name("text_encoder", last)}
+    assert torch.equal(tensors[token_row_name("text_encoder", last)], whole[-1] + 1)
 
 
 def test_our_own_delta_keeps_its_metadata(deltas, folder):
@@ -299,27 +299,29 @@ def test_the_least_rank_within_the_bound():
     values = 0.5 ** torch.arange(12)
     for change in ((left * values) @ right.T, ((left * values) @ right.T).T):
         for bound in (0.6, 0.3, 0.01, 0.001):
-            layer = factorise({"unet.a.weight": change}, error=bound).layers["a"]
+            layer = factorise({"unet.a.weight": change}, "unet", error=bound).layers["a"]
             tail = [float(values[r:].norm() / values.norm()) for r in range(13)]
             assert layer.rank == min(r for r in range(13) if tail[r] <= bound)
             assert layer.error == pytest.approx(tail[layer.rank], rel=1e-3)
-    layer = factorise({"unet.a.weight": change}, rank=1000).layers["a"]
+    layer = factorise({"unet.a.weight": change}, "unet", rank=1000).layers["a"]
     assert layer.rank == 20 and layer.error < 1e-6
 
 
 def test_what_a_lora_cannot_hold_is_counted():
     change = torch.eye(4)
     lora = factorise(
-        {"unet.a.weight": change, "unet.a.bias": 2 * torch.ones(4), "unet.b.bias": torch.zeros(3)}, rank=4
+        {"unet.a.weight": change, "unet.a.bias": 2 * torch.ones(4), "unet.b.bias": torch.zeros(3)},
+        "unet",
+        rank=4,
     )
     assert lora.left_out == ["unet.a.bias"]
     assert lora.left_out_share == pytest.approx(4 / 20**0.5)
     assert lora.error == pytest.approx(lora.left_out_share)
     assert "1 changed parameters that a LoRA can't hold" in lora.summary()
     with pytest.raises(LoraError, match="changes only unet.a.bias"):
-        factorise({"unet.a.bias": torch.ones(4)}, rank=4)
+        factorise({"unet.a.bias": torch.ones(4)}, "unet", rank=4)
     with pytest.raises(LoraError, match="changes nothing"):
-        factorise({"unet.a.weight": torch.zeros(4, 4)}, rank=4)
+        factorise({"unet.a.weight": torch.zeros(4, 4)}, "unet", rank=4)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def test_what_a_lora_cannot_hold_is_counted():
 )
 def test_limits_of_a_lora(limits):
     with pytest.raises(LoraError, match="rank"):
-        factorise({"unet.a.weight": torch.eye(4)}, **limits)
+        factorise({"unet.a.weight": torch.eye(4)}, "unet", **limits)
 
 
 def test_the_embedding_group_is_refused_as_a_lora(deltas, tmp_path):

@@ -301,7 +301,7 @@ def test_a_model_that_brings_code_is_refused(model, how):
 
 def test_code_runs_only_where_the_config_allows_it(model):
     (model / "extra.py").write_text("")
-    assert load_pipeline(model, device="cpu", allow_custom_code=True)
+    assert load_pipeline(model, device="cpu", trust_remote_code=True)
 
 
 def test_the_plan_refuses_a_model_with_code(model, monkeypatch):

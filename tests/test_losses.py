@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers.schedulers import DDPMScheduler
 
+from concept_ablation.diffusion.families.base import ModelError
+from concept_ablation.diffusion.families.stable_diffusion import DiffusionSchedule
 from concept_ablation.methods.ablation.losses import (
-    denoising_target,
     masked_mse,
     model_based_loss,
     noise_based_loss,
@@ -26,10 +26,9 @@ MASK = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1.0]]).
 MASK[2] = 1
 
 
-def scheduler(kind):
-    return DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind
-    )
+def schedule(kind):
+    levels = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return DiffusionSchedule({**levels, "prediction_type": kind})
 
 
 def alpha(timestep):
@@ -114,10 +113,11 @@ def test_denoising_losses(kind):
         a = alpha(timestep)
         noisy[n] = a**0.5 * LATENTS[n] + (1 - a) ** 0.5 * NOISE[n]
         goal[n] = NOISE[n] if kind == "epsilon" else a**0.5 * NOISE[n] - (1 - a) ** 0.5 * LATENTS[n]
-    found = denoising_target(scheduler(kind), LATENTS, NOISE, TIMESTEPS)
+    drawn = (LATENTS, NOISE, TIMESTEPS)
+    found = schedule(kind).target(*drawn)
     assert torch.allclose(found, goal, atol=1e-4)
     prediction = 1.5 * noisy * TARGET.mean((1, 2)).view(-1, 1, 1, 1)
-    parts = (Network(), scheduler(kind), LATENTS, NOISE, TIMESTEPS, TARGET)
+    parts = (Network(), schedule(kind).add_noise(*drawn), TIMESTEPS, TARGET, found)
     assert float(noise_based_loss(*parts, MASK).detach()) == pytest.approx(
         by_hand(prediction, goal, MASK), rel=1e-4
     )
@@ -126,5 +126,5 @@ def test_denoising_losses(kind):
 
 
 def test_other_prediction_types_are_refused():
-    with pytest.raises(ValueError, match="'sample' can't be trained .allowed: epsilon, v_prediction"):
-        denoising_target(scheduler("sample"), LATENTS, NOISE, TIMESTEPS)
+    with pytest.raises(ModelError, match="'sample' can't be trained .allowed: epsilon, v_prediction"):
+        schedule("sample").target(LATENTS, NOISE, TIMESTEPS)

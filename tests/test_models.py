@@ -7,7 +7,7 @@ from single_file import write_single_file
 from tiny import make_tiny_pipeline
 
 from concept_ablation.diffusion.delta import DeltaError, apply_delta, load_delta, save_delta
-from concept_ablation.diffusion.parameters import cross_attentions, trainable_parameters
+from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.diffusion.pipeline import ModelError, load_pipeline
 
 
@@ -54,17 +54,16 @@ def test_load_pipeline_names_a_damaged_model(folder, tmp_path):
 
 def test_parameter_groups(pipeline):
     groups = {
-        name: trainable_parameters(pipeline.unet, name) for name in ("cross-attn", "attn", "full-weight")
+        name: FAMILY.trainable_parameters(pipeline.unet, name)
+        for name in ("cross-attn", "attn", "full-weight")
     }
-    layers = cross_attentions(pipeline.unet)
-    assert set(groups["cross-attn"]) == {
-        f"{name}.{part}.weight" for name in layers for part in ("to_k", "to_v")
-    }
+    layers = FAMILY.text_projections(pipeline.unet)
+    assert set(groups["cross-attn"]) == {f"{name}.weight" for name in layers}
     # Each layer: q, k, v without bias, an output with bias; as many self-attention as cross-attention layers.
-    assert len(groups["attn"]) == 2 * len(layers) * 5
+    assert len(groups["attn"]) == len(layers) * 5
     assert len(groups["full-weight"]) == len(list(pipeline.unet.parameters()))
     with pytest.raises(ModelError, match="allowed: cross-attn, attn, full-weight"):
-        trainable_parameters(pipeline.unet, "crossattn")
+        FAMILY.trainable_parameters(pipeline.unet, "crossattn")
 
 
 def test_group_sizes_on_stable_diffusion_1():
@@ -73,7 +72,7 @@ def test_group_sizes_on_stable_diffusion_1():
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
-    sizes = {name: trainable_parameters(unet, name) for name in ("cross-attn", "attn", "full-weight")}
+    sizes = {name: FAMILY.trainable_parameters(unet, name) for name in ("cross-attn", "attn", "full-weight")}
     assert [len(group) for group in sizes.values()] == [32, 160, 686]
     assert sum(value.numel() for value in sizes["cross-attn"].values()) == 19_169_280
     assert sum(value.numel() for value in sizes["full-weight"].values()) == 859_520_964
@@ -82,7 +81,8 @@ def test_group_sizes_on_stable_diffusion_1():
 def test_delta_round_trip(pipeline, folder, tmp_path):
     before = {name: value.clone() for name, value in pipeline.unet.named_parameters()}
     changed = {
-        f"unet.{name}": value + 1 for name, value in trainable_parameters(pipeline.unet, "cross-attn").items()
+        f"unet.{name}": value + 1
+        for name, value in FAMILY.trainable_parameters(pipeline.unet, "cross-attn").items()
     }
     metadata = {"base_model": str(folder), "seed": 3, "settings": {"steps": 2, "max_grad_norm": None}}
     save_delta(tmp_path / "delta.safetensors", changed, metadata)
@@ -101,7 +101,7 @@ def test_delta_keeps_fp32(tmp_path):
 
 def test_delta_of_another_model_is_refused_and_changes_nothing(pipeline, tmp_path):
     path = tmp_path / "d.safetensors"
-    name, value = next(iter(trainable_parameters(pipeline.unet, "cross-attn").items()))
+    name, value = next(iter(FAMILY.trainable_parameters(pipeline.unet, "cross-attn").items()))
     before = value.clone()
     for tensors in (
         {f"unet.{name}": value + 1, "unet.other": value},

@@ -10,7 +10,7 @@ from tiny import make_tiny_pipeline
 from concept_ablation.common.image_store import read_store
 from concept_ablation.diffusion import sampler as sampling
 from concept_ablation.diffusion.delta import save_delta
-from concept_ablation.diffusion.parameters import trainable_parameters
+from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.diffusion.sampler import SamplerError, sample_images
 from concept_ablation.diffusion.stages import sample_ablated, sample_base
@@ -203,7 +203,7 @@ def test_stages_write_stores(folder, pipeline, tmp_path):
     assert base.column("subject") == ["cat"] * 2 and base.column("seed") == [5, 6]
     assert abs(np.asarray(base.image(0)).astype(int) - np.asarray(anchors.image(0))).max() <= 1
 
-    weights = trainable_parameters(pipeline.unet, "cross-attn")
+    weights = FAMILY.trainable_parameters(pipeline.unet, "cross-attn")
     save_delta(
         tmp_path / "d.safetensors",
         {f"unet.{name}": value * 2 for name, value in weights.items()},

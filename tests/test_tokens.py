@@ -12,7 +12,7 @@ from concept_ablation.methods.ablation.conditioning import Encoder
 from concept_ablation.methods.ablation.data import AnchorData
 from concept_ablation.methods.ablation.settings import TrainingError
 from concept_ablation.methods.ablation.stage import ablate_concept
-from concept_ablation.methods.ablation.token_embeddings import TokenRows, target_tokens
+from concept_ablation.methods.ablation.token_embeddings import TrainableTokenEmbeddings, target_tokens
 from concept_ablation.methods.ablation.training import Training
 
 SETTINGS = SETTINGS.__class__(**{**vars(SETTINGS), "group": "embedding"})
@@ -37,10 +37,14 @@ def embedding(pipeline):
     return pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
 
 
+def trainable(pipeline, tokens):
+    return TrainableTokenEmbeddings(pipeline, {"text_encoder": tokens})
+
+
 def train(pipeline, tokens, targets=None, **changes):
     settings = SETTINGS.__class__(**{**vars(SETTINGS), **changes})
     targets = targets or [(prompt.replace("cat", "pug"),) for prompt in DATA.prompts]
-    return list(Training(pipeline, DATA, targets, settings, seed=0, tokens=tokens))
+    return list(Training(pipeline, DATA, targets, settings, seed=0, tokens={"text_encoder": tokens}))
 
 
 def test_every_token_of_every_target_trains_and_no_special_one(pipeline):
@@ -78,33 +82,33 @@ def test_only_the_targets_rows_move(pipeline, loss):
 
 def test_the_text_encoder_runs_anew_in_each_step(pipeline):
     """With cached encodings of the target prompts the rows would have no gradient."""
-    rows = TokenRows(pipeline, target_tokens(pipeline.tokenizer, ["pug"], "cat"))
-    encoder = Encoder(pipeline, rows=rows)
-    first, original = encoder.current_text(["a pug"]), encoder.text(["a pug"])
+    rows = trainable(pipeline, target_tokens(pipeline.tokenizer, ["pug"], "cat"))
+    encoder = Encoder(pipeline, embeddings=rows)
+    first, original = encoder.current_text(["a pug"]).hidden, encoder.text(["a pug"]).hidden
     assert first.requires_grad and torch.allclose(first, original, atol=1e-5)
     with torch.no_grad():
         for row in rows.parameters.values():
             row.neg_()
-    assert not torch.allclose(encoder.current_text(["a pug"]), first, atol=1e-2)
-    assert torch.equal(encoder.text(["a pug"]), original)
-    fresh = Encoder(pipeline, rows=rows)
-    assert torch.equal(fresh.text(["a pug"]), original)
+    assert not torch.allclose(encoder.current_text(["a pug"]).hidden, first, atol=1e-2)
+    assert torch.equal(encoder.text(["a pug"]).hidden, original)
+    fresh = Encoder(pipeline, embeddings=rows)
+    assert torch.equal(fresh.text(["a pug"]).hidden, original)
     rows.write()
     with torch.no_grad():
         plain = pipeline.encode_prompt(["a pug"], "cpu", 1, False)[0]
-    assert torch.equal(encoder.current_text(["a pug"]), plain)
-    assert torch.equal(fresh.text(["a pug"]), original)
+    assert torch.equal(encoder.current_text(["a pug"]).hidden, plain)
+    assert torch.equal(fresh.text(["a pug"]).hidden, original)
 
 
 def test_the_gradient_is_that_of_the_whole_embedding_matrix(pipeline):
     tokens = target_tokens(pipeline.tokenizer, ["pug"], "cat")
-    rows = TokenRows(pipeline, tokens)
+    rows = trainable(pipeline, tokens)
     weight = pipeline.text_encoder.get_input_embeddings().weight
     probe = torch.randn(77, 32, generator=torch.Generator().manual_seed(0))
-    (Encoder(pipeline, rows=rows).current_text(["a red pug"])[0] * probe).sum().backward()
+    (Encoder(pipeline, embeddings=rows).current_text(["a red pug"]).hidden[0] * probe).sum().backward()
     weight.grad = None
     (pipeline.encode_prompt(["a red pug"], "cpu", 1, False)[0][0] * probe).sum().backward()
-    for token, row in rows.parameters.items():
+    for token, row in zip(tokens, rows.parameters.values(), strict=True):
         assert torch.allclose(row.grad, weight.grad[token], rtol=1e-4, atol=1e-5)
         assert row.grad.abs().max() > 0
 
@@ -123,7 +127,8 @@ def test_the_anchors_text_has_no_gradient_and_is_the_teachers(folder, teacher, m
     tokens = sorted(ids(pipeline, ["cat"]))
     data = AnchorData([DATA.images[0]] * 4, ["a cat"] * 4)
     settings = SETTINGS.__class__(**{**vars(SETTINGS), "teacher": teacher, "steps": 3, "learning_rate": 0.1})
-    list(Training(pipeline, data, [("a big cat",)] * 4, settings, seed=0, tokens=tokens))
+    own = {"text_encoder": tokens}
+    list(Training(pipeline, data, [("a big cat",)] * 4, settings, seed=0, tokens=own))
     assert [gradient for _, gradient in calls] == [False, True] * 3
     assert not torch.allclose(embedding(pipeline), original)
     same = torch.allclose(calls[4][0], calls[0][0], atol=1e-4)

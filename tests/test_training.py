@@ -14,13 +14,13 @@ from tiny import make_tiny_pipeline
 
 from concept_ablation.common.image_store import StoreError, write_store
 from concept_ablation.diffusion.delta import apply_delta
-from concept_ablation.diffusion.parameters import cross_attentions, trainable_parameters
+from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.methods.ablation.conditioning import Encoder
 from concept_ablation.methods.ablation.data import FAR_PREFIXES, NEAR_PREFIXES, AnchorData, Batch
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings
 from concept_ablation.methods.ablation.stage import ablate_concept
-from concept_ablation.methods.ablation.training import Training, detach_bos
+from concept_ablation.methods.ablation.training import Training
 
 SETTINGS = TrainingSettings(
     group="cross-attn",
@@ -91,7 +91,7 @@ def test_two_steps_are_pinned(pipeline):
 def test_only_the_group_is_trained(pipeline, group):
     before = weights(pipeline)
     run(pipeline, group=group, steps=1)
-    assert changed(before, pipeline) == set(trainable_parameters(pipeline.unet, group))
+    assert changed(before, pipeline) == set(FAMILY.trainable_parameters(pipeline.unet, group))
 
 
 def test_two_runs_are_equal_bit_for_bit_whatever_the_global_seed(folder):
@@ -136,10 +136,10 @@ def test_stop_gradient_equals_a_formula_with_a_constant_anchor(pipeline, monkeyp
     calls = record_predictions(pipeline, monkeypatch)
     norm = run(pipeline, steps=1, max_grad_norm=None, learning_rate=1e-30)[0].grad_norm
     (noisy, timesteps, anchor_text, goal, _), (_, _, target_text, _, _) = calls
-    parameters = list(trainable_parameters(pipeline.unet, "cross-attn").values())
+    parameters = list(FAMILY.trainable_parameters(pipeline.unet, "cross-attn").values())
     norms = []
     for constant in (True, False):
-        with detach_bos(pipeline.unet):
+        with FAMILY.detach_bos(pipeline.unet):
             prediction = pipeline.unet(noisy, timesteps, target_text).sample
             anchor = goal if constant else pipeline.unet(noisy, timesteps, anchor_text).sample
             gradients = torch.autograd.grad(4 * (prediction - anchor).square().mean(), parameters)
@@ -171,14 +171,12 @@ def test_bos_gets_no_gradient_and_predictions_stay(pipeline):
     noisy, text = torch.randn(2, 4, 4, 4), torch.randn(2, 7, 32)
     timesteps = torch.tensor([10, 900])
     plain = unet(noisy, timesteps, text).sample
-    with detach_bos(unet):
+    with FAMILY.detach_bos(unet):
         assert torch.equal(unet(noisy, timesteps, text).sample, plain)
-        for layer in cross_attentions(unet).values():
-            for part in (layer.to_k, layer.to_v):
-                out = part(text)
-                gradient = torch.autograd.grad(out.sum(), part.weight)[0]
-                expected = text[:, 1:].sum((0, 1)).expand_as(gradient)
-                assert torch.allclose(gradient, expected, atol=1e-4)
+        for layer in FAMILY.text_projections(unet).values():
+            gradient = torch.autograd.grad(layer(text).sum(), layer.weight)[0]
+            expected = text[:, 1:].sum((0, 1)).expand_as(gradient)
+            assert torch.allclose(gradient, expected, atol=1e-4)
         self_attention = next(m for n, m in unet.named_modules() if n.endswith("attn1.to_k"))
         states = torch.randn(1, 3, self_attention.in_features)
         gradient = torch.autograd.grad(self_attention(states).sum(), self_attention.weight)[0]
@@ -229,7 +227,7 @@ def test_augmented_cells_are_masked(pipeline, monkeypatch):
 def test_weights_and_gradients_stay_fp32_under_bf16(pipeline):
     before = weights(pipeline)
     run(pipeline, precision="bf16", steps=1, learning_rate=1e-7)
-    trained = trainable_parameters(pipeline.unet, "cross-attn")
+    trained = FAMILY.trainable_parameters(pipeline.unet, "cross-attn")
     assert {value.dtype for value in pipeline.unet.parameters()} == {torch.float32}
     assert changed(before, pipeline) == set(trained)
     # Steps of 1e-7 are far below what bf16 can hold: it would have lost nearly all of them.
@@ -273,7 +271,7 @@ def test_prior_preservation(folder, monkeypatch):
     record = run(pipeline, steps=1, prior_preservation=True, augmentation="compvis")[0]
     assert len(calls) == 3 and calls[2][4] and record.prior_loss > 0
     prior_texts = {tuple(text.flatten().tolist()) for text in calls[2][2]}
-    own = Encoder(pipeline).text(PROMPTS)
+    own = Encoder(pipeline).text(PROMPTS).hidden
     assert prior_texts <= {tuple(text.flatten().tolist()) for text in own}
     norms = [
         run(load_pipeline(folder, device="cpu"), steps=1, prior_preservation=on, prior_weight=weight)[
@@ -307,7 +305,9 @@ def test_both_losses_gradients_are_those_of_their_weighted_sum(folder, form, sca
     for training in trainings:
         training._accelerator.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
     means = trainings[0]._backward()
-    losses = torch.stack([torch.stack(list(trainings[1]._losses.of_next_batch())) for _ in range(2)]).mean(0)
+    batches = [trainings[1]._draws.next_batch() for _ in range(2)]
+    losses = [torch.stack(list(trainings[1]._objective.losses(batch))) for batch in batches]
+    losses = torch.stack(losses).mean(0)
     (losses @ torch.tensor([1.0, 0.3]) * (scale or 1.0)).backward()
     assert means == pytest.approx(losses.tolist())
     for name, parameter in trainings[0].parameters.items():
@@ -514,7 +514,7 @@ def test_unknown_optimizers_are_refused():
 
 def test_a_diverged_training_stops(pipeline):
     with torch.no_grad():
-        next(iter(trainable_parameters(pipeline.unet, "cross-attn").values())).fill_(math.nan)
+        next(iter(FAMILY.trainable_parameters(pipeline.unet, "cross-attn").values())).fill_(math.nan)
     with pytest.raises(TrainingError, match="the loss is nan at step 1: lower the learning rate"):
         run(pipeline)
 

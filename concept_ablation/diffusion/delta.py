@@ -1,15 +1,16 @@
 """A delta: what an ablation changed, as a file.
 
 A delta is a safetensors file of the trained parameters' new values (absolute, not differences; fp32), named
-`<component>.<parameter>` as in the pipeline, with JSON metadata. So it loads into any pipeline of the same shape. Of the
-text encoder's token embedding it holds rows, `text_encoder.token_embedding.<token>`.
+`<component>.<parameter>` as in the pipeline, with JSON metadata. So it loads into any pipeline of the same shape. Of a
+text encoder's token embedding it holds single rows, `<text encoder>.token_embedding.<token id>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,19 +21,52 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 METADATA_KEY = "concept_ablation"
-
-
 CHECKSUM = "values_sha256"  # another key of a delta's metadata
-
-
-TOKEN_ROW = "text_encoder.token_embedding."  # and a token's id: the name of that row in a delta
+TOKEN_ROW = re.compile(r"(\w+)\.token_embedding\.(\d{1,9})", re.ASCII)  # a row's name: text encoder, token id
 
 
 class DeltaError(UserError):
     """A delta file that is damaged or made for another model."""
+
+
+def token_row_name(encoder: str, token: int) -> str:
+    """The name in a delta of the row that token id `token` has in the token embedding of text encoder `encoder`."""
+    return f"{encoder}.token_embedding.{token}"
+
+
+def parse_token_row(name: str) -> tuple[str, int] | None:
+    """The text encoder and the token id of a row's name in a delta; None for any other name."""
+    found = TOKEN_ROW.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def delta_parameters(pipeline: DiffusionPipeline, names: Iterable[str]) -> dict[str, Tensor]:
+    """Every parameter of the components that `names` are of, and the token rows among `names`, named as in a delta.
+
+    The tensors are the pipeline's own. Names that the pipeline hasn't are left out.
+    """
+    names, own = list(names), {}
+    for component in dict.fromkeys(name.partition(".")[0] for name in names):
+        module = getattr(pipeline, component, None)
+        if isinstance(module, nn.Module):
+            own |= {f"{component}.{name}": value for name, value in module.named_parameters()}
+    for name in names:
+        encoder, token = parse_token_row(name) or (None, 0)
+        rows = _token_table(pipeline, encoder) if encoder else ()
+        if token < len(rows):
+            own[name] = rows[token]
+    return own
+
+
+def _token_table(pipeline: DiffusionPipeline, encoder: str) -> Tensor | tuple[()]:
+    """(vocabulary, width), the token embedding of a text encoder; nothing if there is no such encoder."""
+    try:
+        return getattr(pipeline, encoder).get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # no such component, or one that reads no tokens
+        return ()
 
 
 def save_delta(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
@@ -78,20 +112,14 @@ def load_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 @torch.no_grad()
-def apply_delta(pipeline: StableDiffusionPipeline, path: str | Path) -> dict[str, object]:
+def apply_delta(pipeline: DiffusionPipeline, path: str | Path) -> dict[str, object]:
     """Put a delta's values into `pipeline`, in place, and return its metadata.
 
-    Raises DeltaError, with the pipeline unchanged, if a parameter is missing or has another shape.
+    Any pipeline will do that has the delta's components in the same shapes. Raises DeltaError, with the pipeline
+    unchanged, if a parameter is missing or has another shape.
     """
     tensors, metadata = load_delta(path)
-    own = {}
-    for component in {name.partition(".")[0] for name in tensors}:
-        module = getattr(pipeline, component, None)
-        if isinstance(module, nn.Module):
-            own |= {f"{component}.{name}": value for name, value in module.named_parameters()}
-    if any(name.startswith(TOKEN_ROW) for name in tensors):
-        rows = pipeline.text_encoder.get_input_embeddings().weight
-        own |= {f"{TOKEN_ROW}{token}": row for token, row in enumerate(rows)}
+    own = delta_parameters(pipeline, tensors)
     wrong = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
     if wrong:
         raise DeltaError(

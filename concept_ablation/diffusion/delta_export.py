@@ -1,7 +1,7 @@
 """A delta in the forms that other programs read. docs/formats.md describes each form.
 
 A whole pipeline folder, the reference's two delta files (diffusers' and CompVis's), a LoRA with diffusers' or kohya's
-names. What reads deltas made elsewhere is in `formats`.
+names. `delta_import` reads deltas made elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,17 +20,23 @@ from torch import Tensor
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hashes import fingerprint
 from concept_ablation.common.text import size_text
-from concept_ablation.diffusion.compvis import TEXT_ENCODER, compvis_names
-from concept_ablation.diffusion.delta import METADATA_KEY, TOKEN_ROW, apply_delta, load_delta
-from concept_ablation.diffusion.delta_import import FormatError, delta_parameters
+from concept_ablation.diffusion.delta import (
+    METADATA_KEY,
+    apply_delta,
+    delta_parameters,
+    load_delta,
+    parse_token_row,
+)
+from concept_ablation.diffusion.delta_import import FormatError
+from concept_ablation.diffusion.families.base import family_of
+from concept_ablation.diffusion.formats import FORMATS, Format
 from concept_ablation.diffusion.lora import factorise, save_diffusers, save_kohya
 from concept_ablation.diffusion.pipeline import load_pipeline
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
-Format = Literal["pipeline", "delta-bin", "compvis", "lora", "kohya"]
 LORA_WRITERS = {"lora": save_diffusers, "kohya": save_kohya}
 # The bound on each layer's relative error where neither rank nor bound is given: docs/formats.md has the measurements.
 LORA_ERROR = 0.1
@@ -54,26 +60,17 @@ def export_delta(
     `rank` or `error`: of the two LoRA forms, see `lora.factorise`. `half`: a pipeline's weights in fp16.
     Raises FormatError, DeltaError, ModelError, LoraError, LayoutError.
     """
-    if form not in get_args(Format):
-        raise FormatError(f"format {form!r} is unknown (allowed: {', '.join(get_args(Format))})")
-    if form not in LORA_WRITERS and (rank, error) != (None, None):
-        raise FormatError(
-            f"format {form}: a rank or an error bound is for {' and '.join(LORA_WRITERS)} alone"
-        )
-    if half and form != "pipeline":
-        raise FormatError(f"format {form}: fp16 is for pipeline alone, the others are fp32")
     out = Path(out_path)
-    if form == "pipeline" and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FormatError(f"{out}: is there already; give a new folder")
+    _check_options(out, form, rank, error, half)
     tensors, metadata = load_delta(delta_path)
     pipeline = _load_base(metadata, model, revision, config)
     own = delta_parameters(pipeline, tensors)
     base = {name: own[name].detach().clone() for name in tensors if name in own}
     apply_delta(pipeline, delta_path)
     if form in LORA_WRITERS:
-        error = LORA_ERROR if rank is None and error is None else error
         changes = {name: tensors[name] - base[name] for name in tensors}
-        text = _write_lora(out, form, changes, metadata, rank, error)
+        network = family_of(pipeline).network_name
+        text = _write_lora(out, form, changes, network, metadata, rank, error)
     elif form == "pipeline":
         text = _write_pipeline(out, pipeline, metadata, half)
     else:
@@ -83,9 +80,23 @@ def export_delta(
     return text
 
 
+def _check_options(out: Path, form: Format, rank: int | None, error: float | None, half: bool) -> None:
+    """Raise FormatError for an unknown form, for options that it hasn't, and for a folder that is there already."""
+    if form not in FORMATS:
+        raise FormatError(f"format {form!r} is unknown (allowed: {', '.join(FORMATS)})")
+    if form not in LORA_WRITERS and (rank, error) != (None, None):
+        raise FormatError(
+            f"format {form}: a rank or an error bound is for {' and '.join(LORA_WRITERS)} alone"
+        )
+    if half and form != "pipeline":
+        raise FormatError(f"format {form}: fp16 is for pipeline alone, the others are fp32")
+    if form == "pipeline" and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FormatError(f"{out}: is there already; give a new folder")
+
+
 def _load_base(
     metadata: Mapping, model: str | Path | None, revision: str | None, config: str | None
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """The model that a delta changes, on the CPU; says so if it is another than the delta was made for."""
     if model is None:
         model, revision = metadata.get("base_model"), metadata.get("base_revision")
@@ -104,7 +115,7 @@ def _load_base(
     return pipeline
 
 
-def _write_pipeline(out: Path, pipeline: StableDiffusionPipeline, metadata: Mapping, half: bool) -> str:
+def _write_pipeline(out: Path, pipeline: DiffusionPipeline, metadata: Mapping, half: bool) -> str:
     """The whole model as a folder, with the delta's metadata beside it. There whole or not at all."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -116,32 +127,34 @@ def _write_pipeline(out: Path, pipeline: StableDiffusionPipeline, metadata: Mapp
     return f"the whole model in {'fp16' if half else 'fp32'}"
 
 
-def _write_delta_bin(out: Path, pipeline: StableDiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
-    """The reference's diffusers form. It knows the text encoder only whole."""
-    content = {"unet": {n.removeprefix("unet."): t for n, t in tensors.items() if n.startswith("unet.")}}
-    text = f"{len(content['unet'])} tensors of the UNet"
-    if len(content["unet"]) < len(tensors):
-        state = pipeline.text_encoder.state_dict()
-        content["text_encoder"] = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in state.items()}
-        text += f" and the whole text encoder ({len(tensors) - len(content['unet'])} changed tensors)"
+def _write_delta_bin(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
+    """The reference's diffusers form: a state dict by component. It knows a text encoder only whole."""
+    family = family_of(pipeline)
+    network, changed = family.network_name, {name.partition(".")[0] for name in tensors}
+    own = {n.removeprefix(f"{network}."): t for n, t in tensors.items() if n.startswith(f"{network}.")}
+    content, text = {network: own}, f"{len(own)} tensors of the {network}"
+    for component in sorted(changed - {network}):
+        state = family.encoders(pipeline)[component].state_dict()
+        # The name that transformers gave them when the reference was written, and before its version 5.
+        content[component] = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in state.items()}
+        count = sum(name.startswith(f"{component}.") for name in tensors)
+        text += f" and the whole {component} ({count} changed tensors)"
     with atomic_output(out) as part:
         torch.save(content, part)
     return text
 
 
-def _write_compvis(out: Path, pipeline: StableDiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
+def _write_compvis(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
     """The reference's CompVis form. It knows the token embedding only whole."""
-    unet = [name.removeprefix("unet.") for name in tensors if name.startswith("unet.")]
-    names = compvis_names(unet, pipeline.unet.config)
-    state = {names[name]: tensors[f"unet.{name}"] for name in unet}
-    text = f"{len(unet)} tensors of the UNet"
-    rows = [name for name in tensors if name.startswith(TOKEN_ROW)]
+    family = family_of(pipeline)
+    rows = [name for name in tensors if parse_token_row(name)]
+    names = family.compvis_names(pipeline, [name for name in tensors if name not in rows])
+    state = {theirs: tensors[name] for name, theirs in names.items()}
+    text = f"{len(names)} tensors"
     if rows:
-        state["embed"] = pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
+        (table,) = family.token_tables(pipeline).values()
+        state["embed"] = table.weight.detach().clone()
         text += f" and the whole token embedding ({len(rows)} changed rows)"
-    for name, value in tensors.items():
-        if not name.startswith(("unet.", TOKEN_ROW)):
-            state[TEXT_ENCODER + name.removeprefix("text_encoder.").removeprefix("text_model.")] = value
     with atomic_output(out) as part:
         torch.save({"state_dict": state}, part)
     return text
@@ -151,11 +164,13 @@ def _write_lora(
     out: Path,
     form: str,
     changes: Mapping[str, Tensor],
+    network: str,
     metadata: Mapping,
     rank: int | None,
     error: float | None,
 ) -> str:
-    lora = factorise(changes, rank=rank, error=error)
+    error = LORA_ERROR if rank is None and error is None else error
+    lora = factorise(changes, network, rank=rank, error=error)
     LORA_WRITERS[form](out, lora, {**metadata, "lora": {"rank": rank, "error_bound": error, **lora.report()}})
     for name, layer in lora.layers.items():
         log.info("%s: rank %d, relative error %.3g", name, layer.rank, layer.error)

@@ -1,10 +1,11 @@
 """Deltas made elsewhere, as ours: the reference's diffusers and CompVis files. docs/formats.md describes each form.
 
-Pickled files are read as tensors alone: no code in them runs. What writes these forms is in `exports`.
+Pickled files are read as tensors alone: no code in them runs. `delta_export` writes these forms.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import pickle
@@ -19,16 +20,23 @@ from torch import Tensor
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.hashes import file_hash, fingerprint
-from concept_ablation.diffusion.compvis import TEXT_ENCODER, UNET, compvis_names
-from concept_ablation.diffusion.delta import METADATA_KEY, TOKEN_ROW, DeltaError, load_delta, save_delta
-from concept_ablation.diffusion.parameters import trainable_parameters
+from concept_ablation.diffusion.compvis import TEXT_ENCODER, UNET
+from concept_ablation.diffusion.delta import (
+    METADATA_KEY,
+    DeltaError,
+    delta_parameters,
+    load_delta,
+    parse_token_row,
+    save_delta,
+    token_row_name,
+)
+from concept_ablation.diffusion.families.base import Family, family_of
 from concept_ablation.diffusion.pipeline import load_pipeline, why_refused
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
-EMBEDDING = "embeddings.token_embedding.weight"  # the text encoder's, in every version of its names
 ALLOWED = (
     "allowed: a delta of this project (.safetensors), the reference's diffusers delta ({'unet': ...}) or its CompVis delta "
     "({'state_dict': ...})"
@@ -45,15 +53,16 @@ def import_delta(
     *,
     revision: str | None = None,
     config: str | None = None,
-    allow_custom_code: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The tensors (fp32, named as in our deltas) and metadata of a delta in any form that we read.
 
-    `model`, `revision`, `config`, `allow_custom_code`: the base model, as for `load_pipeline`. Of the text encoder only what differs from it is
-    kept. Raises FormatError for a file that is no delta, would run code, or doesn't fit the model; DeltaError, ModelError.
+    `model`, `revision`, `config`, `trust_remote_code`: the base model, as for `load_pipeline`. Of the text encoders only
+    what differs from the model's is kept. Raises FormatError for a file that is no delta, would run code, or doesn't fit
+    the model; DeltaError, ModelError, LayoutError.
     """
-    pipeline = load_pipeline(str(model), revision, "cpu", config, allow_custom_code)
-    found = _read(path)
+    pipeline = load_pipeline(str(model), revision, "cpu", config, trust_remote_code)
+    found = _read(path, family_of(pipeline))
     tensors = _fit(found.names(pipeline), pipeline, path)
     known = dict.fromkeys(("kind", "targets", "anchor", "settings", "seed")) | found.metadata
     return tensors, {
@@ -80,35 +89,24 @@ def import_delta_stage(spec: Mapping, delta: str | Path) -> None:
         model["path"],
         revision=model["revision"],
         config=model.get("config"),
-        allow_custom_code=model.get("allow_custom_code", False),
+        trust_remote_code=model.get("allow_custom_code", False),
     )
     metadata |= {name: spec.get(name) for name in ("kind", "targets", "anchor", "stage", "version")}
     save_delta(delta, tensors, metadata)
     log.info("%s: %d tensors (%s) from %s", delta, len(tensors), metadata["group"], spec["file"])
 
 
-def delta_parameters(pipeline: StableDiffusionPipeline, names: Iterable[str] = ()) -> dict[str, Tensor]:
-    """A pipeline's parameters named as in a delta, and those of `names` that are rows of the token embedding."""
-    own = {f"unet.{name}": value for name, value in pipeline.unet.named_parameters()}
-    own |= {f"text_encoder.{name}": value for name, value in pipeline.text_encoder.named_parameters()}
-    rows = pipeline.text_encoder.get_input_embeddings().weight
-    for name in names:
-        token = name.removeprefix(TOKEN_ROW)
-        if token != name and token.isdecimal() and int(token) < len(rows):
-            own[name] = rows[int(token)]
-    return own
-
-
 @dataclass(frozen=True)
 class _Found:
-    """What a file held: its form, how to name its tensors as in a delta, and its metadata if it is ours."""
+    """What a file held: its form, what names its tensors as in a delta, and its metadata if it is ours."""
 
     form: str
-    names: Callable[[StableDiffusionPipeline], dict[str, Tensor]]
+    names: Callable[[DiffusionPipeline], dict[str, Tensor]]
     metadata: Mapping[str, object]
 
 
-def _read(path: str | Path) -> _Found:
+def _read(path: str | Path, family: Family) -> _Found:
+    """What the file at `path` holds, in whichever form it is. Raises FormatError, DeltaError."""
     metadata: Mapping[str, object] = {}
     if Path(path).suffix == ".safetensors":
         try:
@@ -124,7 +122,7 @@ def _read(path: str | Path) -> _Found:
         content = _unpickle(path)
     if not isinstance(content, Mapping) or not content:
         raise FormatError(f"{path}: holds a {type(content).__name__}, no delta ({ALLOWED})")
-    if set(content) <= {"unet", "text_encoder"}:
+    if set(content) <= {family.network_name, *family.text_encoders}:
         return _Found("delta-bin", lambda pipeline: _from_delta_bin(content, path), metadata)
     state = content.get("state_dict", content)
     if isinstance(state, Mapping) and "embed" in content and "embed" not in state:
@@ -168,23 +166,37 @@ def _from_delta_bin(content: Mapping, path: str | Path) -> dict[str, Tensor]:
     }
 
 
-def _from_compvis(state: Mapping, pipeline: StableDiffusionPipeline, path: str | Path) -> dict[str, Tensor]:
-    names = compvis_names((name for name, _ in pipeline.unet.named_parameters()), pipeline.unet.config)
-    ours = {theirs: f"unet.{name}" for name, theirs in names.items()}
-    named = {}
-    for name, value in state.items():
-        if name.startswith(TEXT_ENCODER):
-            named[f"text_encoder.{name.removeprefix(TEXT_ENCODER)}"] = value
-        elif name == "embed":
-            named[f"text_encoder.{EMBEDDING}"] = _whole_embedding(value, pipeline, path)
-        else:
-            named[ours.get(name, name)] = value
+def _from_compvis(state: Mapping, pipeline: DiffusionPipeline, path: str | Path) -> dict[str, Tensor]:
+    """A CompVis delta's tensors, named as in ours where the model has them; else by their own names."""
+    family = family_of(pipeline)
+    parts = {family.network_name: family.network(pipeline)} | family.encoders(pipeline)
+    own = [
+        f"{part}.{name}"
+        for part, module in parts.items()
+        for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())
+    ]
+    ours = {theirs: name for name, theirs in family.compvis_names(pipeline, own).items()}
+    named = {ours.get(name, name): value for name, value in state.items() if name != "embed"}
+    if "embed" in state:
+        ((name, encoder),) = _token_tables(pipeline, family).items()
+        table = family.token_tables(pipeline)[encoder].weight
+        named[name] = _whole_embedding(state["embed"], table.detach(), path)
     return named
 
 
-def _whole_embedding(rows: object, pipeline: StableDiffusionPipeline, path: str | Path) -> Tensor:
-    """The token embedding with its last rows replaced by `rows`, as the reference loads them."""
-    whole = pipeline.text_encoder.get_input_embeddings().weight.detach()
+def _token_tables(pipeline: DiffusionPipeline, family: Family) -> dict[str, str]:
+    """The name of each token embedding's weight in a delta -> its text encoder."""
+    tables = {id(table.weight): encoder for encoder, table in family.token_tables(pipeline).items()}
+    return {
+        f"{encoder}.{name}": encoder
+        for encoder, module in family.encoders(pipeline).items()
+        for name, value in module.named_parameters()
+        if id(value) in tables
+    }
+
+
+def _whole_embedding(rows: object, whole: Tensor, path: str | Path) -> Tensor:
+    """The token embedding `whole` with its last rows replaced by `rows`, as the reference loads them."""
     width = whole.shape[1]
     if not isinstance(rows, Tensor) or rows.numel() % width or rows.numel() > whole.numel():
         shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
@@ -197,27 +209,37 @@ def _whole_embedding(rows: object, pipeline: StableDiffusionPipeline, path: str 
 
 
 @torch.no_grad()
-def _fit(
-    named: Mapping[str, object], pipeline: StableDiffusionPipeline, path: str | Path
-) -> dict[str, Tensor]:
-    """The delta's tensors in fp32, each of a parameter's shape; of the text encoder what differs. Raises FormatError."""
-    own = delta_parameters(pipeline, named)
-    buffers = {f"text_encoder.{name}" for name, _ in pipeline.text_encoder.named_buffers()}
-    tensors, wrong, flattened = {}, [], not hasattr(pipeline.text_encoder, "text_model")
+def _fit(named: Mapping[str, object], pipeline: DiffusionPipeline, path: str | Path) -> dict[str, Tensor]:
+    """The delta's tensors in fp32, each of its parameter's shape; of the text encoders what differs from the model's.
+
+    Raises FormatError.
+    """
+    family = family_of(pipeline)
+    named = {family.own_name(pipeline, name): value for name, value in named.items()}
+    own = {
+        name: value
+        for name, value in delta_parameters(pipeline, named).items()
+        if name.partition(".")[0] in (family.network_name, *family.text_encoders)
+    }
+    tables = _token_tables(pipeline, family)
+    buffers = {
+        f"{encoder}.{name}"
+        for encoder, module in family.encoders(pipeline).items()
+        for name, _ in module.named_buffers()
+    }
+    tensors, wrong = {}, []
     for name, value in named.items():
-        if flattened:
-            name = name.replace("text_encoder.text_model.", "text_encoder.", 1)
         if name in buffers:
             continue
         if name not in own or not isinstance(value, Tensor) or value.shape != own[name].shape:
             wrong.append(_misfit(name, value, own.get(name)))
         elif not value.is_floating_point() or not torch.isfinite(value).all():
             raise FormatError(f"{path}: {name} holds values that are no finite numbers")
-        elif name.startswith(("unet.", TOKEN_ROW)):
+        elif name.startswith(f"{family.network_name}.") or parse_token_row(name):
             tensors[name] = value.float()
-        elif name == f"text_encoder.{EMBEDDING}":
+        elif name in tables:
             changed = (value != own[name].to(value.dtype)).any(1).nonzero().flatten().tolist()
-            tensors |= {f"{TOKEN_ROW}{token}": value[token].float() for token in changed}
+            tensors |= {token_row_name(tables[name], token): value[token].float() for token in changed}
         elif not torch.equal(value, own[name].to(value.dtype)):
             tensors[name] = value.float()
     if wrong:
@@ -236,17 +258,23 @@ def _misfit(name: str, value: object, own: Tensor | None) -> str:
     return f"{name}: {shape}, in this model {tuple(own.shape)}"
 
 
-def detect_group(tensors: Iterable[str], pipeline: StableDiffusionPipeline) -> str:
-    """The smallest parameter group that holds `tensors`; "text-encoder" joins it where more than token rows changed."""
-    names = set(tensors)
-    unet = {name.removeprefix("unet.") for name in names if name.startswith("unet.")}
+def detect_group(tensors: Iterable[str], pipeline: DiffusionPipeline) -> str:
+    """The smallest parameter group that holds `tensors`.
+
+    Where a text encoder changed, "embedding" joins it, or "text-encoder" if more than token rows did.
+    """
+    family, names = family_of(pipeline), set(tensors)
+    prefix = f"{family.network_name}."
+    network = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     parts = []
-    if unet:
-        groups = ("cross-attn", "attn", "full-weight")
-        parts = [group for group in groups if unet <= set(trainable_parameters(pipeline.unet, group))][:1]
-    text = {name for name in names if name.startswith("text_encoder.")}
+    if network:
+        whole = family.network(pipeline)
+        parts = [
+            group for group in family.groups if network <= set(family.trainable_parameters(whole, group))
+        ][:1]
+    text = {name for name in names if not name.startswith(prefix)}
     if text:
-        parts.append("embedding" if all(name.startswith(TOKEN_ROW) for name in text) else "text-encoder")
+        parts.append("embedding" if all(parse_token_row(name) for name in text) else "text-encoder")
     return " + ".join(parts)
 
 

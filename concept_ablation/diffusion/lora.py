@@ -42,12 +42,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Lora:
-    """`layers`: UNet layer -> its factors. `left_out`: changed parameters that a LoRA can't hold.
+    """`network`: the component whose layers these are. `layers`: a layer there -> its factors.
 
-    `error`: what the layers miss of the whole change, `left_out` among it, relative to its Frobenius norm;
+    `left_out`: changed parameters that a LoRA can't hold. `error`: what the layers miss of the whole change, `left_out` among it, relative to its Frobenius norm;
     `left_out_share`: the norm of what was left out, relative to the same.
     """
 
+    network: str
     layers: dict[str, Layer]
     left_out: list[str]
     error: float
@@ -81,8 +82,10 @@ class Lora:
         return text
 
 
-def factorise(changes: Mapping[str, Tensor], *, rank: int | None = None, error: float | None = None) -> Lora:
-    """`changes` (parameter -> ablated minus base, named as in a delta) as a LoRA of the UNet.
+def factorise(
+    changes: Mapping[str, Tensor], network: str, *, rank: int | None = None, error: float | None = None
+) -> Lora:
+    """`changes` (parameter -> ablated minus base, named as in a delta) as a LoRA of the component `network`.
 
     Each layer gets `rank`, or the least rank whose error is at most `error` (0 to 1; give one of the two). Unchanged
     parameters need no factors. Raises LoraError.
@@ -98,17 +101,21 @@ def factorise(changes: Mapping[str, Tensor], *, rank: int | None = None, error: 
         squares[name] = float(change.double().square().sum())
         if not squares[name]:
             continue
-        if name.startswith("unet.") and name.endswith(".weight") and change.ndim in (2, 4):
-            layer = name.removeprefix("unet.").removesuffix(".weight")
+        if name.startswith(f"{network}.") and name.endswith(".weight") and change.ndim in (2, 4):
+            layer = name.removeprefix(f"{network}.").removesuffix(".weight")
             layers[layer] = _factors(change, rank, error)
         else:
             left_out.append(name)
     if not layers:
         what = f"only {left_out[0]} and the like" if left_out else "nothing"
-        raise LoraError(f"the delta changes {what}: a LoRA holds layers' weights of the UNet, nothing else")
+        raise LoraError(
+            f"the delta changes {what}: a LoRA holds layers' weights of the {network}, nothing else"
+        )
     total, left = sum(squares.values()), sum(squares[name] for name in left_out)
-    missed = left + sum(layer.error**2 * squares[f"unet.{name}.weight"] for name, layer in layers.items())
-    return Lora(layers, left_out, math.sqrt(missed / total), math.sqrt(left / total))
+    missed = left + sum(
+        layer.error**2 * squares[f"{network}.{name}.weight"] for name, layer in layers.items()
+    )
+    return Lora(network, layers, left_out, math.sqrt(missed / total), math.sqrt(left / total))
 
 
 def _factors(change: Tensor, rank: int | None, error: float | None) -> Layer:
@@ -144,19 +151,20 @@ def save_diffusers(path: str | Path, lora: Lora, metadata: Mapping[str, object])
     """Write the LoRA as diffusers' `load_lora_weights` reads it."""
     tensors = {}
     for name, layer in lora.layers.items():
-        tensors[f"unet.{name}.lora_A.weight"] = layer.down
-        tensors[f"unet.{name}.lora_B.weight"] = layer.up
+        tensors[f"{lora.network}.{name}.lora_A.weight"] = layer.down
+        tensors[f"{lora.network}.{name}.lora_B.weight"] = layer.up
     ranks = {name: layer.rank for name, layer in lora.layers.items()}
     first = next(iter(ranks.values()))
     # Some versions of diffusers take the first layer's rank for every layer's alpha; this tells them.
     config = {
-        "unet.r": first,
-        "unet.lora_alpha": first,
-        "unet.rank_pattern": ranks,
-        "unet.alpha_pattern": ranks,
-        "unet.target_modules": list(ranks),
+        "r": first,
+        "lora_alpha": first,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": list(ranks),
     }
-    _save(path, tensors, metadata, {"lora_adapter_metadata": json.dumps(config)})
+    named = {f"{lora.network}.{name}": value for name, value in config.items()}
+    _save(path, tensors, metadata, {"lora_adapter_metadata": json.dumps(named)})
 
 
 def save_kohya(path: str | Path, lora: Lora, metadata: Mapping[str, object]) -> None:
@@ -164,7 +172,7 @@ def save_kohya(path: str | Path, lora: Lora, metadata: Mapping[str, object]) -> 
     # Readers scale by alpha / rank. One alpha for all: diffusers mixes up an attention layer's own with the others'.
     alpha, tensors = max(layer.rank for layer in lora.layers.values()), {}
     for name, layer in lora.layers.items():
-        flat = f"lora_unet_{name.replace('.', '_')}"
+        flat = f"lora_unet_{name.replace('.', '_')}"  # kohya's prefix, whatever the network is
         tensors[f"{flat}.lora_down.weight"] = layer.down
         tensors[f"{flat}.lora_up.weight"] = layer.up * (layer.rank / alpha)
         tensors[f"{flat}.alpha"] = torch.tensor(float(alpha))

@@ -10,28 +10,20 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.hardware import Precision, autocast
 from concept_ablation.common.logs import progress_bar
+from concept_ablation.diffusion.families.base import family_of
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-
-
-# Name in a config -> diffusers class and what it is told beyond the model's own schedule.
-SCHEDULERS: dict[str, tuple[str, dict]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-}
 
 
 class SamplerError(UserError):
@@ -39,7 +31,7 @@ class SamplerError(UserError):
 
 
 def sample_images(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -50,7 +42,7 @@ def sample_images(
 ) -> Iterator[Image]:
     """Yield one RGB image for each prompt and its seed, in order.
 
-    `sampler`: `scheduler` (a name in SCHEDULERS or `default`, the pipeline's own), `steps`, `guidance_scale`
+    `sampler`: `scheduler` (one of the family's `schedulers` or `default`, the pipeline's own), `steps`, `guidance_scale`
     (1: none), `eta` (0..1, of ddim), `precision` (auto, fp32, bf16, fp16), `height` and `width` (pixels;
     None: the model's own). `negative_prompt`: what guidance leads away from, instead of the empty prompt.
     Image i starts from the same noise whatever `batch_size` and device; on a CPU it is the same, within one grey level,
@@ -72,62 +64,56 @@ def sample_images(
 
 
 def _sample_batch(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampler: Mapping[str, object],
     negative_prompt: str | None,
 ) -> list[Image]:
+    family, own_scheduler = family_of(pipeline), pipeline.scheduler
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    own_scheduler = pipeline.scheduler
-    pipeline.scheduler = make_scheduler(own_scheduler, str(sampler["scheduler"]))
+    pipeline.scheduler = make_scheduler(own_scheduler, str(sampler["scheduler"]), family.schedulers)
     try:
         with (
-            _mixed_precision(pipeline.unet, sampler["precision"], pipeline.device),
+            _mixed_precision(family.network(pipeline), sampler["precision"], pipeline.device),
             _one_at_a_time(pipeline.vae),
         ):
-            return pipeline(
-                list(prompts),
-                negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-                num_inference_steps=sampler["steps"],
-                guidance_scale=sampler["guidance_scale"],
-                eta=sampler["eta"],
-                height=sampler["height"],
-                width=sampler["width"],
-                generator=generators,
-            ).images
+            return family.sample(pipeline, prompts, generators, sampler, negative_prompt)
     finally:
         pipeline.scheduler = own_scheduler
 
 
-def make_scheduler(own: object, name: str) -> object:
-    """A fresh scheduler called `name` with the noise schedule of `own`. Raises SamplerError."""
+def make_scheduler(own: Any, name: str, known: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Any:
+    """A fresh scheduler called `name`, one of `known` or `default`, with the noise schedule of `own`.
+
+    Raises SamplerError.
+    """
     if name == "default":
         return type(own).from_config(own.config)
-    if name not in SCHEDULERS:
-        raise SamplerError(f"scheduler {name!r} is unknown (allowed: {', '.join(['default', *SCHEDULERS])})")
-    kind, settings = SCHEDULERS[name]
+    if name not in known:
+        raise SamplerError(f"scheduler {name!r} is unknown (allowed: {', '.join(['default', *known])})")
+    kind, settings = known[name]
     return getattr(importlib.import_module("diffusers.schedulers"), kind).from_config(own.config, **settings)
 
 
 @contextlib.contextmanager
-def _mixed_precision(unet: torch.nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let `unet` compute in `precision` and answer in fp32.
+def _mixed_precision(network: torch.nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
+    """Let `network` compute in `precision` and answer in fp32.
 
     Guidance and the scheduler then compute in fp32, and so does the VAE, whose steps of half precision would
     show as grey levels that depend on the batch.
     """
-    forward = unet.forward
+    forward = network.forward
 
     def mixed(*inputs, **named) -> tuple[torch.Tensor, ...]:
         with autocast(precision, device):
             return tuple(part.float() for part in forward(*inputs, **named))
 
-    unet.forward = mixed
+    network.forward = mixed
     try:
         yield
     finally:
-        unet.forward = forward
+        network.forward = forward
 
 
 @contextlib.contextmanager

@@ -14,19 +14,19 @@ from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.diffusion.sampler import sample_images
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 
 
-def load_model(model: Mapping, device: str) -> StableDiffusionPipeline:
+def load_model(model: Mapping, device: str) -> DiffusionPipeline:
     """The pipeline that a spec's `model` names: `path`, `revision` and, if set, `config`, `allow_custom_code`."""
     return load_pipeline(
         model["path"],
         model["revision"],
         device,
         model.get("config"),
-        allow_custom_code=model.get("allow_custom_code", False),
+        trust_remote_code=model.get("allow_custom_code", False),
     )
 
 
@@ -60,7 +60,7 @@ def _sample_probes(
     write_images(out_path, rows, pipeline, spec, {"delta_metadata": delta})
 
 
-def draw_probes(pipeline: StableDiffusionPipeline, probes: Sequence[Mapping], **options) -> Iterator[dict]:
+def draw_probes(pipeline: DiffusionPipeline, probes: Sequence[Mapping], **options) -> Iterator[dict]:
     """Rows with images; image i of a probe has prompt i (modulo their number), seed + i. `options`: sample_images'."""
     rows = list(_probe_rows(probes))
     images = sample_images(
@@ -71,7 +71,7 @@ def draw_probes(pipeline: StableDiffusionPipeline, probes: Sequence[Mapping], **
 
 
 def write_images(
-    path: str | Path, rows: Iterable[dict], pipeline: StableDiffusionPipeline, spec: Mapping, extra: Mapping
+    path: str | Path, rows: Iterable[dict], pipeline: DiffusionPipeline, spec: Mapping, extra: Mapping
 ) -> None:
     """Write a store whose metadata is the spec, `extra`, and what the images were computed on."""
     precision = resolve_precision(spec["sampler"]["precision"], pipeline.device)

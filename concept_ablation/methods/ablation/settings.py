@@ -11,7 +11,7 @@ from torch import nn
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.hardware import Precision
-from concept_ablation.diffusion.parameters import ParameterGroup
+from concept_ablation.diffusion.families.base import ParameterGroup
 from concept_ablation.methods.ablation.data import Augmentation
 
 OPTIMIZERS = ("adamw", "adamw8bit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from concept_ablation.common.hardware import resolve_precision
 from concept_ablation.common.image_store import read_store
 from concept_ablation.common.logs import progress_bar
 from concept_ablation.diffusion.delta import METADATA_KEY, save_delta
+from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.diffusion.stages import load_model
 from concept_ablation.methods.ablation.checkpoints import load_checkpoint, save_checkpoint
 from concept_ablation.methods.ablation.data import AnchorData
@@ -46,15 +48,20 @@ def ablate_concept(
     model = spec["model"]
     pipeline = load_model(model, device)
     settings, data = TrainingSettings.from_spec(spec["training"]), AnchorData.from_store(anchors_path)
-    targets, tokens = _target_prompts(spec, data, anchors_path), []
+    targets, tokens = _target_prompts(spec, data, anchors_path), {}
+    tokenizers = family_of(pipeline).tokenizers(pipeline)
     if settings.group == "embedding":
-        tokens = target_tokens(pipeline.tokenizer, spec["targets"], spec["anchor"])
+        tokens = {
+            encoder: target_tokens(tokenizer, spec["targets"], spec["anchor"])
+            for encoder, tokenizer in tokenizers.items()
+        }
     training = Training(pipeline, data, targets, settings, seed=spec["seed"], tokens=tokens)
     checkpoint = Path(checkpoint_path) if checkpoint_path is not None and checkpoint_steps else None
     records = _train(training, spec, checkpoint, checkpoint_steps)
     metadata = _describe(spec, settings, pipeline.device)
     if tokens:
-        metadata["tokens"] = pipeline.tokenizer.convert_ids_to_tokens(tokens)
+        words = [tokenizers[encoder].convert_ids_to_tokens(ids) for encoder, ids in tokens.items()]
+        metadata["tokens"] = list(itertools.chain(*words))
     write_records(training_path, records, metadata)
     save_delta(delta_path, training.parameters, metadata)
     if checkpoint:

@@ -1,23 +1,24 @@
-"""The parameter group `embedding`: rows of the text encoder's token embedding, one for each target token.
+"""The parameter group `embedding`: rows of the text encoders' token embeddings, one for each target token.
 
-Only those rows are parameters, so no gradient, weight decay or optimizer state reaches any other. A delta
-names them `text_encoder.token_embedding.<token id>`, (width,) each: a few kilobytes, whatever the vocabulary.
+Only those rows are parameters, so no gradient, weight decay or optimizer state reaches any other. A delta names them
+`<text encoder>.token_embedding.<token id>`, (width,) each: a few kilobytes, whatever the vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from concept_ablation.diffusion.delta import TOKEN_ROW
+from concept_ablation.diffusion.delta import token_row_name
+from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.methods.ablation.settings import TrainingError
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 def target_tokens(tokenizer: Any, targets: Sequence[str], anchor: str) -> list[int]:
@@ -42,41 +43,54 @@ def target_tokens(tokenizer: Any, targets: Sequence[str], anchor: str) -> list[i
     return sorted(chosen)
 
 
-class TokenRows:
-    """Trainable rows in place of those that a pipeline's token embedding has for `tokens`.
+class TrainableTokenEmbeddings:
+    """Trainable rows in place of those that a pipeline's token embeddings have for some tokens.
 
-    `parameters`: token id -> (width,), set to the embedding's values; `original`: the values at the start.
+    `tokens`: by text encoder, the ids of the tokens to train. `parameters`: a row's name in a delta -> (width,), which
+    starts from the embedding's values. While the rows train, the pipeline's own embeddings stay as they are until `write`.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, tokens: Sequence[int]) -> None:
-        self.embedding: nn.Embedding = pipeline.text_encoder.get_input_embeddings()
-        weight = self.embedding.weight
-        self.tokens = torch.tensor(list(tokens), dtype=torch.long, device=weight.device)
-        self.original = weight.detach()[self.tokens].clone()
-        self.parameters = {token: nn.Parameter(weight.detach()[token].clone()) for token in tokens}
-
-    @property
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The rows by their names in a delta."""
-        return {f"{TOKEN_ROW}{token}": row for token, row in self.parameters.items()}
+    def __init__(self, pipeline: DiffusionPipeline, tokens: Mapping[str, Sequence[int]]) -> None:
+        tables = family_of(pipeline).token_tables(pipeline)
+        self._rows = [_Rows(encoder, tables[encoder], ids) for encoder, ids in tokens.items() if ids]
+        self.parameters = {name: row for rows in self._rows for name, row in rows.parameters.items()}
 
     @contextlib.contextmanager
     def active(self, original: bool = False) -> Iterator[None]:
-        """Inside, the embedding gives these rows, with their gradient, or the `original` ones, without."""
+        """Inside, the embeddings give these rows, with their gradient, or the values at the start, without."""
+        hooks = [rows.table.register_forward_hook(rows.replacing(original)) for rows in self._rows]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put the rows' values into the embeddings."""
+        for rows in self._rows:
+            for token, row in zip(rows.tokens.tolist(), rows.parameters.values(), strict=True):
+                rows.table.weight[token] = row
+
+
+class _Rows:
+    """The trainable rows of one token embedding, and what they were at the start."""
+
+    def __init__(self, encoder: str, table: nn.Embedding, tokens: Sequence[int]) -> None:
+        self.table = table
+        self.tokens = torch.tensor(list(tokens), dtype=torch.long, device=table.weight.device)
+        self.original = table.weight.detach()[self.tokens].clone()
+        names = [token_row_name(encoder, token) for token in tokens]
+        self.parameters = {
+            name: nn.Parameter(row.clone()) for name, row in zip(names, self.original, strict=True)
+        }
+
+    def replacing(self, original: bool) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+        """A forward hook of the embedding that puts these rows, or the original ones, in its output."""
 
         def replace(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             rows = self.original if original else torch.stack(list(self.parameters.values()))
             found = inputs[0].unsqueeze(-1) == self.tokens
             return torch.where(found.any(-1, keepdim=True), rows[found.int().argmax(-1)], output)
 
-        hook = self.embedding.register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Put the rows' values into the embedding."""
-        for token, row in self.parameters.items():
-            self.embedding.weight[token] = row
+        return replace

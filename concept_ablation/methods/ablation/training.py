@@ -1,9 +1,12 @@
 """Training: make a network predict for a target prompt what it predicts for the anchor prompt.
 
-`Training` changes a pipeline in place and yields a record after each optimizer step; whoever iterates logs,
-shows progress, saves its state, or stops. All random numbers come from its own generators, on the CPU: two
-runs on a CPU are equal bit for bit, also if one was stopped and went on. On a GPU the draws are the same, the
-roundings needn't be.
+A step is: draw images, prompts, noise and timesteps (`draws`); encode them, predict and take the losses (`objective`,
+`losses`); go backward; clip the gradient; let the optimizer and the learning rate go on.
+
+`Training` changes a pipeline in place and yields a record after each optimizer step; whoever iterates logs, shows
+progress, saves its state, or stops. All random numbers come from the generators of `draws.TrainingDraws`, on the CPU: two
+runs on a CPU are equal bit for bit, also if one was stopped and went on. On a GPU the draws are the same, the roundings
+needn't be.
 """
 
 from __future__ import annotations
@@ -20,20 +23,21 @@ import torch
 from torch import nn
 
 from concept_ablation.common.hardware import Precision, peak_memory, resolve_precision
-from concept_ablation.diffusion.parameters import detach_bos, trainable_parameters
+from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.methods.ablation.data import AnchorData
-from concept_ablation.methods.ablation.objective import Losses
+from concept_ablation.methods.ablation.draws import TrainingDraws
+from concept_ablation.methods.ablation.objective import AblationObjective
 from concept_ablation.methods.ablation.settings import (
     TrainingError,
     TrainingSettings,
     make_lr_scheduler,
     make_optimizer,
 )
-from concept_ablation.methods.ablation.token_embeddings import TokenRows
+from concept_ablation.methods.ablation.token_embeddings import TrainableTokenEmbeddings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 
@@ -58,49 +62,68 @@ class StepRecord:
 class Training:
     """The training of `pipeline` on `data`, in place: iterating it takes the steps that are left.
 
-    `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. `tokens`: the
-    ids of the tokens that group `embedding` trains. `parameters`: what is trained, named as in a delta.
+    `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. `tokens`: by text
+    encoder, the ids of the tokens that group `embedding` trains. `parameters`: what is trained, named as in a delta.
     """
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         data: AnchorData,
         targets: Sequence[Sequence[str]],
         settings: TrainingSettings,
         *,
         seed: int,
-        tokens: Sequence[int] = (),
+        tokens: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.pipeline, self.settings, self.step = pipeline, settings, 0
-        pipeline.unet.requires_grad_(False)
-        pipeline.text_encoder.requires_grad_(False)
-        self.rows = TokenRows(pipeline, tokens) if settings.group == "embedding" else None
-        own = trainable_parameters(pipeline.unet, settings.group)
-        self.parameters: dict[str, nn.Parameter] = {f"unet.{name}": value for name, value in own.items()}
-        if self.rows:
-            self.parameters = self.rows.named_parameters
-        if not self.parameters:
-            raise TrainingError(f"group {settings.group!r}: there is nothing to train")
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        self.family = family_of(pipeline)
+        self.network = self.family.network(pipeline)
+        self.embeddings = None
+        if settings.group == "embedding":
+            self.embeddings = TrainableTokenEmbeddings(pipeline, tokens or {})
+        self.parameters = self._trainable()
         self._accelerator = _make_accelerator(settings.precision, pipeline.device)
         optimizer = make_optimizer(list(self.parameters.values()), settings)
         self._lr_scheduler = make_lr_scheduler(optimizer, settings)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
-        self._losses = Losses(pipeline, data, targets, settings, self._accelerator, seed, self.rows)
+        self._objective = AblationObjective(pipeline, settings, self._accelerator, self.embeddings)
+        self._draws = TrainingDraws(
+            data,
+            targets,
+            settings,
+            seed,
+            self._objective.schedule,
+            channels=self.family.latent_channels(pipeline),
+            vae_factor=pipeline.vae_scale_factor,
+        )
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters to train, by their names in a delta; the pipeline's others get no gradient. Raises TrainingError."""
+        for part in (self.network, *self.family.encoders(self.pipeline).values()):
+            part.requires_grad_(False)
+        if self.embeddings is not None:
+            parameters = self.embeddings.parameters
+        else:
+            own = self.family.trainable_parameters(self.network, self.settings.group)
+            parameters = {f"{self.family.network_name}.{name}": value for name, value in own.items()}
+        if not parameters:
+            raise TrainingError(f"group {self.settings.group!r}: there is nothing to train")
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        return parameters
 
     def __iter__(self) -> Iterator[StepRecord]:
         """Take the steps up to `settings.steps`. Raises TrainingError if the loss is no number any more."""
-        unet = self.pipeline.unet
+        detached = self.family.detach_bos(self.network)
         if self.settings.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            self.network.enable_gradient_checkpointing()
         try:
-            with detach_bos(unet) if self.settings.detach_bos else contextlib.nullcontext():
+            with detached if self.settings.detach_bos else contextlib.nullcontext():
                 while self.step < self.settings.steps:
                     yield self._take_step()
         finally:
-            unet.disable_gradient_checkpointing()
+            self.network.disable_gradient_checkpointing()
 
     def _take_step(self) -> StepRecord:
         started, step = time.perf_counter(), self.step + 1
@@ -113,8 +136,8 @@ class Training:
         self._optimizer.step()
         self._lr_scheduler.step()
         self._optimizer.zero_grad()
-        if self.rows:
-            self.rows.write()
+        if self.embeddings is not None:
+            self.embeddings.write()
         self.step = step
         seconds = time.perf_counter() - started
         memory = peak_memory(self.pipeline.device)
@@ -127,7 +150,7 @@ class Training:
         means = torch.zeros(len(weights))
         for _ in range(settings.gradient_accumulation):
             # Loss by loss, so that one graph is alive at a time; their gradients add up.
-            for number, loss in enumerate(self._losses.of_next_batch()):
+            for number, loss in enumerate(self._objective.losses(self._draws.next_batch())):
                 share = loss / settings.gradient_accumulation
                 self._accelerator.backward(weights[number] * share)
                 means[number] += share.detach().cpu()
@@ -135,7 +158,12 @@ class Training:
         return loss, prior
 
     def state(self) -> dict[str, object]:
-        """All that the steps to come depend on: tensors, and what JSON can hold."""
+        """All that the steps to come depend on, as a checkpoint must hold it: tensors, and what JSON can hold.
+
+        The number of steps taken; the trained parameters; the states of the optimizer, of the learning rate's schedule
+        and, in fp16, of the gradient's scaler; the state of the draws. A frozen teacher isn't in it: it is the network
+        before training, which a training of the same pipeline has again.
+        """
         scaler = self._accelerator.scaler
         return {
             "step": self.step,
@@ -143,7 +171,7 @@ class Training:
             "optimizer": self._optimizer.state_dict(),
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
-            "draws": self._losses.state(),
+            "draws": self._draws.state(),
         }
 
     def restore(self, state: Mapping) -> None:
@@ -151,13 +179,13 @@ class Training:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
-        if self.rows:
-            self.rows.write()
+        if self.embeddings is not None:
+            self.embeddings.write()
         self._optimizer.load_state_dict(state["optimizer"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self._accelerator.scaler:
             self._accelerator.scaler.load_state_dict(state["scaler"])
-        self._losses.restore(state["draws"])
+        self._draws.restore(state["draws"])
         self.step = state["step"]
 
 
