@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_ablation.common import score_table as columns
 from concept_ablation.common.image_store import StoreError, write_store
 from concept_ablation.common.roles import probe_roles
-from concept_ablation.common.score_table import COLUMNS, SHARES, UNITS
+from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.statistics import Estimate
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import figures, formatting, sections
 from concept_ablation.report import page as report
 from concept_ablation.report.tables import aggregate_scores
+from tests.shipped import report_spec
 
 WHEN = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 HOSTILE = '"><script>alert(1)</script>{{ 7*7 }}<img src=x onerror=alert(2)>'
@@ -45,7 +45,7 @@ def scores(row):
         roles = [*roles, ("targets", "targets")]
     measure = KINDS[row["kind"]].measure
     for role, probe in roles:
-        for metric, unit in UNITS.items():
+        for metric, entry in METRICS.items():
             if metric == "recognition" and role == "anchor":
                 continue
             others = ("copy_rate", "copy_similarity", "detected", "neutral_share", "above_neutral")
@@ -63,7 +63,7 @@ def scores(row):
                 if role == "anchor" and metric in ("typical", "content"):
                     value = {"base": 0.92, "ablated": 0.83, "difference": -0.09}[model]
                 made = Estimate(
-                    value, value - 0.01, value + 0.01, 12, "wilson" if metric in SHARES else "bootstrap"
+                    value, value - 0.01, value + 0.01, 12, "wilson" if entry.is_share else "bootstrap"
                 )
                 place = {
                     "probe": probe,
@@ -75,7 +75,12 @@ def scores(row):
                 }
                 line = {name: row[name] for name in ("concept", "kind", "target", "anchor")} | place
                 line |= {"value": made.value, "ci_low": made.low, "ci_high": made.high, "n": made.n}
-                yield line | {"unit": unit, "interval": made.interval, "features": "CLIP tiny", "key": "k"}
+                yield line | {
+                    "unit": entry.unit,
+                    "interval": made.interval,
+                    "features": "CLIP tiny",
+                    "key": "k",
+                }
 
 
 def make_row(
@@ -86,10 +91,11 @@ def make_row(
     kind="object",
     prompt="a picture",
     image=None,
+    paraphrases=(),
 ):
     targets = target.split("; ")
     row = {"concept": concept, "kind": kind, "target": target, "targets": targets, "anchor": "cat"}
-    row |= {"neighbors": list(neighbors), "image": image}
+    row |= {"neighbors": list(neighbors), "image": image, "paraphrases": list(paraphrases)}
     where = folder / hashlib.sha256(concept.encode()).hexdigest()[:8]
     where.mkdir()
     for name, file in (("scores", "scores"), ("samples", "samples"), ("training", "training")):
@@ -117,7 +123,7 @@ def make_row(
 
 
 def make_page(folder, rows, **page):
-    spec = {"rows": rows, "page": page}
+    spec = report_spec(rows, **page)
     long, wide, out = (
         folder / "report" / name for name in ("scores.parquet", "summary.parquet", "index.html")
     )
@@ -247,7 +253,7 @@ def test_a_page_is_made_row_by_row(tmp_path, monkeypatch):
     """A row's pictures are read only when the page gets there: nothing holds all rows."""
     rows = [make_row(tmp_path, f"row {number}", neighbors=()) for number in range(3)]
     order = []
-    monkeypatch.setattr(sections, "_settings", lambda metadata: order.append("made") or [])
+    monkeypatch.setattr(sections, "flat_settings", lambda *_: order.append("made") or [])
     original = report.jinja2.environment.TemplateStream.__next__
 
     def watched(stream):
@@ -369,7 +375,7 @@ WORST = {
 
 def with_worst(folder, rows, changes):
     """The page and the terminal's table of a summary with these columns in its first line."""
-    spec = {"rows": rows}
+    spec = report_spec(rows)
     long, wide, out = (folder / name for name in ("scores.parquet", "summary.parquet", "index.html"))
     aggregate_scores(spec, long, wide)
     lines = pq.read_table(wide).to_pylist()
@@ -404,14 +410,9 @@ def test_firm_and_provisional_stand_beside_the_verdict_but_not_beside_an_inconcl
     assert 'data-verdict="inconclusive about a neighbor"><i class="open">' in text  # its filter
 
 
-def test_a_role_without_a_verdict_is_shown_as_not_judged(tmp_path, monkeypatch):
-    def roles(row):
-        found = columns.probe_roles(row)
-        return [*found[:1], ("paraphrase", "the same in other words"), *found[1:]]
-
-    for module in (report, sections, sys.modules[__name__]):
-        monkeypatch.setattr(module, "probe_roles", roles)
-    text = make_page(tmp_path, [make_row(tmp_path, "a", kind="memorization")])
+def test_a_role_without_a_verdict_is_shown_as_not_judged(tmp_path):
+    words = ("the same in other words",)
+    text = make_page(tmp_path, [make_row(tmp_path, "a", kind="memorization", paraphrases=words)])
     Elements(text)
     assert re.findall(r'class="role">(\w+)<', text)[:3] == ["target", "paraphrase", "anchor"]
     (head,) = re.findall(r'class="role">paraphrase<.*?class="of"', text, re.DOTALL)

@@ -43,7 +43,9 @@ class NearestNeighbors(NamedTuple):
         """
         same_seeds = reference is None
         reference = base if same_seeds else reference
-        return cls(*(_nearest_cosine(side, reference) for side in (base, ablated, reference)), same_seeds)
+        return cls(
+            *(nearest_neighbor_similarity(side, reference) for side in (base, ablated, reference)), same_seeds
+        )
 
     def typical(self, outliers: float = OUTLIERS) -> tuple[np.ndarray, np.ndarray]:
         """For the base and the ablated model, (n,): 1 where an image could be one of the reference's, else 0.
@@ -85,7 +87,7 @@ def typical_change(
     return Estimate(fixed.value, min(low, fixed.low), max(high, fixed.high), fixed.n, "redrawn-limit")
 
 
-def _nearest_cosine(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def nearest_neighbor_similarity(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """(n,): each image's largest cosine with a reference image of another row."""
     if len(reference) < 2:
         raise ValueError(f"typical images need at least 2 reference images, got {len(reference)}")

@@ -21,19 +21,19 @@ import pyarrow.parquet as pq
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.image_store import open_store
 from concept_ablation.common.roles import POOLS, probe_roles
-from concept_ablation.common.score_table import COLUMNS, SHARES
+from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import verdict
 from concept_ablation.report.figures import change_bar, sparkline, target_bar
-from concept_ablation.report.formatting import format_metric, points, share
+from concept_ablation.report.formatting import format_metric, is_share, points, printable, share
 from concept_ablation.report.sections import previews, sections
 from concept_ablation.report.tables import missing_rows, report_rows
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
-TONES = {
+VERDICT_COLORS = {
     verdict.KEPT: "good",
     verdict.ALONE: "good",
     verdict.HARMED: "warn",
@@ -43,18 +43,12 @@ TONES = {
 }
 """Colour of a verdict; the inconclusive ones are neutral."""
 
-MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
+TERMINAL_MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
 """The same in a terminal."""
-
-SEEN = {"clip_accuracy": "seen by CLIP", "copy_rate": "copied", "detected": "flagged"}
-"""The measure that decides for a kind, in a word or three."""
-
-PAGE = {"images_per_probe": 8, "image_budget": 6000, "open_rows": 12}
-"""Pairs of pictures a probe; pictures on the whole page (but a pair a row in any case); up to so many rows are unfolded."""
 
 
 def render(
-    spec: Mapping | Sequence[Mapping],
+    spec: Mapping,
     scores_path: str | Path,
     summary_path: str | Path,
     out_path: str | Path,
@@ -63,17 +57,16 @@ def render(
     """Writes the page to `out_path`, whole or not at all.
 
     Args:
-        spec: as for `tables.aggregate_scores`; a mapping may also hold "page", other values for some of `PAGE`.
+        spec: as for `tables.aggregate_scores`, with "page": images_per_probe (pairs of pictures a probe), image_budget
+            (pictures on the whole page, but a pair a row in any case), open_rows (up to so many rows are unfolded). Of a
+            run that didn't finish also "failures" and "waiting".
         scores_path, summary_path: the tables that `aggregate_scores` wrote.
         when: the time in the page's head; None: now.
 
     Raises:
         StoreError: a row's images can't be read.
     """
-    rows, page = (
-        report_rows(spec),
-        PAGE | dict(spec.get("page", {}) if isinstance(spec, Mapping) else {}),
-    )
+    rows, page = report_rows(spec), spec["page"]
     summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
     lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
     probes = sum(len(probe_roles(row)) for row in rows)
@@ -91,7 +84,7 @@ def render(
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             when=when or datetime.now(UTC),
             model=open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
-            scorers=pc.unique(scores["features"]).to_pylist(),
+            scorers=[name for name in pc.unique(scores["features"]).to_pylist() if name],
             lines=lines,
             previews=previews(rows),
             counts=count_verdicts(lines),
@@ -100,8 +93,8 @@ def render(
             pairs=pairs,
             capped=pairs < page["images_per_probe"],
             probes_shown=shown,
-            failures=spec.get("failures", []) if isinstance(spec, Mapping) else [],
-            waiting=spec.get("waiting", []) if isinstance(spec, Mapping) else [],
+            failures=spec.get("failures", []),
+            waiting=spec.get("waiting", []),
             unfolded=len(rows) <= page["open_rows"],
             sections=sections(rows, lines, scores, pairs, shown),
         )
@@ -128,7 +121,7 @@ def print_summary(
 
 def headline(lines: Sequence[Mapping]) -> str:
     """How many concepts are gone, in one sentence without its full stop."""
-    fine = sum(TONES.get(line["verdict"]) == "good" for line in lines)
+    fine = sum(VERDICT_COLORS.get(line["verdict"]) == "good" for line in lines)
     noun = "concept" if len(lines) == 1 else "concepts"
     return f"{fine} of {len(lines)} {noun} removed with neighbors intact"
 
@@ -145,11 +138,11 @@ def summary_text(lines: Sequence[Mapping]) -> str:
     for line in lines:
         table.append(
             (
-                MARKS.get(TONES.get(line["verdict"]), "??"),
-                _printable(line["concept"], 28),
+                TERMINAL_MARKS.get(VERDICT_COLORS.get(line["verdict"]), "??"),
+                printable(line["concept"], 28),
                 line["verdict"],
                 firmness(line),
-                f"{_change_text(line, 'presence')} {SEEN[line['measure']]}",
+                f"{_change_text(line, 'presence')} {METRICS[line['measure']].label}",
                 _change_text(line, "neighbor_recognition", difference=True),
                 _worst_text(line),
                 f"{share(line['anchor_typical_base'])} -> {share(line['anchor_typical_ablated'])}",
@@ -200,9 +193,10 @@ def environment() -> jinja2.Environment:
         "target_bar": target_bar,
         "change_bar": change_bar,
         "firmness": firmness,
+        "is_share": is_share,
     }
-    made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": SHARES, "seen": SEEN}
-    made.globals |= {"kinds": KINDS, "pools": tuple(POOLS.values())}
+    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip}
+    made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}
     return made
 
 
@@ -222,10 +216,4 @@ def _worst_text(line: Mapping) -> str:
     """ "duck, -12.5": the neighbor whose `typical` fell most, and by how many points; "-" for none."""
     if not line.get("worst_neighbor"):
         return "-"
-    return f"{_printable(line['worst_neighbor'], 20)}, {100 * line['worst_neighbor_typical_change']:+.1f}"
-
-
-def _printable(text: str, width: int) -> str:
-    """A name for the terminal: no control characters, no longer than `width`."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= width else clean[: width - 3] + "..."
+    return f"{printable(line['worst_neighbor'], 20)}, {100 * line['worst_neighbor_typical_change']:+.1f}"

@@ -1,6 +1,5 @@
 """What the page shows of each row: its pictures, its scores, how it was made. Read when the page asks for it, a row at a time."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -11,9 +10,12 @@ import pyarrow as pa
 from concept_ablation.common.image_store import ImageStore, open_picture, open_store
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.figures import thumbnail
+from concept_ablation.report.formatting import flat_settings
 from concept_ablation.report.summary import training_record
 
 log = logging.getLogger(__name__)
+UNLISTED = ("probes", "stage")
+"""What the list of a row's settings leaves out: the page shows the prompts beside the pictures."""
 
 
 def previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
@@ -46,7 +48,7 @@ def sections(
             "memorized": _memorized(row),
             "metrics": metrics,
             "loss": record.get("loss", []),
-            "settings": _settings(samples.metadata),
+            "settings": list(flat_settings(samples.metadata, UNLISTED)),
         }
 
 
@@ -108,18 +110,3 @@ def _metric_lines(scores: Sequence[Mapping]) -> list[dict]:
         place = {name: score[name] for name in ("role", "probe", "metric", "text", "against", "unit", "n")}
         lines.setdefault(tuple(place.values())[:3], place)[score["model"]] = score
     return list(lines.values())
-
-
-def _settings(metadata: Mapping) -> list[tuple[str, str]]:
-    """What a row was made with, as names and values: flat, without the prompts."""
-    flat: list[tuple[str, str]] = []
-
-    def visit(name: str, value: object) -> None:
-        if isinstance(value, Mapping):
-            for key in value:
-                visit(f"{name}.{key}" if name else str(key), value[key])
-        elif name not in ("probes", "stage"):
-            flat.append((name, value if isinstance(value, str) else json.dumps(value)))
-
-    visit("", metadata)
-    return flat
