@@ -8,6 +8,7 @@ stage runs is hashed here, comments, formatting and docstrings aside, and compar
 import ast
 import hashlib
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 LOCK = Path(__file__).with_name("stage_lock.json")
 ACCEPT = "python -m tests.test_stage_lock"
 PACKAGE = "concept_ablation"
+ENTRY = rf"{PACKAGE}\.[\w.]+:\w+"  # how a registry names what it holds
 
 
 class Module:
@@ -116,6 +118,9 @@ class Package:
                     yield imported, node.attr
             elif isinstance(node, ast.Name):
                 yield here.imports.get(node.id, (module, node.id))
+            elif isinstance(node, ast.Constant) and re.fullmatch(ENTRY, str(node.value)):
+                entry, _, name = node.value.removeprefix(f"{PACKAGE}.").partition(":")
+                yield entry, name
 
 
 def current(root: Path = ROOT, versions: dict[str, int] = VERSIONS) -> dict[str, dict]:
@@ -176,10 +181,12 @@ def copy(tmp_path):
 
 
 def test_an_edit_asks_for_the_stages_that_run_it_and_no_others(copy):
-    assert copy("prompts.wording", 'noun[:-1] + "ies"', 'noun[:-1] + "ys"') == {
-        "write_prompts",
-        "ablate_concept",
-    }
+    # A registry's entries are followed whole: scoring asks a kind for its measure, and kinds make prompts, too.
+    by_kinds = {"score_concept"}
+    assert (
+        copy("prompts.wording", 'noun[:-1] + "ies"', 'noun[:-1] + "ys"')
+        == {"write_prompts", "ablate_concept"} | by_kinds
+    )
 
 
 def test_code_that_stages_share_asks_for_all_of_them(copy):
@@ -195,6 +202,10 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         copy("diffusion.pipeline", "class ModelError(UserError)", "class ModelError(RuntimeError)")
         == torch_stages
     )
+
+
+def test_an_entry_of_a_registry_asks_for_the_stages_that_read_the_registry(copy):
+    assert copy("evaluation.metrics.kid_x1000", "1000 * kid.low", "999 * kid.low") == {"score_concept"}
 
 
 def test_comments_docstrings_and_blank_lines_ask_for_nothing(copy):

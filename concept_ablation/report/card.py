@@ -146,31 +146,33 @@ def write_card(
         old.unlink()
     shutil.copyfile(delta_path, out / DELTA)
     strips = list(_strips(out, summary["kind"], samples, base))
-    targets = metadata.get("targets") or [summary["target"]]
-    text = (
-        _environment()
-        .get_template("card.md.j2")
-        .render(
-            front_matter=_front_matter(base_model or metadata.get("base_model")),
-            base=_base_name(metadata, base_model),
-            targets=", ".join(targets),
-            anchor=summary["anchor"],
-            kind=summary["kind"],
-            neighbors=summary["neighbors"].replace(";", ","),
-            verdict=summary["verdict"],
-            provisional=summary["firmness"] == "provisional",
-            strips=strips,
-            hidden=not KINDS[summary["kind"]].publishable,
-            snippet=_snippet(tensors, metadata, base_model),
-            scores=_score_lines(scores),
-            features=", ".join(dict.fromkeys(line["features"] for line in scores)),
-            settings=list(flat_settings(dict(sorted(metadata.items())), UNLISTED)),
-            measured=", ".join(dict.fromkeys(probe["subject"] for probe in samples.metadata["probes"])),
-        )
-    )
+    shown = _shown(summary, scores, metadata, base_model) | {
+        "strips": strips,
+        "snippet": _snippet(tensors, metadata, base_model),
+        "measured": ", ".join(dict.fromkeys(probe["subject"] for probe in samples.metadata["probes"])),
+    }
+    text = _environment().get_template("card.md.j2").render(shown)
     (out / "README.md").write_text(text, encoding="utf-8")
     log.info("%s: card of %s", out, summary["concept"])
     return out
+
+
+def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_model: str | None) -> dict:
+    """What the card says of a row, of its scores and of its delta's metadata."""
+    return {
+        "front_matter": _front_matter(base_model or metadata.get("base_model")),
+        "base": _base_name(metadata, base_model),
+        "targets": ", ".join(metadata.get("targets") or [summary["target"]]),
+        "anchor": summary["anchor"],
+        "kind": summary["kind"],
+        "neighbors": summary["neighbors"].replace(";", ","),
+        "verdict": summary["verdict"],
+        "provisional": summary["firmness"] == "provisional",
+        "hidden": not KINDS[summary["kind"]].publishable,
+        "scores": _score_lines(scores),
+        "features": ", ".join(dict.fromkeys(line["features"] for line in scores if line["features"])),
+        "settings": list(flat_settings(dict(sorted(metadata.items())), UNLISTED)),
+    }
 
 
 def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageStore]):

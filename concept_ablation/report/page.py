@@ -66,6 +66,18 @@ def render(
     Raises:
         StoreError: a row's images can't be read.
     """
+    stream = (
+        environment().get_template("report.html.j2").stream(_shown(spec, scores_path, summary_path, when))
+    )
+    stream.enable_buffering(64)
+    with atomic_output(out_path) as part:
+        with part.open("w", encoding="utf-8") as file:
+            stream.dump(file)
+        log.info("%s: %d concepts, %s", out_path, len(spec["rows"]), size_text(part.stat().st_size))
+
+
+def _shown(spec: Mapping, scores_path: str | Path, summary_path: str | Path, when: datetime | None) -> dict:
+    """What the template is filled with; the rows' pictures are read when it asks for them."""
     rows, page = report_rows(spec), spec["page"]
     summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
     lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
@@ -74,36 +86,29 @@ def render(
     shown = probes_a_row(len(rows), probes, page["image_budget"])
     texts = [field.name for field in COLUMNS if field.type == pa.string()]
     scores = pq.read_table(scores_path, read_dictionary=texts)
+    measured = set(pc.unique(scores["metric"]).to_pylist())
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    stream = (
-        environment()
-        .get_template("report.html.j2")
-        .stream(
-            style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            when=when or datetime.now(UTC),
-            model=open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
-            scorers=[name for name in pc.unique(scores["features"]).to_pylist() if name],
-            lines=lines,
-            previews=previews(rows),
-            counts=count_verdicts(lines),
-            kinds_shown=sorted({line["kind"] for line in lines}),
-            limits=verdict.read_thresholds(spec),
-            pairs=pairs,
-            capped=pairs < page["images_per_probe"],
-            probes_shown=shown,
-            failures=spec.get("failures", []),
-            waiting=spec.get("waiting", []),
-            unfolded=len(rows) <= page["open_rows"],
-            sections=sections(rows, lines, scores, pairs, shown),
-        )
-    )
-    stream.enable_buffering(64)
-    with atomic_output(out_path) as part:
-        with part.open("w", encoding="utf-8") as file:
-            stream.dump(file)
-        log.info("%s: %d concepts, %s", out_path, len(rows), size_text(part.stat().st_size))
+    return {
+        "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "when": when or datetime.now(UTC),
+        "model": open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
+        "scorers": [name for name in pc.unique(scores["features"]).to_pylist() if name],
+        "lines": lines,
+        "previews": previews(rows),
+        "counts": count_verdicts(lines),
+        "kinds_shown": sorted({line["kind"] for line in lines}),
+        "metrics_shown": [METRICS[name] for name in METRICS if name in measured],
+        "limits": verdict.read_thresholds(spec),
+        "pairs": pairs,
+        "capped": pairs < page["images_per_probe"],
+        "probes_shown": shown,
+        "failures": spec.get("failures", []),
+        "waiting": spec.get("waiting", []),
+        "unfolded": len(rows) <= page["open_rows"],
+        "sections": sections(rows, lines, scores, pairs, shown),
+    }
 
 
 def print_summary(

@@ -19,7 +19,7 @@ class ClipAccuracy(FeatureMetric):
         "paraphrases: nearer to a target's text."
     )
     interval = "share"
-    good_target, good_kept = "low", "high for neighbors"
+    good_target, good_kept = "low", "neighbors high"
     label = "seen by CLIP"
     title = "Target still seen"
     probe_label = "seen as {target}"
