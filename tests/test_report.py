@@ -122,8 +122,8 @@ def make_row(
     return row
 
 
-def make_page(folder, rows, **page):
-    spec = report_spec(rows, **page)
+def make_page(folder, rows, failures=(), waiting=(), **page):
+    spec = report_spec(rows, **page) | {"failures": failures, "waiting": waiting}
     long, wide, out = (
         folder / "report" / name for name in ("scores.parquet", "summary.parquet", "index.html")
     )
@@ -238,8 +238,10 @@ def test_over_the_budget_a_row_shows_its_target_then_its_anchor_then_the_neighbo
     for row in rows:
         table = pq.read_table(row["scores"]).to_pylist()
         for line in table:
-            if (line["probe"], line["metric"], line["model"]) == ("duck", "recognition", "difference"):
+            if (line["probe"], line["metric"], line["model"]) == ("duck", "typical", "difference"):
                 line["value"] = -0.5
+            elif (line["probe"], line["metric"], line["model"]) == ("owl", "recognition", "difference"):
+                line["value"] = -0.4  # recognition is at its top for most that lose, so it doesn't choose
         pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
     text = make_page(tmp_path, rows, image_budget=18)
     assert text.count("<figure>") == 9 and "3 probes show a pair of images (targets first" in text
@@ -306,14 +308,13 @@ def test_number_formats():
 
 
 def test_the_target_s_bar_shows_the_interval_that_decides_against_its_limit():
-    line = {"presence_base": 0.9, "presence_ablated": 0.3, "target_limit": 0.4}
-    line |= {"presence_ablated_low": 0.2, "presence_ablated_high": 0.5}
+    deciding = sections.Deciding("ink", 0.9, 0.3, 0.2, 0.5, 40)
+    line = {"presence_base": 0.8, "presence_ablated": 0.1, "target_limit": 0.4, "deciding": deciding}
+    line |= {"target_excess": -0.1, "target_excess_low": -0.2, "target_excess_high": 0.1}
     bar = figures.target_bar(line)
-    assert (bar.before, bar.value, bar.low, bar.high) == (0.9, 0.3, 0.2, 0.5)
+    assert (bar.before, *np.round((bar.value, bar.low, bar.high), 9)) == (0.9, 0.3, 0.2, 0.5)
     assert (bar.limit, bar.zone) == (0.4, (0.0, 0.4))
-    bar = figures.target_bar(
-        line | {"target_excess": -0.1, "target_excess_low": -0.5, "target_excess_high": 0.7}
-    )
+    bar = figures.target_bar(line | {"target_excess_low": -0.5, "target_excess_high": 0.7})
     assert (bar.value, bar.low, bar.high, bar.limit) == (pytest.approx(0.3), 0, 1, 0.4)
 
 
@@ -400,13 +401,14 @@ def test_the_worst_neighbor_is_named_with_its_change(tmp_path):
     assert "!!  a" in terminal and re.search(r"a neighbor harmed +provisional .* du\?ck, -68.8 ", terminal)
 
 
-def test_firm_and_provisional_stand_beside_the_verdict_but_not_beside_an_inconclusive_one(tmp_path):
+def test_firm_and_provisional_stand_beside_every_verdict(tmp_path):
     rows = [make_row(tmp_path, "a")]
     text, _ = with_worst(tmp_path, rows, {"firmness": "firm"})
     assert text.count('<small class="firm">firm</small>') == 2
     text, terminal = with_worst(tmp_path, rows, WORST | {"verdict": "inconclusive about a neighbor"})
-    assert 'class="firm"' not in text and 'class="chip open">inconclusive about a neighbor' in text
-    assert "provisional" not in terminal and "??  a" in terminal
+    assert 'class="chip open">inconclusive about a neighbor' in text
+    assert text.count('<small class="firm">provisional</small>') == 2
+    assert re.search(r"\?\?  a +inconclusive about a neighbor +provisional ", terminal)
     assert 'data-verdict="inconclusive about a neighbor"><i class="open">' in text  # its filter
 
 
@@ -431,8 +433,37 @@ def test_several_targets_are_shown_each_and_pooled(tmp_path):
     text = make_page(tmp_path, [make_row(tmp_path, "two", target="weary cat; pouting cat", kind="object")])
     Elements(text)
     assert re.findall(r'<span class="role">target</span> ([\w ]+)</h3>', text) == ["weary cat", "pouting cat"]
-    assert "weary cat; pouting cat → cat" in text and "of 2 targets" in text and "all targets" in text
+    assert (
+        "weary cat; pouting cat → cat" in text and "All 2 targets together" in text and "all targets" in text
+    )
     assert "seen as a target" in text  # the anchor's images, held against both
+
+
+def test_of_several_targets_the_cell_shows_the_one_that_decides(tmp_path):
+    """One of the two is still there: its own shares, its name and its base dot, not those of both pooled."""
+    row = make_row(tmp_path, "two", target="weary cat; pouting cat", kind="object")
+    table = pq.read_table(row["scores"]).to_pylist()
+    for line in table:
+        if (line["probe"], line["metric"]) == ("pouting cat", "clip_accuracy"):
+            value = {"base": 0.6, "ablated": 0.55, "difference": -0.05}[line["model"]]
+            line |= {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02}
+    pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
+    text = make_page(tmp_path, [row])
+    (cell,) = re.findall(r'<td data-label="Target still there" data-sort="0.55">(.*?)</td>', text, re.DOTALL)
+    assert '<span class="name">pouting cat</span><span class="from">60%</span> → <b>55%</b>' in cell
+    assert (
+        'aria-label="target still there: pouting cat, before 60%, after 55%, removed at 20% or less"' in cell
+    )
+    assert f'class="before" cx="{5 + 0.6 * 110:.1f}"' in cell
+    assert "<b>pouting cat</b>, which decides: 95% interval 53% to 57%, 12 images" in text
+    assert re.search("All 2 targets together: 90% → \\d+% of 12 images", text)
+
+
+def test_the_page_says_how_every_interval_is_made(page):
+    (said,) = re.findall(r"<h3>Intervals</h3><p>(.*?)</p>", page)
+    assert all(
+        word in said for word in ("Wilson", "Bonett and Price", "Newcombe", "anew in each draw", "bootstrap")
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,11 @@ class Bar:
 
 
 def target_bar(line: Mapping) -> Bar:
-    """A summary line's target, on a bar from 0 to 100 %: the share of the deciding target and its limit."""
-    limit, ends = line["target_limit"], ("", "_low", "_high")
-    if line.get("target_excess") is not None:
-        values = [limit + line[f"target_excess{end}"] for end in ends]
-    else:
-        values = [line[f"presence_ablated{end}"] for end in ends]
+    """A summary line's deciding target on a bar from 0 to 100 %: its share, with the interval that decides, and its limit."""
+    limit = line["target_limit"]
+    values = [limit + line[f"target_excess{end}"] for end in ("", "_low", "_high")]
     value, low, high, limit = (_inside(place) for place in (*values, limit))
-    return Bar(_inside(line["presence_base"]), value, low, high, limit, (0.0, limit))
+    return Bar(_inside(line["deciding"].base), value, low, high, limit, (0.0, limit))
 
 
 def change_bar(line: Mapping, column: str, loss_max: float) -> Bar | None:

@@ -27,7 +27,7 @@ from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import verdict
 from concept_ablation.report.figures import change_bar, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share
-from concept_ablation.report.sections import previews, sections
+from concept_ablation.report.sections import deciding_targets, previews, sections
 from concept_ablation.report.tables import missing_rows, report_rows
 
 log = logging.getLogger(__name__)
@@ -80,12 +80,16 @@ def _shown(spec: Mapping, scores_path: str | Path, summary_path: str | Path, whe
     """What the template is filled with; the rows' pictures are read when it asks for them."""
     rows, page = report_rows(spec), spec["page"]
     summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
+    texts = [field.name for field in COLUMNS if field.type == pa.string()]
+    scores = pq.read_table(scores_path, read_dictionary=texts)
     lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
+    lines = [
+        line | {"deciding": target, "several": len(row["targets"]) > 1}
+        for line, target, row in zip(lines, deciding_targets(lines, scores), rows, strict=True)
+    ]
     probes = sum(len(probe_roles(row)) for row in rows)
     pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
     shown = probes_a_row(len(rows), probes, page["image_budget"])
-    texts = [field.name for field in COLUMNS if field.type == pa.string()]
-    scores = pq.read_table(scores_path, read_dictionary=texts)
     measured = set(pc.unique(scores["metric"]).to_pylist())
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return {
@@ -146,7 +150,7 @@ def summary_text(lines: Sequence[Mapping]) -> str:
                 TERMINAL_MARKS.get(VERDICT_COLORS.get(line["verdict"]), "??"),
                 printable(line["concept"], 28),
                 line["verdict"],
-                firmness(line),
+                line["firmness"],
                 f"{_change_text(line, 'presence')} {METRICS[line['measure']].label}",
                 _change_text(line, "neighbor_recognition", difference=True),
                 _worst_text(line),
@@ -166,13 +170,6 @@ def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
 def probes_a_row(rows: int, probes: int, budget: int) -> int | None:
     """How many of a row's probes show pictures, at least 1; None, all of them, if a pair for each keeps within `budget`."""
     return None if 2 * probes <= budget else max(1, budget // (2 * rows))
-
-
-def firmness(line: Mapping) -> str:
-    """ "firm" or "provisional"; empty where the row is inconclusive anyhow."""
-    if line["verdict"].startswith("inconclusive"):
-        return ""
-    return line["firmness"]
 
 
 def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
@@ -197,7 +194,6 @@ def environment() -> jinja2.Environment:
         "size": size_text,
         "target_bar": target_bar,
         "change_bar": change_bar,
-        "firmness": firmness,
         "is_share": is_share,
     }
     made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip}
