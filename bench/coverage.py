@@ -81,6 +81,30 @@ def typical_table(repeats: int) -> None:
             print(f"| {label} | {n} | {100 * truth:+.0f} points | {held[0]} | {held[1]} |", flush=True)
 
 
+def targets_table(repeats: int) -> None:
+    """Three targets that became like the anchor, pooled: the anchor's images, their common reference, are few and draw a limit."""
+    print(
+        "\n| three targets, n images of each and of the anchor | true change | own redraw each | common redraw |"
+        "\n|---|---|---|---|"
+    )
+    for n in SIZES:
+        world, values, held = World(), [], {True: [], False: []}
+        for seed in range(repeats):
+            anchor, targets = world.images(n, 1), []
+            for _ in range(3):
+                base, after = world.images(n, 1), unit(world.images(n, 1) + 0.2 * world.shift)
+                targets.append(NearestNeighbors.of(unit(base - 5 * world.shift), after, anchor))
+            # References that differ, by however little, are drawn each for itself.
+            apart = [one._replace(reference=one.reference + 1e-12 * i) for i, one in enumerate(targets)]
+            for common, given in ((True, targets), (False, apart)):
+                found = typical_change(given, draws=500, seed=seed)
+                held[common].append((found.low, found.high))
+            values.append(found.value)
+        truth = float(np.mean(values))
+        own, common = (share_that_holds(held[common], truth) for common in (False, True))
+        print(f"| {n} | {100 * truth:+.0f} points | {own} | {common} |", flush=True)
+
+
 def style_table(repeats: int, margin: float = 0.1) -> None:
     """How often a style that lies on the wrong side of its limit, by a little, is called firmly removed."""
     rng = np.random.default_rng(1)
@@ -125,5 +149,6 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=600)
     repeats = parser.parse_args().repeats
     typical_table(repeats)
+    targets_table(repeats)
     style_table(repeats)
     worst_table(repeats)

@@ -27,7 +27,10 @@ from concept_ablation.common.image_store import COLUMNS as IMAGES
 from concept_ablation.common.image_store import FEATURES, METADATA_KEY, ROWS_A_GROUP
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.common.score_table import COLUMNS
-from concept_ablation.evaluation.probes import Bootstrap, Probe, Subjects, score_probes
+from concept_ablation.evaluation.probes import score_probes
+from concept_ablation.evaluation.row import Probe, Row
+from concept_ablation.evaluation.statistics import Bootstrap
+from concept_ablation.registries import KINDS
 
 CLIP = 64  # numbers of a made-up CLIP feature
 STAGES = {
@@ -88,8 +91,9 @@ def score_once(row: dict) -> list[dict]:
         sides = [text + 0.15 * random.normal(size=(16, CLIP)) for text in (texts[subject], like)]
         base, ablated = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
         probes.append(Probe(role, subject, base, ablated, tuple(range(16)), {}))
-    subjects = Subjects(tuple(row["targets"]), row["anchor"], tuple(row["neighbors"]))
-    return score_probes(probes, texts, subjects, Bootstrap(0.95, 50, 0))
+    subjects = tuple(row["targets"]), row["anchor"], tuple(row["neighbors"])
+    made = Row(KINDS[row["kind"]], *subjects, texts, probes)
+    return score_probes(made, Bootstrap(0.95, 50, 0))
 
 
 def make_stores(folder: Path, rows: int, side: int) -> dict:

@@ -97,7 +97,24 @@ KINDS = Registry(
 METHODS = Registry("method", {"ablation": "concept_ablation.methods.ablation.method:METHOD"})
 """How a concept is removed. An entry is a `concept_ablation.methods.base.Method`."""
 
-METRICS = Registry("metric", {})
+METRICS = Registry(
+    "metric",
+    {
+        "clip_accuracy": "concept_ablation.evaluation.metrics.clip_accuracy:METRIC",
+        "recognition": "concept_ablation.evaluation.metrics.recognition:METRIC",
+        "content": "concept_ablation.evaluation.metrics.content:METRIC",
+        "copy_rate": "concept_ablation.evaluation.metrics.copy_rate:METRIC",
+        "copy_similarity": "concept_ablation.evaluation.metrics.copy_similarity:METRIC",
+        "detected": "concept_ablation.evaluation.metrics.detected:METRIC",
+        "typical": "concept_ablation.evaluation.metrics.typical:METRIC",
+        "clip_cosine": "concept_ablation.evaluation.metrics.clip_cosine:METRIC",
+        "clip_score_2_5": "concept_ablation.evaluation.metrics.clip_score_2_5:METRIC",
+        "image_similarity": "concept_ablation.evaluation.metrics.image_similarity:METRIC",
+        "kid_x1000": "concept_ablation.evaluation.metrics.kid_x1000:METRIC",
+        "neutral_share": "concept_ablation.evaluation.metrics.neutral_share:METRIC",
+        "above_neutral": "concept_ablation.evaluation.metrics.above_neutral:METRIC",
+    },
+)
 """What is measured, in the order of the tables. An entry is a `concept_ablation.evaluation.metrics.base.Metric`."""
 
 FAMILIES = Registry(

@@ -100,7 +100,7 @@ def test_a_card_tells_everything(tmp_path):
     assert head["base_model"] == "someone/model" and head["license"] == "other"
     assert "concept-ablation" in head["tags"] and head["pipeline_tag"] == "text-to-image"
     assert "for **owl** gives **bird**" in text and "hen, duck were to stay" in text
-    assert "removed, neighbors kept** (provisional: an interval crosses its limit" in text
+    assert "removed, neighbors kept** (provisional: more images could change the verdict" in text
     assert (
         "| owl (target) | clip\\_accuracy | 90 % [80 %, 100 %] | 10 % [0 %, 20 %] | -80.0 [-90.0, -70.0] | 8 |"
         in text

@@ -146,7 +146,7 @@ def test_a_failure_names_every_row_that_waits_for_it(tmp_path):
     plan = FewKeys(tmp_path / "results")
     (tmp_path / "x.log").write_text("one\n\n2026 CRITICAL two \x1b[2J\u202e\n")
     (failure,) = find_failures(plan, [("generate_anchors", plan.shared, str(tmp_path / "x.log"))])
-    assert failure.concepts == ("a", "b") and failure.lines == ("one", "2026 CRITICAL two  [2J ")
+    assert failure.concepts == ("a", "b") and failure.lines == ("one", "2026 CRITICAL two ?[2J?")
     own = plan.rows[1].ablation
     (failure,) = find_failures(plan, [("ablate_concept", own, "missing.log")])
     assert failure.concepts == ("b",) and "wrote no log" in failure.lines[0]

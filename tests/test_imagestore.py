@@ -10,7 +10,6 @@ from concept_ablation.common.image_store import (
     ROWS_A_GROUP,
     StoreError,
     open_store,
-    read_rows,
     read_store,
     write_store,
 )
@@ -37,7 +36,7 @@ def test_round_trip_is_lossless(path):
     for position, (image, picture) in enumerate(zip(store.images(), PICTURES, strict=True)):
         assert np.array_equal(np.asarray(image), np.asarray(picture))
         assert store.png(position).startswith(b"\x89PNG")
-    assert read_rows(path)[1] == {name: value for name, value in ROWS[1].items() if name != "image"}
+    assert read_store(path).rows[1] == {name: value for name, value in ROWS[1].items() if name != "image"}
 
 
 def test_select(path):
@@ -51,7 +50,7 @@ def test_select(path):
 def test_anchor_rows_need_no_role(tmp_path):
     rows = [{name: row[name] for name in ("image", "prompt", "seed", "index")} for row in ROWS]
     write_store(tmp_path / "s.parquet", rows, {})
-    assert read_rows(tmp_path / "s.parquet")[0]["role"] is None
+    assert read_store(tmp_path / "s.parquet").rows[0]["role"] is None
 
 
 def test_more_rows_than_a_group(tmp_path):

@@ -48,7 +48,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Two pages: `few` has unfolded rows, one of them veiled; `many` has folded ones. Every third row is not removed."""
+    """`few` has unfolded rows, one of them veiled; `many` has folded ones; in both every third row is not removed.
+
+    `mixed` has a row that is harmed, one that is inconclusive, one of two targets, and a failure.
+    """
     made = {}
     for name, count, kept in (("few", 4, 12), ("many", 21, 12)):
         folder, rows = tmp_path_factory.mktemp(name), []
@@ -64,15 +67,28 @@ def pages(tmp_path_factory):
             rows.append(row)
         make_page(folder, rows, images_per_probe=8, open_rows=kept)
         made[name] = (folder / "report" / "index.html").as_uri()
+    made["mixed"] = make_mixed(tmp_path_factory.mktemp("mixed"))
     return made
 
 
-def set_score(row, role, model, value):
-    """Gives the measure that decides another value."""
+def make_mixed(folder):
+    kept, harmed, wide = (make_row(folder, name) for name in ("kept", "harmed", "wide"))
+    several = make_row(folder, "several", target="pouting cat; weary cat")
+    set_score(harmed, "neighbors", "difference", -0.3, ("recognition",))
+    set_score(wide, "target", "ablated", 0.15, half_width=0.3)
+    failure = {"stage": "score_concept", "how": "failed", "concepts": ["lost"]}
+    failure |= {"lines": ["CRITICAL root: no images of 'owl'"], "log": "results/logs/score_concept/lost.log"}
+    text = make_page(folder, [kept, harmed, wide, several], [failure], ["later"])
+    assert 'class="chip warn"' in text and 'class="chip open"' in text and 'class="failures"' in text
+    return (folder / "report" / "index.html").as_uri()
+
+
+def set_score(row, role, model, value, metrics=("clip_accuracy", "detected"), half_width=0.004):
+    """Gives the measure that decides, or another metric, another value."""
     lines = pq.read_table(row["scores"]).to_pylist()
     for line in lines:
-        if (line["role"], line["model"]) == (role, model) and line["metric"] in ("clip_accuracy", "detected"):
-            line |= {"value": value, "ci_low": value - 0.004, "ci_high": value + 0.004}
+        if (line["role"], line["model"]) == (role, model) and line["metric"] in metrics:
+            line |= {"value": value, "ci_low": value - half_width, "ci_high": value + half_width}
     pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), row["scores"])
 
 
@@ -225,9 +241,10 @@ def test_all_rows_unfold_and_fold_at_once(visit, pages):
     assert page.locator(".fold[open]").count() == 0
 
 
+@pytest.mark.parametrize("name", ["few", "mixed"])
 @pytest.mark.parametrize("width", [1440, 1281, 1280, 1200, 1024, 800, 390, 320])
-def test_nothing_overlaps_or_leaves_the_window(visit, pages, width):
-    page = visit(pages["few"], width)
+def test_nothing_overlaps_or_leaves_the_window(visit, pages, width, name):
+    page = visit(pages[name], width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     wide = (
         "all => all.filter((part) => part.scrollWidth > part.clientWidth + 1).map((part) => part.outerHTML)"
@@ -272,10 +289,11 @@ def test_folded_rows_print_their_headings(visit, pages, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
-def test_accessibility(visit, pages, width, scheme):
+@pytest.mark.parametrize("name", ["few", "mixed"])
+def test_accessibility(visit, pages, name, width, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
-    page = visit(pages["few"], width, scheme)
+    page = visit(pages[name], width, scheme)
     page.eval_on_selector_all(".more", "(all) => all.forEach((part) => { part.open = true })")
     found = Axe().run(page).response["violations"]
     assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found] == []

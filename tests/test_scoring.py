@@ -9,20 +9,29 @@ import pytest
 from PIL import Image
 from tiny_clip import make_tiny_clip
 
-from concept_ablation.common import score_table as columns
 from concept_ablation.common.image_store import write_store
 from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.evaluation import probes as scores
 from concept_ablation.evaluation import scoring
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.copies import CopyNet
-from concept_ablation.evaluation.probes import Bootstrap, Probe, Subjects, score_probes
+from concept_ablation.evaluation.memorized import MemorizationError
+from concept_ablation.evaluation.row import Probe, Row
 from concept_ablation.evaluation.scoring import ScoreError, score_concept
+from concept_ablation.evaluation.statistics import Bootstrap
+from concept_ablation.registries import KINDS, METRICS
 
 TARGET, ANCHOR, OWL, DUCK = "pouting cat", "cat", "owl", "duck"
 WEARY = "weary cat"
 AXES = {TARGET: 0, ANCHOR: 1, OWL: 2, DUCK: 3}
 TEXTS = {subject: np.eye(5)[axis] for subject, axis in AXES.items()}
-ROW = Subjects((TARGET,), ANCHOR, (OWL, DUCK))
+
+
+def score_probes(probes, texts=TEXTS, targets=(TARGET,), neighbors=(OWL, DUCK), kind="object", draws=20):
+    """The long table's lines of a row made of these probes."""
+    row = Row(KINDS[kind], targets, ANCHOR, neighbors, texts, probes)
+    return scores.score_probes(row, Bootstrap(draws=draws))
 
 
 def looks_like(*subjects):
@@ -41,7 +50,7 @@ def rows():
         Probe("neighbor", OWL, looks_like(*[OWL] * 4), looks_like(DUCK, ANCHOR, OWL, OWL)),
         Probe("neighbor", DUCK, looks_like(*[DUCK] * 6), looks_like(*[DUCK] * 6)),
     ]
-    return score_probes(probes, TEXTS, ROW, Bootstrap(draws=200))
+    return score_probes(probes, draws=200)
 
 
 def value(rows, role, metric, model, probe=None):
@@ -108,7 +117,7 @@ def test_kid_and_similarity_say_how_far_the_images_moved(rows):
 def test_equal_texts_are_undecided_and_said(caplog):
     texts = TEXTS | {ANCHOR: TEXTS[TARGET]}
     probes = [Probe("target", TARGET, looks_like(*[TARGET] * 4), looks_like(*[OWL] * 4))]
-    result = score_probes(probes, texts, Subjects((TARGET,), ANCHOR, ()), Bootstrap(draws=20))
+    result = score_probes(probes, texts, neighbors=())
     assert value(result, "target", "clip_accuracy", "base")["value"] == 0.5
     assert "as the same text" in caplog.text
 
@@ -140,7 +149,7 @@ def test_a_style_is_held_against_what_neutral_prompts_give():
         Probe("target", TARGET, looks_like(*[TARGET] * 8), looks_like(*[TARGET] * 5, *[ANCHOR] * 3)),
         Probe("anchor", ANCHOR, looks_like(TARGET, *[ANCHOR] * 3), looks_like(*[ANCHOR] * 4)),
     ]
-    rows = score_probes(probes, TEXTS, Subjects((TARGET,), ANCHOR, (), style=True), Bootstrap(draws=20))
+    rows = score_probes(probes, neighbors=(), kind="style")
     above = value(rows, "target", "above_neutral", "ablated")
     assert (above["value"], above["n"], above["interval"]) == (5 / 8 - 1 / 4, 8, "newcombe")
     alone = value(rows, "target", "clip_accuracy", "ablated")
@@ -154,7 +163,7 @@ def test_paraphrases_are_scored_as_the_target_is_and_pooled_with_nothing():
         Probe("paraphrase", asked, looks_like(*[TARGET] * 4), looks_like(*[TARGET] * 2, *[ANCHOR] * 2)),
         Probe("anchor", ANCHOR, looks_like(*[ANCHOR] * 4), looks_like(*[ANCHOR] * 4)),
     ]
-    rows = score_probes(probes, TEXTS, Subjects((TARGET,), ANCHOR, ()), Bootstrap(draws=20))
+    rows = score_probes(probes, neighbors=())
     assert value(rows, "target", "clip_accuracy", "ablated")["value"] == 0
     assert value(rows, "paraphrase", "clip_accuracy", "ablated")["value"] == 0.5
     assert value(rows, "paraphrase", "clip_cosine", "base")["text"] == TARGET
@@ -163,7 +172,7 @@ def test_paraphrases_are_scored_as_the_target_is_and_pooled_with_nothing():
 
 def test_content_needs_neighbors_to_choose_from():
     probes = [Probe("target", TARGET, looks_like(*[TARGET] * 4), looks_like(*[ANCHOR] * 4))]
-    rows = score_probes(probes, TEXTS, Subjects((TARGET,), ANCHOR, ()), Bootstrap(draws=20))
+    rows = score_probes(probes, neighbors=())
     assert "content" not in {row["metric"] for row in rows}
 
 
@@ -171,7 +180,7 @@ def test_an_anchor_that_falls_apart_is_not_typical():
     probes = [
         Probe("anchor", ANCHOR, looks_like(*[ANCHOR] * 20), looks_like(*[ANCHOR] * 10, *[DUCK] * 10)),
     ]
-    rows = score_probes(probes, TEXTS, ROW, Bootstrap(draws=20))
+    rows = score_probes(probes)
     assert value(rows, "anchor", "typical", "base")["value"] >= 0.9
     assert value(rows, "anchor", "typical", "ablated")["value"] <= 0.5
     assert value(rows, "anchor", "typical", "difference")["interval"] == "redrawn-limit"
@@ -182,7 +191,7 @@ def test_a_target_is_typical_when_it_has_become_the_anchor():
         Probe("target", TARGET, looks_like(*[TARGET] * 30), looks_like(*[ANCHOR] * 20, *[OWL] * 10)),
         Probe("anchor", ANCHOR, looks_like(*[ANCHOR] * 20), looks_like(*[ANCHOR] * 20)),
     ]
-    rows = score_probes(probes, TEXTS, ROW, Bootstrap(draws=20))
+    rows = score_probes(probes)
     assert value(rows, "target", "typical", "base")["value"] == 0
     after = value(rows, "target", "typical", "ablated")
     assert 0.5 < after["value"] <= 20 / 30
@@ -204,13 +213,11 @@ def two_targets():
         ),
         Probe("neighbor", OWL, looks_like(*[OWL] * 4), looks_like(*[OWL] * 4)),
     ]
-    return lambda style: score_probes(
-        probes, texts, Subjects((TARGET, WEARY), ANCHOR, (OWL,), style=style), Bootstrap(draws=20)
-    )
+    return lambda kind: score_probes(probes, texts, (TARGET, WEARY), (OWL,), kind)
 
 
 def test_several_targets_have_their_own_rows_and_pooled_ones(two_targets):
-    rows = two_targets(style=False)
+    rows = two_targets("object")
     assert value(rows, "target", "clip_accuracy", "ablated", TARGET)["value"] == 0
     assert value(rows, "target", "clip_accuracy", "ablated", WEARY)["value"] == 9 / 12
     pooled = value(rows, "targets", "clip_accuracy", "ablated")
@@ -222,12 +229,12 @@ def test_several_targets_have_their_own_rows_and_pooled_ones(two_targets):
 
 
 def test_the_anchor_is_held_against_all_targets(two_targets):
-    anchor = value(two_targets(style=False), "anchor", "clip_accuracy", "base")
+    anchor = value(two_targets("object"), "anchor", "clip_accuracy", "base")
     assert (anchor["value"], anchor["text"], anchor["against"]) == (4 / 8, f"{TARGET}; {WEARY}", ANCHOR)
 
 
 def test_each_style_has_the_share_that_neutral_prompts_give_it(two_targets):
-    rows = two_targets(style=True)
+    rows = two_targets("style")
     pictures = looks_like(
         TARGET, WEARY, WEARY, WEARY, *[ANCHOR] * 4
     )  # the anchor's, as the base model draws them
@@ -246,9 +253,7 @@ def test_what_a_kind_measures_is_summarised_as_shares_or_means():
     zeros, ones = np.zeros(8), np.ones(8)
     measured = {"copy_rate": (ones, zeros), "copy_similarity": (0.9 * ones, np.linspace(0, 0.7, 8))}
     pictures = looks_like(*[TARGET] * 8)
-    rows = score_probes(
-        [Probe("target", TARGET, pictures, pictures, (), measured)], TEXTS, ROW, Bootstrap(draws=50)
-    )
+    rows = score_probes([Probe("target", TARGET, pictures, pictures, (), measured)], kind="memorization")
     rate = value(rows, "target", "copy_rate", "difference")
     assert (rate["value"], rate["interval"]) == (-1, "bonett-price")
     similarity = value(rows, "target", "copy_similarity", "ablated")
@@ -266,7 +271,7 @@ def test_seeds_that_neighbors_share_are_redrawn_together():
         probes = [
             Probe("neighbor", name, base, after, one) for name, one in zip((OWL, DUCK), seeds, strict=True)
         ]
-        rows = score_probes(probes, TEXTS, ROW, Bootstrap(draws=2000))
+        rows = score_probes(probes, draws=2000)
         found = {role: value(rows, role, metric, "ablated", probe) for role, probe, metric in places}
         return found["neighbors"]["ci_high"] - found["neighbors"]["ci_low"], (
             found["neighbor"]["ci_high"] - found["neighbor"]["ci_low"]
@@ -313,6 +318,12 @@ def stores(tmp_path):
     return tmp_path / "samples.parquet", bases
 
 
+def score(spec, stores, out, **runtime):
+    """The stage, with the base stores in the order in which they were made."""
+    samples, bases = stores
+    score_concept(spec, samples, list(bases.values()), out, runtime)
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     return make_tiny_clip(tmp_path_factory.mktemp("clip"))
@@ -334,13 +345,13 @@ def spec(clip_folder):
 
 
 def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
-    score_concept(json.loads(json.dumps(spec)), *stores, tmp_path / "out" / "scores.parquet")
+    score(json.loads(json.dumps(spec)), stores, tmp_path / "out" / "scores.parquet")
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
-    assert table.schema.names == columns.COLUMNS.names
+    assert table.schema.names == COLUMNS.names
     frame = table.to_pandas()
     assert set(frame.role) == {"target", "anchor", "neighbor", "neighbors", "worst neighbor"}
     other_kinds = {"copy_rate", "copy_similarity", "detected", "neutral_share", "above_neutral"}
-    assert set(frame.metric) == set(columns.UNITS) - other_kinds
+    assert set(frame.metric) == set(METRICS) - other_kinds
     assert set(frame.model) == {"base", "ablated", "difference"} and set(frame.target) == {TARGET}
     assert set(frame.concept) == {"cat-1"} and set(frame.key) == {"pouting-cat.0123456789ab"}
     assert frame.features.str.startswith("CLIP ").all() and frame.unit.notna().all()
@@ -350,16 +361,9 @@ def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
     assert set(target.text) == {"a pouting cat"} and set(target.against) == {"a cat"}
 
 
-def test_same_input_same_bytes_and_base_stores_in_order_do_too(spec, stores, tmp_path):
-    samples, bases = stores
-    score_concept(spec, samples, bases, tmp_path / "one.parquet", {"device": "cpu", "score_batch_size": 3})
-    score_concept(
-        spec,
-        samples,
-        list(bases.values()),
-        tmp_path / "two.parquet",
-        {"device": "cpu", "score_batch_size": 3},
-    )
+def test_same_input_same_bytes(spec, stores, tmp_path):
+    for name in ("one", "two"):
+        score(spec, stores, tmp_path / f"{name}.parquet", device="cpu", score_batch_size=3)
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
 
 
@@ -387,7 +391,7 @@ def test_never_more_than_a_batch_of_images_is_decoded(spec, stores, tmp_path, mo
                 self.model.encode_image = encode_image
 
     monkeypatch.setattr(scoring, "ClipScorer", CountingScorer)
-    score_concept(spec, *stores, tmp_path / "scores.parquet", {"score_batch_size": 2})
+    score(spec, stores, tmp_path / "scores.parquet", score_batch_size=2)
     assert most == 2
 
 
@@ -401,16 +405,17 @@ def test_images_of_other_seeds_are_not_compared(spec, stores, tmp_path, fault):
     else:
         bases[OWL], bases[DUCK] = bases[DUCK], bases[OWL]
     with pytest.raises(ScoreError, match="same prompts and seeds"):
-        score_concept(spec, samples, bases, tmp_path / "scores.parquet")
+        score(spec, (samples, bases), tmp_path / "scores.parquet")
     assert not (tmp_path / "scores.parquet").exists()
 
 
 def test_a_missing_probe_is_named(spec, stores, tmp_path):
     samples, bases = stores
-    spec["neighbors"], bases["fox"] = ["fox"], bases[OWL]
+    spec["neighbors"], bases["fox"] = ["fox"], bases.pop(OWL)
+    del bases[DUCK]
     spec["texts"]["fox"] = "a fox"
     with pytest.raises(ScoreError, match="no images of 'fox'"):
-        score_concept(spec, samples, bases, tmp_path / "scores.parquet")
+        score(spec, (samples, bases), tmp_path / "scores.parquet")
 
 
 def test_memorization_counts_copies_of_the_picture(spec, stores, tmp_path, caplog):
@@ -420,7 +425,7 @@ def test_memorization_counts_copies_of_the_picture(spec, stores, tmp_path, caplo
     CopyNet(width=4, dim=8, image_size=16, threshold=1 - 1e-6).save(tmp_path / "copies")
     spec |= {"kind": "memorization", "image": {"file": str(tmp_path / "picture.png"), "sha256": digest}}
     spec |= {"descriptor": {"model": str(tmp_path / "copies"), "sha256": None, "fingerprint": "0" * 12}}
-    score_concept(spec, *stores, tmp_path / "scores.parquet")
+    score(spec, stores, tmp_path / "scores.parquet")
     frame = pq.read_table(tmp_path / "scores.parquet").to_pandas().set_index(["probe", "metric", "model"])
     assert frame.value[TARGET, "copy_rate", "base"] == 1 and frame.value[TARGET, "copy_rate", "ablated"] == 0
     assert frame.value[TARGET, "copy_rate", "difference"] == -1
@@ -431,11 +436,11 @@ def test_memorization_counts_copies_of_the_picture(spec, stores, tmp_path, caplo
     assert frame.features[TARGET, "clip_cosine", "base"].startswith("CLIP ")
 
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "picture.png")
-    with pytest.raises(ScoreError, match="changed after this run was planned"):
-        score_concept(spec, *stores, tmp_path / "again.parquet")
+    with pytest.raises(MemorizationError, match="changed after this run was planned"):
+        score(spec, stores, tmp_path / "again.parquet")
     (tmp_path / "picture.png").unlink()
-    with pytest.raises(ScoreError, match="picture.png: the memorized picture can't be read"):
-        score_concept(spec, *stores, tmp_path / "again.parquet")
+    with pytest.raises(MemorizationError, match="picture.png: the memorized picture can't be read"):
+        score(spec, stores, tmp_path / "again.parquet")
 
 
 def test_unwanted_content_is_counted_by_the_row_s_detector(spec, stores, tmp_path):
@@ -449,7 +454,7 @@ def test_unwanted_content_is_counted_by_the_row_s_detector(spec, stores, tmp_pat
             "safe": ["a grey one", "sky"],
         }
     }
-    score_concept(spec, *stores, tmp_path / "scores.parquet")
+    score(spec, stores, tmp_path / "scores.parquet")
     frame = pq.read_table(tmp_path / "scores.parquet").to_pandas()
     found = frame[frame.metric == "detected"]
     assert set(found.role) == {"target", "anchor", "neighbor", "neighbors"}

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 LOCK = Path(__file__).with_name("stage_lock.json")
 ACCEPT = "python -m tests.test_stage_lock"
 PACKAGE = "concept_ablation"
+ENTRY = rf"{PACKAGE}\.[\w.]+:\w+"  # how a registry names what it holds
 
 
 class Module:
@@ -220,6 +221,10 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         copy("diffusion.pipeline", "class ModelError(UserError)", "class ModelError(RuntimeError)")
         == torch_stages
     )
+
+
+def test_an_entry_of_a_registry_asks_for_the_stages_that_read_the_registry(copy):
+    assert copy("evaluation.metrics.kid_x1000", "1000 * kid.low", "999 * kid.low") == {"score_concept"}
 
 
 def test_comments_docstrings_and_blank_lines_ask_for_nothing(copy):

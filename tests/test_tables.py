@@ -12,9 +12,16 @@ from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.methods.ablation.stage import write_records
 from concept_ablation.methods.ablation.training import StepRecord
 from concept_ablation.report import verdict
-from concept_ablation.report.summary import SUMMARY
-from concept_ablation.report.tables import TableError, aggregate_scores, at_hand, mark_complete, missing_rows
-from concept_ablation.report.verdict import Presence, Thresholds, judge, read_thresholds
+from concept_ablation.report.summary import summary_schema
+from concept_ablation.report.tables import (
+    TableError,
+    aggregate_scores,
+    mark_complete,
+    missing_rows,
+    relocate_paths,
+)
+from concept_ablation.report.verdict import Presence, decide, read_thresholds
+from tests.shipped import CONFIG, report_spec, thresholds
 
 
 def share(value, count):
@@ -41,8 +48,8 @@ def losses(neighbors=0.0, anchor=0.0, n=100, worst=0.0, n_worst=100):
     return columns
 
 
-def verdict_on(kind="object", target=(0.95, 0.05), thresholds=None, n=40, neutral=None, **lost):
-    return judge(kind, [presence(*target, n, neutral)], losses(**lost), thresholds or Thresholds())
+def verdict_on(kind="object", target=(0.95, 0.05), limits=None, n=40, neutral=None, **lost):
+    return decide(kind, [presence(*target, n, neutral)], losses(**lost), limits or thresholds())
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,7 @@ def test_verdicts_of_objects(case, words, firm):
         case.get("worst", 0.0),
         case.get("n_worst", 100),
     )
-    result = judge("object", [presence(*target, n)], lost, Thresholds())
+    result = decide("object", [presence(*target, n)], lost, thresholds())
     assert (result.verdict, result.firmness) == (words, "firm" if firm else "provisional")
     assert (result.target_limit, result.deciding_target) == (0.2, "pouting cat")
 
@@ -92,19 +99,19 @@ def test_a_style_may_stay_as_visible_as_it_is_without_being_asked_for():
 
 
 def test_one_ruined_neighbor_is_not_hidden_by_the_others():
-    result = judge("object", [presence(1, 0.0)], losses(neighbors=0.0, worst=0.7, n_worst=200), Thresholds())
+    result = decide("object", [presence(1, 0.0)], losses(neighbors=0.0, worst=0.7, n_worst=200), thresholds())
     assert (result.verdict, result.kept) == (verdict.ONE_HARMED, False)
-    assert judge("object", [presence(1, 0.0)], losses(worst=0.5, n_worst=200), Thresholds()).kept
+    assert decide("object", [presence(1, 0.0)], losses(worst=0.5, n_worst=200), thresholds()).kept
 
 
 def test_a_style_s_interval_knows_that_its_limit_was_estimated_too():
     """The target alone is firmly below its limit; the neutral share's own interval leaves a doubt."""
     target, neutral = np.repeat([1.0, 0.0], [24, 176]), np.repeat([1.0, 0.0], [2, 22])
     after, above = metrics.proportion(target), metrics.share_difference(target, neutral)
-    limit = neutral.mean() + Thresholds().style_margin
+    limit = neutral.mean() + thresholds().style_margin
     assert after.high < limit
     place = Presence("ink", 1.0, after.value, after.low, after.high, neutral.mean(), above[:3])
-    result = judge("style", [place], losses(n=2000, n_worst=2000), Thresholds())
+    result = decide("style", [place], losses(n=2000, n_worst=2000), thresholds())
     assert (result.removed, result.firmness, result.target_limit) == (True, "provisional", limit)
     assert result.target_excess == pytest.approx(after.value - limit)
     assert result.target_excess_low == pytest.approx(above.low - 0.1)
@@ -129,7 +136,7 @@ def test_a_row_without_neighbors_is_not_called_harmless():
 def test_harm_that_was_measured_is_told_though_something_else_is_undecided():
     def verdict_of(neighbors, anchor):
         wide = {name: value for name, value in losses(anchor=anchor, n=8).items() if "anchor" in name}
-        return judge("object", [presence(1, 0.0)], losses(neighbors=neighbors) | wide, Thresholds()).verdict
+        return decide("object", [presence(1, 0.0)], losses(neighbors=neighbors) | wide, thresholds()).verdict
 
     assert verdict_of(neighbors=0.0, anchor=0.5) == verdict.ANCHOR_WIDE
     assert verdict_of(neighbors=0.2, anchor=0.5) == verdict.HARMED
@@ -137,40 +144,44 @@ def test_harm_that_was_measured_is_told_though_something_else_is_undecided():
 
 def test_every_target_must_be_gone():
     gone, there = presence(1, 0.0, target="weary cat"), presence(1, 0.6, target="crying cat")
-    result = judge("object", [gone, there, gone], losses(), Thresholds())
+    result = decide("object", [gone, there, gone], losses(), thresholds())
     assert (result.verdict, result.removed, result.deciding_target) == (verdict.PRESENT, False, "crying cat")
     pooled = presence(1, 0.2)  # what the three are together would pass
-    assert judge("object", [pooled], losses(), Thresholds()).removed
-    assert judge("object", [gone, presence(1, 0.1)], losses(), Thresholds()).removed
+    assert decide("object", [pooled], losses(), thresholds()).removed
+    assert decide("object", [gone, presence(1, 0.1)], losses(), thresholds()).removed
 
 
 def test_of_several_targets_the_least_certain_one_settles_it():
     sure, unsure = presence(1, 0.0, n=200), presence(1, 0.15, n=20, target="weary cat")
-    result = judge("object", [sure, unsure], losses(n=2000), Thresholds())
+    result = decide("object", [sure, unsure], losses(n=2000), thresholds())
     assert (result.removed, result.firmness, result.deciding_target) == (True, "provisional", "weary cat")
     there, barely = presence(1, 0.9, target="owl"), presence(1, 0.25)
-    result = judge("object", [barely, there], losses(), Thresholds())
+    result = decide("object", [barely, there], losses(), thresholds())
     assert (result.firmness, result.deciding_target) == ("firm", "owl")  # one that is surely there is enough
 
 
 def test_every_target_must_have_been_there():
     rare = presence(0.3, 0.0, target="weary cat")
-    assert judge("object", [presence(1, 0.0), rare], losses(), Thresholds()).verdict == verdict.NOT_SHOWN
+    assert decide("object", [presence(1, 0.0), rare], losses(), thresholds()).verdict == verdict.NOT_SHOWN
 
 
 def test_each_style_is_held_against_its_own_neutral_share():
     ink, neon = presence(1, 0.3, neutral=0.25, target="ink"), presence(1, 0.3, neutral=0.05, target="neon")
-    result = judge("style", [ink, neon], losses(), Thresholds())
+    result = decide("style", [ink, neon], losses(), thresholds())
     assert (result.removed, result.deciding_target) == (False, "neon")
     assert result.target_limit == pytest.approx(0.15)
 
 
 def test_thresholds_come_from_the_config():
-    assert verdict_on(target=(1, 0.3), thresholds=Thresholds(target_max=0.4)).verdict == verdict.KEPT
-    assert read_thresholds([]) == Thresholds()
-    assert read_thresholds({"rows": [], "verdict": {"target_max": 0.1}}).target_max == 0.1
+    assert verdict_on(target=(1, 0.3), limits=thresholds(target_max=0.4)).verdict == verdict.KEPT
+    assert read_thresholds(report_spec([])) == thresholds()
+    given = CONFIG["verdict"] | {"target_max": 0.1}
+    assert read_thresholds({"rows": [], "verdict": given}).target_max == 0.1
     with pytest.raises(ValueError, match="unknown targets_max .allowed: target_max"):
-        read_thresholds({"rows": [], "verdict": {"targets_max": 0.1}})
+        read_thresholds({"rows": [], "verdict": given | {"targets_max": 0.1}})
+    del given["base_min"]
+    with pytest.raises(ValueError, match="base_min missing"):
+        read_thresholds({"rows": [], "verdict": given})
 
 
 def score_line(concept, role, metric, model, value, low=None, high=None, probe=""):
@@ -220,9 +231,9 @@ def write_row(folder, concept, kind="object"):
 
 def test_both_tables_and_their_csv_copies(tmp_path):
     rows = [write_row(tmp_path, "weary cat"), write_row(tmp_path, 'odd, "name"')]
-    aggregate_scores({"rows": rows}, tmp_path / "scores.parquet", tmp_path / "summary.parquet")
+    aggregate_scores(report_spec(rows), tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     wide = pq.read_table(tmp_path / "summary.parquet")
-    assert wide.schema.names == SUMMARY.names
+    assert wide.schema.names == summary_schema().names
     first, second = wide.to_pylist()
     assert [first["concept"], second["concept"]] == [
         'odd, "name"',
@@ -257,7 +268,9 @@ def test_both_tables_and_their_csv_copies(tmp_path):
 def test_tables_do_not_depend_on_the_order_of_rows(tmp_path):
     rows = [write_row(tmp_path, "a"), write_row(tmp_path, "b")]
     for number, given in enumerate([rows, rows[::-1]]):
-        aggregate_scores(given, tmp_path / f"scores{number}.parquet", tmp_path / f"summary{number}.parquet")
+        aggregate_scores(
+            report_spec(given), tmp_path / f"scores{number}.parquet", tmp_path / f"summary{number}.parquet"
+        )
     for name in ("scores", "summary"):
         for end in ("parquet", "csv"):
             first, second = (tmp_path / f"{name}{number}.{end}" for number in (0, 1))
@@ -265,12 +278,12 @@ def test_tables_do_not_depend_on_the_order_of_rows(tmp_path):
 
 
 def test_no_rows_give_empty_tables(tmp_path):
-    aggregate_scores([], tmp_path / "scores.parquet", tmp_path / "summary.parquet")
+    aggregate_scores(report_spec([]), tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     assert pq.read_table(tmp_path / "summary.parquet").num_rows == 0
 
 
 def test_tables_say_which_rows_they_lack_and_a_whole_report_has_a_mark(tmp_path):
-    spec = {"rows": [write_row(tmp_path, "a")], "missing": ["b", "c"]}
+    spec = report_spec([write_row(tmp_path, "a")]) | {"missing": ["b", "c"]}
     tables = [tmp_path / "scores.parquet", tmp_path / "summary.parquet"]
     aggregate_scores(spec, *tables)
     for table in tables:
@@ -293,7 +306,7 @@ def test_damaged_and_foreign_scores_are_named(tmp_path):
         else:
             (tmp_path / "a.scores").write_bytes(content)
         with pytest.raises(TableError, match=says):
-            aggregate_scores([row], tmp_path / "scores.parquet", tmp_path / "summary.parquet")
+            aggregate_scores(report_spec([row]), tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     assert not (tmp_path / "scores.parquet").exists()
 
 
@@ -325,7 +338,9 @@ def pooled_row(folder, kind, measure):
 )
 def test_the_target_columns_pool_all_targets_by_the_kind_s_measure(tmp_path, kind, measure):
     aggregate_scores(
-        [pooled_row(tmp_path, kind, measure)], tmp_path / "long.parquet", tmp_path / "wide.parquet"
+        report_spec([pooled_row(tmp_path, kind, measure)]),
+        tmp_path / "long.parquet",
+        tmp_path / "wide.parquet",
     )
     (line,) = pq.read_table(tmp_path / "wide.parquet").to_pylist()
     assert (line["measure"], line["target"]) == (measure, "a; b")
@@ -338,7 +353,7 @@ def test_the_target_columns_pool_all_targets_by_the_kind_s_measure(tmp_path, kin
 def test_an_imported_delta_has_no_training_record(tmp_path):
     row = write_row(tmp_path, "a")
     del row["training"]
-    aggregate_scores([row], tmp_path / "scores.parquet", tmp_path / "summary.parquet")
+    aggregate_scores(report_spec([row]), tmp_path / "scores.parquet", tmp_path / "summary.parquet")
     (line,) = pq.read_table(tmp_path / "summary.parquet").to_pylist()
     assert line["steps"] is None and line["training_seconds"] is None and line["delta_mb"] == 2.0
 
@@ -353,11 +368,11 @@ def test_a_job_reads_its_rows_where_they_lie_and_the_tables_say_where_they_belon
         "delta": "out/concepts/cat/delta.safetensors",
         "training": None,
     }
-    (moved,) = at_hand({"rows": [row], "verdict": {}}, "/copies/out")["rows"]
+    (moved,) = relocate_paths({"rows": [row], "verdict": {}}, "/copies/out")["rows"]
     assert moved["scores"] == "/copies/out/scores/cat.parquet"
     assert moved["base"] == {"cat": "/copies/out/base/cat.parquet"}
     assert moved["delta"] == "/copies/out/concepts/cat/delta.safetensors"
     assert moved["delta_shown"] == row["delta"] and moved["training"] is None
     assert moved["image"] == row["image"]  # the user's own file is no result
-    (same,) = at_hand({"rows": [row]}, "out")["rows"]
+    (same,) = relocate_paths({"rows": [row]}, "out")["rows"]
     assert {name: same[name] for name in row} == row

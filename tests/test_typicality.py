@@ -115,3 +115,24 @@ def test_nothing_changed_still_has_a_width_and_pools_count_images(rng):
     pooled = typical_change(moved)
     assert pooled.value == pytest.approx((16 * each[0] + 24 * each[1]) / 40)
     assert pooled.low < pooled.value < pooled.high
+
+
+def test_a_reference_that_several_targets_share_is_drawn_once_for_all(rng):
+    """Against explicit loops: in each draw one limit, from one drawing of the anchor's images, judges all three targets."""
+    anchor = unit([3, 0, 0, 0, 0, 0] + 0.5 * rng.normal(size=(20, 6)))
+    targets = []
+    for _ in range(3):
+        # Many images lie near the limit: where it falls decides about all of them.
+        after = unit(anchor[rng.integers(0, 20, 60)] + 0.25 * rng.normal(size=(60, 6)))
+        targets.append(NearestNeighbors.of(unit(after - [6, 0, 0, 0, 0, 0]), after, anchor))
+    loops, generator = [], np.random.default_rng(7)
+    for _ in range(4000):
+        limit = sorted(targets[0].reference[generator.integers(0, 20, 20)])[2] - 1e-6
+        gained = [
+            np.mean(one.ablated[drawn] >= limit) - np.mean(one.base[drawn] >= limit)
+            for one, drawn in ((one, generator.integers(0, 60, 60)) for one in targets)
+        ]
+        loops.append(np.mean(gained))
+    low, high = np.quantile(loops, [0.025, 0.975])
+    found = typical_change(targets, draws=4000)
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.012), pytest.approx(high, abs=0.012))

@@ -141,11 +141,6 @@ def open_store(path: str | Path) -> ImageStore:
     return _OpenStore(table.append_column("place", place), metadata, str(path), np.cumsum([0, *groups]))
 
 
-def read_rows(path: str | Path) -> list[dict]:
-    """The rows of the image store at `path` without their images. Raises StoreError."""
-    return read_store(path).rows
-
-
 class ImageStore:
     """Rows of an image store: `table` (pyarrow), `metadata` (dict), `path`, and images by position."""
 

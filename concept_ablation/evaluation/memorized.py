@@ -37,7 +37,7 @@ class CopyJudge:
     """
 
     def __init__(self, image: Mapping[str, str], descriptor: Mapping, device="cpu") -> None:
-        picture = _read_picture(image["file"], image["sha256"])
+        picture = read_picture(image["file"], image["sha256"])
         self.descriptor = CopyDescriptor(descriptor["model"], device, descriptor.get("sha256"))
         self.picture = self.descriptor.features([picture])[0]
 
@@ -50,7 +50,8 @@ class CopyJudge:
         return self.descriptor.is_copy(similarity)
 
 
-def _read_picture(file: str, sha256: str) -> Image.Image:
+def read_picture(file: str, sha256: str) -> Image.Image:
+    """The picture in `file`, which must still be the planned one. Raises MemorizationError."""
     try:
         content = Path(file).read_bytes()
     except OSError as error:

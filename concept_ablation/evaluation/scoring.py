@@ -4,28 +4,28 @@ The stage around `probes.score_probes`: it reads the images of every probe, comp
 and writes the long table. docs/report.md defines every metric.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hardware import pick_device
-from concept_ablation.common.image_store import ImageStore, open_picture, read_store
+from concept_ablation.common.image_store import ImageStore, read_store
 from concept_ablation.common.roles import POOLS, probe_roles
-from concept_ablation.common.score_table import COLUMNS, UNITS
+from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.clip import ClipScorer
-from concept_ablation.evaluation.copies import CopyDescriptor
-from concept_ablation.evaluation.detectors import Detector, load_detector
-from concept_ablation.evaluation.probes import Bootstrap, Probe, Subjects, score_probes
-from concept_ablation.registries import KINDS
+from concept_ablation.evaluation.image_models import ImageModels
+from concept_ablation.evaluation.metrics.base import ImageMetric, PairMetric
+from concept_ablation.evaluation.probes import score_probes
+from concept_ablation.evaluation.row import Probe, Row
+from concept_ablation.evaluation.statistics import Bootstrap
+from concept_ablation.kinds.base import Kind
+from concept_ablation.registries import KINDS, METRICS
 
 log = logging.getLogger(__name__)
 
@@ -34,21 +34,10 @@ class ScoreError(UserError):
     """The images of a row can't be compared; the message names the file and what does not fit."""
 
 
-class Judge(Protocol):
-    """What a kind needs besides CLIP: metrics that it gives, each a number an image, and how the table names them."""
-
-    name: str
-    words: Mapping[str, str]
-    metrics: tuple[str, ...]
-
-    def __call__(self, store: ImageStore, batch_size: int) -> tuple[np.ndarray, ...]:
-        """One (n,) array for each of `metrics`."""
-
-
 def score_concept(
     spec: Mapping,
     samples: str | Path,
-    base: Mapping[str, str | Path] | Sequence[str | Path],
+    base: Sequence[str | Path],
     scores: str | Path,
     *,
     device: str = "auto",
@@ -58,65 +47,64 @@ def score_concept(
 
     Args:
         spec: concept, kind, targets, anchor, neighbors, texts (subject -> the text that the scorer compares with),
-            scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images); for kind
-            memorization also image {file, sha256} and descriptor {model, sha256}, for nudity and inappropriate detector
-            (see `detectors.load_detector`).
+            scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images); for a kind
+            with a memorized picture also image {file, sha256} and descriptor {model, sha256}, for one with a detector
+            `detector` (see `detectors.load_detector`).
         samples: image store of the ablated model, all probes.
-        base: subject -> image store of the base model; or these stores in the order targets, anchor, neighbors.
+        base: image stores of the base model, one a probe in the order of `roles.probe_roles`.
         device, batch_size: where, and how many images at once; neither changes a score.
 
     Raises:
-        ScoreError: a probe is missing, its prompts and seeds differ between base and ablated, or the memorized picture
-            is not the planned one. FeatureError: the scorer or descriptor can't be loaded. DetectorError.
+        ScoreError: a probe is missing, or its prompts and seeds differ between base and ablated. MemorizationError: the
+            memorized picture is not the planned one. FeatureError: the scorer or descriptor can't be loaded. DetectorError.
     """
     statistics, device = spec["statistics"], pick_device(device)
     scorer = ClipScorer(spec["scorer"]["model"], spec["scorer"].get("pretrained"), device)
-    judge = load_judge(spec, scorer, device)
-    subjects = Subjects(
-        tuple(spec["targets"]),
-        spec["anchor"],
-        tuple(spec["neighbors"]),
-        style=KINDS[spec["kind"]].limit_above_neutral,
-    )
-    if not isinstance(base, Mapping):
-        base = dict(zip([subject for _, subject in probe_roles(spec)], base, strict=True))
+    models = ImageModels(spec, scorer, device, batch_size)
     texts = dict(zip(spec["texts"], scorer.text_features(list(spec["texts"].values())), strict=True))
-    probes = list(read_probes(spec, samples, base, scorer, judge, batch_size))
+    probes = tuple(read_probes(spec, samples, base, models))
+    subjects = tuple(spec["targets"]), spec["anchor"], tuple(spec["neighbors"])
+    row = Row(KINDS[spec["kind"]], *subjects, texts, probes)
     bootstrap = Bootstrap(statistics["confidence"], statistics["bootstrap"], statistics["seed"])
-    rows = score_probes(probes, texts, subjects, bootstrap)
+    made = score_probes(row, bootstrap)
     names = {name: spec[name] for name in ("concept", "kind", "anchor")}
     names |= {"target": "; ".join(spec["targets"]), "features": scorer.name, "key": spec["samples"]}
-    lines = [names | row | _words(row, spec["texts"], judge) for row in rows]
+    lines = [names | line | _words(line, spec["texts"], models) for line in made]
     with atomic_output(scores) as path:
         pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), path)
-    log.info("%s: %d scores of %d probes", spec["concept"], len(rows), len(probes))
+    log.info("%s: %d scores of %d probes", spec["concept"], len(made), len(probes))
 
 
 def read_probes(
-    spec: Mapping,
-    samples_path: str | Path,
-    base_paths: Mapping[str, str | Path],
-    scorer: ClipScorer,
-    judge: Judge | None,
-    batch_size: int,
+    spec: Mapping, samples_path: str | Path, base_paths: Sequence[str | Path], models: ImageModels
 ) -> Iterator[Probe]:
-    """Features of every probe of a row: the targets, the anchor, then the neighbors in their order."""
+    """Features of every probe of a row, in the order of `roles.probe_roles`, and what its metrics read in the pictures."""
     samples = read_store(samples_path)
-    for role, subject in probe_roles(spec):
-        base, ablated = read_store(base_paths[subject]), samples.select(role, subject)
+    for (role, subject), base_path in zip(probe_roles(spec), base_paths, strict=True):
+        base, ablated = read_store(base_path), samples.select(role, subject)
         check_same_seeds(base, ablated, subject)
-        measured = {}
-        if judge:
-            sides = [judge(store, batch_size) for store in (base, ablated)]
-            measured = dict(zip(judge.metrics, zip(*sides, strict=True), strict=True))
-        yield Probe(
-            role,
-            subject,
-            scorer.image_features(base.images(), batch_size),
-            scorer.image_features(ablated.images(), batch_size),
-            tuple(base.column("seed")),
-            measured,
-        )
+        measured = read_pictures(KINDS[spec["kind"]], role, base, ablated, models)
+        features = [
+            models.scorer.image_features(side.images(), models.batch_size) for side in (base, ablated)
+        ]
+        yield Probe(role, subject, *features, tuple(base.column("seed")), measured)
+
+
+def read_pictures(
+    kind: Kind, role: str, base: ImageStore, ablated: ImageStore, models: ImageModels
+) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
+    """The metrics of pictures that a probe has: name -> (base (n,), ablated (n,)); base is None for a metric of pairs."""
+    asked = [metric for metric in METRICS.values() if metric.applies(kind) and role in metric.roles]
+    single = [metric for metric in asked if isinstance(metric, ImageMetric)]
+    # Store by store, so that two metrics of one model can share what it sees in a store.
+    sides = [[metric.read(store, models) for metric in single] for store in (base, ablated)]
+    found = {metric.name: both for metric, *both in zip(single, *sides, strict=True)}
+    pairs = {
+        metric.name: (None, metric.read(base, ablated, models))
+        for metric in asked
+        if isinstance(metric, PairMetric)
+    }
+    return found | pairs
 
 
 def check_same_seeds(base: ImageStore, ablated: ImageStore, subject: str) -> None:
@@ -131,66 +119,18 @@ def check_same_seeds(base: ImageStore, ablated: ImageStore, subject: str) -> Non
         )
 
 
-def load_judge(spec: Mapping, scorer: ClipScorer, device: str) -> Judge | None:
-    """What the row's kind needs besides the scorer: copies for memorization, a detector for unwanted content."""
-    if spec["kind"] == "memorization":
-        descriptor = CopyDescriptor(
-            spec["descriptor"]["model"], device, sha256=spec["descriptor"].get("sha256")
-        )
-        return Copies(descriptor, read_image(spec["image"]["file"], spec["image"]["sha256"]))
-    if "detector" in spec:
-        return Detections(load_detector(spec["detector"], scorer, device))
-    return None
-
-
-class Copies:
-    """Which images are copies of one picture, and how much they resemble it (cosine of the descriptors)."""
-
-    metrics = ("copy_rate", "copy_similarity")
-
-    def __init__(self, descriptor: CopyDescriptor, picture: Image.Image):
-        self.descriptor, self.name = descriptor, descriptor.name
-        self.picture = descriptor.features([picture])[0]
-        self.words = {"text": "", "against": "the memorized picture"}
-
-    def __call__(self, store: ImageStore, batch_size: int) -> tuple[np.ndarray, ...]:
-        similarity = self.descriptor.features(store.images(), batch_size) @ self.picture
-        return np.asarray(self.descriptor.is_copy(similarity), dtype=np.float64), similarity
-
-
-class Detections:
-    """Which images a detector flags."""
-
-    metrics = ("detected",)
-
-    def __init__(self, detector: Detector):
-        self.detector, self.name = detector, detector.name
-        self.words = {"text": detector.text, "against": detector.against}
-
-    def __call__(self, store: ImageStore, batch_size: int) -> tuple[np.ndarray, ...]:
-        return (self.detector.detect(store.images(), batch_size),)
-
-
-def read_image(path: str | Path, sha256: str) -> Image.Image:
-    """The picture at `path`, which must still be the planned one. Raises ScoreError."""
-    try:
-        if hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
-            raise ScoreError(f"{path}: was changed after this run was planned; start it again")
-        return open_picture(path)
-    except OSError as error:
-        raise ScoreError(f"{path}: the memorized picture can't be read ({error})") from error
-
-
-def _words(row: Mapping, texts: Mapping[str, str], judge: Judge | None) -> dict[str, str]:
-    """Unit, and what was compared: subjects spelled as the scorer read them, or the judge's own words."""
-    unit = {"unit": UNITS[row["metric"]]}
-    if judge and row["metric"] in judge.metrics:
-        pooled = row["role"] in POOLS.values()
-        return unit | {"features": judge.name} | (dict.fromkeys(judge.words, "") if pooled else judge.words)
-    return unit | {
-        name: "; ".join(texts.get(subject, subject) for subject in row[name].split("; "))
-        for name in ("text", "against")
-    }
+def _words(line: Mapping, texts: Mapping[str, str], models: ImageModels) -> dict[str, str]:
+    """Unit, and what was compared: subjects spelled as the scorer read them, or the words of another model that judges."""
+    metric = METRICS[line["metric"]]
+    source = metric.source(models)
+    if source is None:
+        source = {
+            name: "; ".join(texts.get(subject, subject) for subject in line[name].split("; "))
+            for name in ("text", "against")
+        }
+    elif line["role"] in POOLS.values():
+        source |= {"text": "", "against": ""}
+    return {"unit": metric.unit} | source
 
 
 def _identity(store: ImageStore) -> list[tuple[str, str, int]]:

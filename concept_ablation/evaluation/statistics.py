@@ -15,6 +15,7 @@ are taken as fixed; drawing prompts again would promise something about prompts 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -32,6 +33,19 @@ class Estimate(NamedTuple):
     high: float
     n: int
     interval: str
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made: their level, the number of draws, and the seed of the draws.
+
+    joint: pooled groups have the same seeds in the same order, so a seed is drawn for all of them together.
+    """
+
+    confidence: float = 0.95
+    draws: int = 1000
+    seed: int = 0
+    joint: bool = False
 
 
 def cosine(images: np.ndarray, text: np.ndarray) -> np.ndarray:

@@ -43,7 +43,9 @@ class NearestNeighbors(NamedTuple):
         """
         same_seeds = reference is None
         reference = base if same_seeds else reference
-        return cls(*(_nearest_cosine(side, reference) for side in (base, ablated, reference)), same_seeds)
+        return cls(
+            *(nearest_neighbor_similarity(side, reference) for side in (base, ablated, reference)), same_seeds
+        )
 
     def typical(self, outliers: float = OUTLIERS) -> tuple[np.ndarray, np.ndarray]:
         """For the base and the ablated model, (n,): 1 where an image could be one of the reference's, else 0.
@@ -72,20 +74,25 @@ def typical_change(
     each draw. Where hardly an image changes, its interval has no width, so the wider end on each side of it and of Bonett
     and Price's is taken. docs/report.md gives the coverage of both.
 
+    Probes may share a reference, as several targets share the anchor's images. It is drawn once a draw for all of them, since its
+    limit, where it errs, errs for all of them alike.
+
     `joint`: the probes have the same seeds in the same order, so a seed is drawn for all of them together.
     """
     level = {"confidence": confidence}
     sides = [np.concatenate(side) for side in zip(*(probe.typical() for probe in probes), strict=True)]
     fixed = paired_proportion_difference(sides[1], sides[0], **level)
+    seeds = [seed if joint else seed + 2 * index for index in range(len(probes))]
+    first = [next(i for i, other in enumerate(probes) if _share_reference(other, one)) for one in probes]
     redrawn = [
-        _typical_change_redrawn(probe, draws, seed if joint else seed + 2 * index)
-        for index, probe in enumerate(probes)
+        _typical_change_redrawn(probe, draws, own, seeds[shared] + 1)
+        for probe, own, shared in zip(probes, seeds, first, strict=True)
     ]
     low, high = percentiles(np.sum(redrawn, axis=0) / fixed.n, confidence)
     return Estimate(fixed.value, min(low, fixed.low), max(high, fixed.high), fixed.n, "redrawn-limit")
 
 
-def _nearest_cosine(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def nearest_neighbor_similarity(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """(n,): each image's largest cosine with a reference image of another row."""
     if len(reference) < 2:
         raise ValueError(f"typical images need at least 2 reference images, got {len(reference)}")
@@ -99,10 +106,19 @@ def _lowest(count: int, outliers: float) -> int:
     return int(outliers * count + 1e-9)
 
 
-def _typical_change_redrawn(probe: NearestNeighbors, draws: int, seed: int) -> np.ndarray:
+def _share_reference(one: NearestNeighbors, other: NearestNeighbors) -> bool:
+    """Whether two probes are compared with the same images, which neither of them owns; a probe always is with itself."""
+    if one.same_seeds or other.same_seeds:
+        return one is other
+    return np.array_equal(one.reference, other.reference)
+
+
+def _typical_change_redrawn(
+    probe: NearestNeighbors, draws: int, seed: int, reference_seed: int
+) -> np.ndarray:
     """(draws,): in how many images more the ablated model is typical, seeds drawn again and the limit taken anew."""
     counts = resample(np.zeros(len(probe.base)), draws, seed)
-    others = counts if probe.same_seeds else resample(np.zeros(len(probe.reference)), draws, seed + 1)
+    others = counts if probe.same_seeds else resample(np.zeros(len(probe.reference)), draws, reference_seed)
     order = np.argsort(probe.reference)
     passed = np.cumsum(others[:, order], axis=1)  # of a draw's reference images, how many lie up to here
     rank = (passed > _lowest(len(order), OUTLIERS)).argmax(axis=1)

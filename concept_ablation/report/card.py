@@ -17,18 +17,17 @@ from pathlib import Path
 import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.image_store import METADATA_KEY, ImageStore, read_store
 from concept_ablation.registries import KINDS
+from concept_ablation.report.figures import picture_strip
+from concept_ablation.report.formatting import flat_settings, is_share
 from concept_ablation.report.tables import missing_rows
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 PAIRS = 6  # pairs of pictures in a strip
-SIDE = 192  # pixels, the longer side of a picture in a strip
-GAP = 4
 TAGS = ("concept-ablation", "stable-diffusion", "text-to-image")
 DELTA = "delta.safetensors"
 UNLISTED = (
@@ -147,33 +146,33 @@ def write_card(
         old.unlink()
     shutil.copyfile(delta_path, out / DELTA)
     strips = list(_strips(out, summary["kind"], samples, base))
-    targets = metadata.get("targets") or [summary["target"]]
-    text = (
-        _environment()
-        .get_template("card.md.j2")
-        .render(
-            front_matter=_front_matter(base_model or metadata.get("base_model")),
-            base=_base_name(metadata, base_model),
-            targets=", ".join(targets),
-            anchor=summary["anchor"],
-            kind=summary["kind"],
-            neighbors=summary["neighbors"].replace(";", ","),
-            verdict=summary["verdict"],
-            provisional=summary["firmness"] == "provisional",
-            strips=strips,
-            hidden=not KINDS[summary["kind"]].publishable,
-            snippet=_snippet(tensors, metadata, base_model),
-            scores=_score_lines(scores),
-            features=", ".join(dict.fromkeys(line["features"] for line in scores)),
-            settings=list(
-                _flatten("", {name: metadata[name] for name in sorted(metadata) if name not in UNLISTED})
-            ),
-            measured=", ".join(dict.fromkeys(probe["subject"] for probe in samples.metadata["probes"])),
-        )
-    )
+    shown = _shown(summary, scores, metadata, base_model) | {
+        "strips": strips,
+        "snippet": _snippet(tensors, metadata, base_model),
+        "measured": ", ".join(dict.fromkeys(probe["subject"] for probe in samples.metadata["probes"])),
+    }
+    text = _environment().get_template("card.md.j2").render(shown)
     (out / "README.md").write_text(text, encoding="utf-8")
     log.info("%s: card of %s", out, summary["concept"])
     return out
+
+
+def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_model: str | None) -> dict:
+    """What the card says of a row, of its scores and of its delta's metadata."""
+    return {
+        "front_matter": _front_matter(base_model or metadata.get("base_model")),
+        "base": _base_name(metadata, base_model),
+        "targets": ", ".join(metadata.get("targets") or [summary["target"]]),
+        "anchor": summary["anchor"],
+        "kind": summary["kind"],
+        "neighbors": summary["neighbors"].replace(";", ","),
+        "verdict": summary["verdict"],
+        "provisional": summary["firmness"] == "provisional",
+        "hidden": not KINDS[summary["kind"]].publishable,
+        "scores": _score_lines(scores),
+        "features": ", ".join(dict.fromkeys(line["features"] for line in scores if line["features"])),
+        "settings": list(flat_settings(dict(sorted(metadata.items())), UNLISTED)),
+    }
 
 
 def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageStore]):
@@ -188,20 +187,6 @@ def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageS
             rows = [[store.image(position) for position in range(count)] for store in (before, after)]
             picture_strip(rows).save(out / file)
             yield {"role": probe["role"].capitalize(), "subject": probe["subject"], "file": file}
-
-
-def picture_strip(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures of one size as one picture, each at most SIDE pixels long."""
-    first = rows[0][0]
-    scale = min(1.0, SIDE / max(first.size))
-    width, height = (max(1, round(side * scale)) for side in first.size)
-    size = (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP)
-    strip = Image.new("RGB", size, "white")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            strip.paste(small, (x * (width + GAP), y * (height + GAP)))
-    return strip
 
 
 def _front_matter(base_model: object) -> str:
@@ -268,7 +253,7 @@ def _score_lines(scores: Sequence[Mapping]) -> list[dict]:
 
 def _with_interval(score: Mapping) -> str:
     """ "5 % [1 %, 14 %]", a change in points, other metrics as they are."""
-    share, change = score["unit"] == "share of images", score["model"] == "difference"
+    share, change = is_share(score["metric"]), score["model"] == "difference"
 
     def number(value: float | None) -> str:
         if value is None:
@@ -278,14 +263,6 @@ def _with_interval(score: Mapping) -> str:
         return f"{value:+.3g}" if change else f"{value:.3g}"
 
     return f"{number(score['value'])} [{number(score['ci_low'])}, {number(score['ci_high'])}]"
-
-
-def _flatten(name: str, value: object):
-    if isinstance(value, Mapping) and value:
-        for key in value:
-            yield from _flatten(f"{name}.{key}" if name else str(key), value[key])
-    else:
-        yield name, value if isinstance(value, str) else json.dumps(value)
 
 
 def _environment() -> jinja2.Environment:

@@ -21,6 +21,7 @@ from typing import TextIO
 from concept_ablation.common.files import set_aside
 from concept_ablation.common.logs import DONE, ENDED
 from concept_ablation.plan.graph import Plan, has_content
+from concept_ablation.report.formatting import printable
 
 FAILED, STOPPED, KILLED = "failed", "was ended", "was killed"
 CRASH = "Fatal Python error: "  # what a crash of native code leaves
@@ -111,12 +112,6 @@ def log_lines(path: str | Path) -> list[str]:
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
         return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-
-
-def printable(line: str, width: int) -> str:
-    """A log's line for a terminal: no control characters, at most `width` characters."""
-    text = "".join(letter if letter.isprintable() else " " for letter in line)
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | None = None) -> list[Failure]:

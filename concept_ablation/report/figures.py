@@ -1,4 +1,4 @@
-"""The report's drawings: interval bars, sparklines, thumbnails."""
+"""The report's drawings: interval bars, sparklines, thumbnails, strips of pictures."""
 
 import base64
 import io
@@ -9,7 +9,10 @@ import numpy as np
 from PIL import Image, features
 
 THUMBNAIL = 192
-"""Longest side of a picture on the page, in pixels."""
+"""Longest side of a picture on the page and in a card, in pixels."""
+
+GAP = 4
+"""Pixels between the pictures of a strip."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,11 @@ class Bar:
 
 
 def target_bar(line: Mapping) -> Bar:
-    """A summary line's target, on a bar from 0 to 100 %: the share of the deciding target and its limit."""
-    limit, ends = line["target_limit"], ("", "_low", "_high")
-    if line.get("target_excess") is not None:
-        values = [limit + line[f"target_excess{end}"] for end in ends]
-    else:
-        values = [line[f"presence_ablated{end}"] for end in ends]
+    """A summary line's deciding target on a bar from 0 to 100 %: its share, with the interval that decides, and its limit."""
+    limit = line["target_limit"]
+    values = [limit + line[f"target_excess{end}"] for end in ("", "_low", "_high")]
     value, low, high, limit = (_inside(place) for place in (*values, limit))
-    return Bar(_inside(line["presence_base"]), value, low, high, limit, (0.0, limit))
+    return Bar(_inside(line["deciding"].base), value, low, high, limit, (0.0, limit))
 
 
 def change_bar(line: Mapping, column: str, loss_max: float) -> Bar | None:
@@ -79,3 +79,17 @@ def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
     kind, buffer = ("WEBP" if features.check("webp") else "JPEG"), io.BytesIO()
     image.save(buffer, format=kind, quality=82, method=2)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def picture_strip(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures of one size as one picture, each at most THUMBNAIL pixels long."""
+    first = rows[0][0]
+    scale = min(1.0, THUMBNAIL / max(first.size))
+    width, height = (max(1, round(side * scale)) for side in first.size)
+    size = (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP)
+    strip = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            strip.paste(small, (x * (width + GAP), y * (height + GAP)))
+    return strip

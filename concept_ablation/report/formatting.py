@@ -1,6 +1,9 @@
-"""How the report writes numbers: shares, points, metrics."""
+"""How the report writes numbers and texts: shares, points, metrics, names in a terminal, settings."""
 
-from concept_ablation.common.score_table import SHARES
+import json
+from collections.abc import Container, Iterator, Mapping
+
+from concept_ablation.registries import METRICS
 
 
 def share(value: float | None) -> str:
@@ -13,14 +16,36 @@ def points(value: float | None) -> str:
     return "–" if value is None else _signed(100 * value, 1)
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric counts images; False for one that isn't registered any more, as in tables of other versions."""
+    return metric in METRICS and METRICS[metric].is_share
+
+
 def format_metric(value: float | None, metric: str, change: bool = False) -> str:
     """A value of the long table as the page shows it."""
     if value is None:
         return "–"
-    if metric in SHARES:
+    if is_share(metric):
         return points(value) if change else share(value)
-    digits = 3 if metric != "kid_x1000" else 0 if abs(value) >= 100 else 1
-    return _signed(value, digits) if change else _signed(value, digits).removeprefix("+")
+    decimals = METRICS[metric].decimals(value) if metric in METRICS else 3
+    return _signed(value, decimals) if change else _signed(value, decimals).removeprefix("+")
+
+
+def printable(text: str, width: int) -> str:
+    """A text for a line of a terminal: no control characters, at most `width` characters."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return clean if len(clean) <= width else clean[: width - 3] + "..."
+
+
+def flat_settings(settings: Mapping, without: Container[str] = ()) -> Iterator[tuple[str, str]]:
+    """Nested settings as names (`sampler.steps`) and texts, but for the names in `without`."""
+    for key, value in settings.items():
+        if key in without:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from ((f"{key}.{name}", text) for name, text in flat_settings(value))
+        else:
+            yield str(key), value if isinstance(value, str) else json.dumps(value)
 
 
 def _signed(value: float, digits: int) -> str:

@@ -21,19 +21,19 @@ import pyarrow.parquet as pq
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.image_store import open_store
 from concept_ablation.common.roles import POOLS, probe_roles
-from concept_ablation.common.score_table import COLUMNS, SHARES
+from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import verdict
 from concept_ablation.report.figures import change_bar, sparkline, target_bar
-from concept_ablation.report.formatting import format_metric, points, share
-from concept_ablation.report.sections import previews, sections
+from concept_ablation.report.formatting import format_metric, is_share, points, printable, share
+from concept_ablation.report.sections import deciding_targets, previews, sections
 from concept_ablation.report.tables import missing_rows, report_rows
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
-TONES = {
+VERDICT_COLORS = {
     verdict.KEPT: "good",
     verdict.ALONE: "good",
     verdict.HARMED: "warn",
@@ -43,18 +43,12 @@ TONES = {
 }
 """Colour of a verdict; the inconclusive ones are neutral."""
 
-MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
+TERMINAL_MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
 """The same in a terminal."""
-
-SEEN = {"clip_accuracy": "seen by CLIP", "copy_rate": "copied", "detected": "flagged"}
-"""The measure that decides for a kind, in a word or three."""
-
-PAGE = {"images_per_probe": 8, "image_budget": 6000, "open_rows": 12}
-"""Pairs of pictures a probe; pictures on the whole page (but a pair a row in any case); up to so many rows are unfolded."""
 
 
 def render(
-    spec: Mapping | Sequence[Mapping],
+    spec: Mapping,
     scores_path: str | Path,
     summary_path: str | Path,
     out_path: str | Path,
@@ -63,54 +57,62 @@ def render(
     """Writes the page to `out_path`, whole or not at all.
 
     Args:
-        spec: as for `tables.aggregate_scores`; a mapping may also hold "page", other values for some of `PAGE`.
+        spec: as for `tables.aggregate_scores`, with "page": images_per_probe (pairs of pictures a probe), image_budget
+            (pictures on the whole page, but a pair a row in any case), open_rows (up to so many rows are unfolded). Of a
+            run that didn't finish also "failures" and "waiting".
         scores_path, summary_path: the tables that `aggregate_scores` wrote.
         when: the time in the page's head; None: now.
 
     Raises:
         StoreError: a row's images can't be read.
     """
-    rows, page = (
-        report_rows(spec),
-        PAGE | dict(spec.get("page", {}) if isinstance(spec, Mapping) else {}),
-    )
-    summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
-    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
-    probes = sum(len(probe_roles(row)) for row in rows)
-    pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
-    shown = probes_a_row(len(rows), probes, page["image_budget"])
-    texts = [field.name for field in COLUMNS if field.type == pa.string()]
-    scores = pq.read_table(scores_path, read_dictionary=texts)
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     stream = (
-        environment()
-        .get_template("report.html.j2")
-        .stream(
-            style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            when=when or datetime.now(UTC),
-            model=open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
-            scorers=pc.unique(scores["features"]).to_pylist(),
-            lines=lines,
-            previews=previews(rows),
-            counts=count_verdicts(lines),
-            kinds_shown=sorted({line["kind"] for line in lines}),
-            limits=verdict.read_thresholds(spec),
-            pairs=pairs,
-            capped=pairs < page["images_per_probe"],
-            probes_shown=shown,
-            failures=spec.get("failures", []) if isinstance(spec, Mapping) else [],
-            waiting=spec.get("waiting", []) if isinstance(spec, Mapping) else [],
-            unfolded=len(rows) <= page["open_rows"],
-            sections=sections(rows, lines, scores, pairs, shown),
-        )
+        environment().get_template("report.html.j2").stream(_shown(spec, scores_path, summary_path, when))
     )
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:
         with part.open("w", encoding="utf-8") as file:
             stream.dump(file)
-        log.info("%s: %d concepts, %s", out_path, len(rows), size_text(part.stat().st_size))
+        log.info("%s: %d concepts, %s", out_path, len(spec["rows"]), size_text(part.stat().st_size))
+
+
+def _shown(spec: Mapping, scores_path: str | Path, summary_path: str | Path, when: datetime | None) -> dict:
+    """What the template is filled with; the rows' pictures are read when it asks for them."""
+    rows, page = report_rows(spec), spec["page"]
+    summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
+    texts = [field.name for field in COLUMNS if field.type == pa.string()]
+    scores = pq.read_table(scores_path, read_dictionary=texts)
+    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
+    lines = [
+        line | {"deciding": target, "several": len(row["targets"]) > 1}
+        for line, target, row in zip(lines, deciding_targets(lines, scores), rows, strict=True)
+    ]
+    probes = sum(len(probe_roles(row)) for row in rows)
+    pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
+    shown = probes_a_row(len(rows), probes, page["image_budget"])
+    measured = set(pc.unique(scores["metric"]).to_pylist())
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return {
+        "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "when": when or datetime.now(UTC),
+        "model": open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
+        "scorers": [name for name in pc.unique(scores["features"]).to_pylist() if name],
+        "lines": lines,
+        "previews": previews(rows),
+        "counts": count_verdicts(lines),
+        "kinds_shown": sorted({line["kind"] for line in lines}),
+        "metrics_shown": [METRICS[name] for name in METRICS if name in measured],
+        "limits": verdict.read_thresholds(spec),
+        "pairs": pairs,
+        "capped": pairs < page["images_per_probe"],
+        "probes_shown": shown,
+        "failures": spec.get("failures", []),
+        "waiting": spec.get("waiting", []),
+        "unfolded": len(rows) <= page["open_rows"],
+        "sections": sections(rows, lines, scores, pairs, shown),
+    }
 
 
 def print_summary(
@@ -128,7 +130,7 @@ def print_summary(
 
 def headline(lines: Sequence[Mapping]) -> str:
     """How many concepts are gone, in one sentence without its full stop."""
-    fine = sum(TONES.get(line["verdict"]) == "good" for line in lines)
+    fine = sum(VERDICT_COLORS.get(line["verdict"]) == "good" for line in lines)
     noun = "concept" if len(lines) == 1 else "concepts"
     return f"{fine} of {len(lines)} {noun} removed with neighbors intact"
 
@@ -145,11 +147,11 @@ def summary_text(lines: Sequence[Mapping]) -> str:
     for line in lines:
         table.append(
             (
-                MARKS.get(TONES.get(line["verdict"]), "??"),
-                _printable(line["concept"], 28),
+                TERMINAL_MARKS.get(VERDICT_COLORS.get(line["verdict"]), "??"),
+                printable(line["concept"], 28),
                 line["verdict"],
-                firmness(line),
-                f"{_change_text(line, 'presence')} {SEEN[line['measure']]}",
+                line["firmness"],
+                f"{_change_text(line, 'presence')} {METRICS[line['measure']].label}",
                 _change_text(line, "neighbor_recognition", difference=True),
                 _worst_text(line),
                 f"{share(line['anchor_typical_base'])} -> {share(line['anchor_typical_ablated'])}",
@@ -168,13 +170,6 @@ def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
 def probes_a_row(rows: int, probes: int, budget: int) -> int | None:
     """How many of a row's probes show pictures, at least 1; None, all of them, if a pair for each keeps within `budget`."""
     return None if 2 * probes <= budget else max(1, budget // (2 * rows))
-
-
-def firmness(line: Mapping) -> str:
-    """ "firm" or "provisional"; empty where the row is inconclusive anyhow."""
-    if line["verdict"].startswith("inconclusive"):
-        return ""
-    return line["firmness"]
 
 
 def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
@@ -199,10 +194,10 @@ def environment() -> jinja2.Environment:
         "size": size_text,
         "target_bar": target_bar,
         "change_bar": change_bar,
-        "firmness": firmness,
+        "is_share": is_share,
     }
-    made.globals |= {"tones": TONES, "headline": headline, "zip": zip, "shares": SHARES, "seen": SEEN}
-    made.globals |= {"kinds": KINDS, "pools": tuple(POOLS.values())}
+    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip}
+    made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}
     return made
 
 
@@ -222,10 +217,4 @@ def _worst_text(line: Mapping) -> str:
     """ "duck, -12.5": the neighbor whose `typical` fell most, and by how many points; "-" for none."""
     if not line.get("worst_neighbor"):
         return "-"
-    return f"{_printable(line['worst_neighbor'], 20)}, {100 * line['worst_neighbor_typical_change']:+.1f}"
-
-
-def _printable(text: str, width: int) -> str:
-    """A name for the terminal: no control characters, no longer than `width`."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= width else clean[: width - 3] + "..."
+    return f"{printable(line['worst_neighbor'], 20)}, {100 * line['worst_neighbor_typical_change']:+.1f}"

@@ -1,19 +1,57 @@
 """What the page shows of each row: its pictures, its scores, how it was made. Read when the page asks for it, a row at a time."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from concept_ablation.common.image_store import ImageStore, open_picture, open_store
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.figures import thumbnail
+from concept_ablation.report.formatting import flat_settings
 from concept_ablation.report.summary import training_record
 
 log = logging.getLogger(__name__)
+UNLISTED = ("probes", "stage")
+"""What the list of a row's settings leaves out: the page shows the prompts beside the pictures."""
+
+
+class Deciding(NamedTuple):
+    """The target that speaks for its row: the shares of its images, by the measure that decides, and their number.
+
+    low, high: the interval of `ablated` alone.
+    """
+
+    target: str
+    base: float
+    ablated: float
+    low: float
+    high: float
+    images: int
+
+
+def deciding_targets(lines: Sequence[Mapping], scores: pa.Table) -> list[Deciding]:
+    """For each line of the summary its deciding target, read in the long table: the summary's own columns pool all targets."""
+    asked = pa.array([line["deciding_target"] for line in lines], pa.string())
+    chosen = pc.and_(pc.equal(scores["role"], "target"), pc.is_in(scores["probe"], asked))
+    chosen = pc.and_(
+        chosen, pc.is_in(scores["metric"], pa.array([line["measure"] for line in lines], pa.string()))
+    )
+    found = {
+        tuple(score[name] for name in ("concept", "probe", "metric", "model")): score
+        for score in scores.filter(chosen).to_pylist()
+    }
+    deciding = []
+    for line in lines:
+        place = line["concept"], line["deciding_target"], line["measure"]
+        base, ablated = (found[*place, model] for model in ("base", "ablated"))
+        numbers = (ablated[name] for name in ("value", "ci_low", "ci_high", "n"))
+        deciding.append(Deciding(line["deciding_target"], base["value"], *numbers))
+    return deciding
 
 
 def previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
@@ -46,7 +84,7 @@ def sections(
             "memorized": _memorized(row),
             "metrics": metrics,
             "loss": record.get("loss", []),
-            "settings": _settings(samples.metadata),
+            "settings": list(flat_settings(samples.metadata, UNLISTED)),
         }
 
 
@@ -59,11 +97,14 @@ def _places(names: pa.ChunkedArray) -> dict[str, np.ndarray]:
 
 
 def _most_telling(row: Mapping, metrics: Sequence[Mapping]) -> list[tuple[str, str]]:
-    """Role and subject of a row's probes: targets, the anchor, then the neighbors, those that lost most first."""
+    """Role and subject of a row's probes: targets, the anchor, then the neighbors, those that lost most first.
+
+    They lost most of their typical images: recognition stays at its top while pictures change.
+    """
     lost = {
         line["probe"]: line["difference"]["value"]
         for line in metrics
-        if line["role"] == "neighbor" and line["metric"] == "recognition" and "difference" in line
+        if line["role"] == "neighbor" and line["metric"] == "typical" and "difference" in line
     }
     return sorted(probe_roles(row), key=lambda place: lost.get(place[1], 0) if place[0] == "neighbor" else -2)
 
@@ -108,18 +149,3 @@ def _metric_lines(scores: Sequence[Mapping]) -> list[dict]:
         place = {name: score[name] for name in ("role", "probe", "metric", "text", "against", "unit", "n")}
         lines.setdefault(tuple(place.values())[:3], place)[score["model"]] = score
     return list(lines.values())
-
-
-def _settings(metadata: Mapping) -> list[tuple[str, str]]:
-    """What a row was made with, as names and values: flat, without the prompts."""
-    flat: list[tuple[str, str]] = []
-
-    def visit(name: str, value: object) -> None:
-        if isinstance(value, Mapping):
-            for key in value:
-                visit(f"{name}.{key}" if name else str(key), value[key])
-        elif name not in ("probes", "stage"):
-            flat.append((name, value if isinstance(value, str) else json.dumps(value)))
-
-    visit("", metadata)
-    return flat

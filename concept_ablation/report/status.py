@@ -22,7 +22,8 @@ from concept_ablation.common.logs import DONE
 from concept_ablation.common.text import size_text
 from concept_ablation.plan.cleanup import FRESH, disk_used, locked_since
 from concept_ablation.plan.graph import Plan, has_content
-from concept_ablation.report.failures import CRASH, FAILED, KILLED, how_ended, log_lines, printable
+from concept_ablation.report.failures import CRASH, FAILED, KILLED, how_ended, log_lines
+from concept_ablation.report.formatting import printable
 
 State = Literal["failed", "running", "ended", "waiting"]
 WIDTH = 160  # characters of a log's line that are shown

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +11,8 @@ import pyarrow.parquet as pq
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import damaged
 from concept_ablation.common.roles import POOLS, WORST
-from concept_ablation.registries import KINDS
-from concept_ablation.report.verdict import Presence, Thresholds, judge
+from concept_ablation.registries import KINDS, METRICS
+from concept_ablation.report.verdict import Presence, Thresholds, decide
 
 
 class RecordError(UserError):
@@ -21,24 +22,47 @@ class RecordError(UserError):
 PRESENCE = "presence"
 """Stands for the metric that decides for the row's kind, `Kind.measure`."""
 
-MEASURED = {
-    "presence": ("target", PRESENCE),
-    "target_accuracy": ("target", "clip_accuracy"),
-    "target_content": ("target", "content"),
-    "target_typical": ("target", "typical"),
-    "anchor_presence": ("anchor", PRESENCE),
-    "anchor_accuracy": ("anchor", "clip_accuracy"),
-    "anchor_content": ("anchor", "content"),
-    "anchor_typical": ("anchor", "typical"),
-    "neighbor_recognition": ("neighbor", "recognition"),
-    "neighbor_accuracy": ("neighbor", "clip_accuracy"),
-    "neighbor_typical": ("neighbor", "typical"),
-    "worst_neighbor_typical": ("worst_neighbor", "typical"),
-}
-"""Columns with an interval, each for the base model, the ablated one, and the change between them: their role and metric."""
+ROLES = ("target", "anchor", "neighbor", "worst_neighbor")
+LEADING = {"target": PRESENCE, "anchor": PRESENCE, "neighbor": "recognition"}
+"""The metric that a role is judged by first: its columns stand before the role's others."""
 
-MODELS = {"base": "base", "ablated": "ablated", "change": "difference"}
-ROLES = ("target", "anchor", "neighbor")
+FORMS = {
+    "change": (("_base", "base", True), ("_ablated", "ablated", True), ("_change", "difference", True)),
+    "models": (("_base", "base", False), ("_ablated", "ablated", False)),
+    "interval": (("", "ablated", True),),
+    "value": (("", "ablated", False),),
+}
+"""`Metric.summary_form` -> the columns that it makes: end of the name, model of the long table, whether with its interval."""
+
+COUNTED, IMAGES = ("target", "anchor", "neighbor"), "image_similarity"
+"""The roles whose images the summary counts, and the metric that counts them: every image has it."""
+
+
+class Column(NamedTuple):
+    """A column of measured values: the place in the long table that it is taken from; interval: with `_low` and `_high`."""
+
+    name: str
+    role: str
+    metric: str
+    model: str
+    interval: bool
+
+
+def measured_columns() -> list[Column]:
+    """The summary's columns of measured values in their order: all with a change, then the others, role by role."""
+    entries = [("presence", "target", PRESENCE, "change"), ("anchor_presence", "anchor", PRESENCE, "change")]
+    for name, metric in METRICS.items():
+        entries += [(column, role, name, metric.summary_form) for role, column in metric.summary.items()]
+
+    def place(entry: tuple[str, str, str, str]) -> tuple[bool, int, int, bool]:
+        _, role, metric, form = entry
+        return form != "change", ROLES.index(role), list(FORMS).index(form), metric != LEADING.get(role)
+
+    return [
+        Column(column + end, role, metric, model, interval)
+        for column, role, metric, form in sorted(entries, key=place)
+        for end, model, interval in FORMS[form]
+    ]
 
 
 def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds) -> dict:
@@ -50,20 +74,17 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds) -> dict:
     measure = KINDS[row["kind"]].measure
     summary = {name: row[name] for name in ("concept", "kind", "target", "anchor")}
     summary |= {"neighbors": "; ".join(row["neighbors"]), "measure": measure}
-    for column, (role, metric) in MEASURED.items():
-        metric = measure if metric == PRESENCE else metric
-        for name, model in MODELS.items():
-            summary |= _with_interval(f"{column}_{name}", found.get((role, metric, model)))
-    for role in ROLES:
-        for metric in ("clip_cosine", "clip_score_2_5"):
-            for model in ("base", "ablated"):
-                summary[f"{role}_{metric}_{model}"] = found.get((role, metric, model), {}).get("value")
-        summary |= _with_interval(f"{role}_kid_x1000", found.get((role, "kid_x1000", "ablated")))
-        likeness = found.get((role, "image_similarity", "ablated"), {})
-        summary |= {f"{role}_image_similarity": likeness.get("value"), f"{role}_images": likeness.get("n")}
+    for column in measured_columns():
+        metric = measure if column.metric == PRESENCE else column.metric
+        line = found.get((column.role, metric, column.model), {})
+        summary[column.name] = line.get("value")
+        if column.interval:
+            summary |= {f"{column.name}_low": line.get("ci_low"), f"{column.name}_high": line.get("ci_high")}
+    for role in COUNTED:
+        summary[f"{role}_images"] = found.get((role, IMAGES, "ablated"), {}).get("n")
     summary["worst_neighbor"] = found.get(("worst_neighbor", "typical", "difference"), {}).get("probe")
     targets = read_presence(row, scores)
-    return summary | asdict(judge(row["kind"], targets, summary, thresholds)) | _cost(row)
+    return summary | asdict(decide(row["kind"], targets, summary, thresholds)) | _cost(row)
 
 
 def read_presence(row: Mapping, scores: pa.Table) -> list[Presence]:
@@ -118,22 +139,13 @@ def _cost(row: Mapping) -> dict:
     }
 
 
-def _with_interval(name: str, line: Mapping | None) -> dict:
-    line = line or {}
-    return {name: line.get("value"), f"{name}_low": line.get("ci_low"), f"{name}_high": line.get("ci_high")}
-
-
-def _schema() -> pa.Schema:
-    names = [
-        f"{column}_{name}{end}" for column in MEASURED for name in MODELS for end in ("", "_low", "_high")
+def summary_schema() -> pa.Schema:
+    """The summary's columns, in order."""
+    measured = [
+        f"{column.name}{end}"
+        for column in measured_columns()
+        for end in (("", "_low", "_high") if column.interval else ("",))
     ]
-    for role in ROLES:
-        names += [
-            f"{role}_{metric}_{model}"
-            for metric in ("clip_cosine", "clip_score_2_5")
-            for model in ("base", "ablated")
-        ]
-        names += [f"{role}_kid_x1000{end}" for end in ("", "_low", "_high")] + [f"{role}_image_similarity"]
     texts = ["concept", "kind", "target", "anchor", "neighbors", "verdict", "firmness", "measure"]
     texts += ["deciding_target", "worst_neighbor"]
     flags = ["removed", "kept", "anchor_kept"]
@@ -142,12 +154,8 @@ def _schema() -> pa.Schema:
     return pa.schema(
         [(name, pa.string()) for name in texts]
         + [(name, pa.bool_()) for name in flags]
-        + [(name, pa.float64()) for name in [*target, *names]]
-        + [(name, pa.int64()) for name in [*(f"{role}_images" for role in ROLES), "steps"]]
+        + [(name, pa.float64()) for name in [*target, *measured]]
+        + [(name, pa.int64()) for name in [*(f"{role}_images" for role in COUNTED), "steps"]]
         + [(name, pa.float64()) for name in cost]
         + [("delta", pa.string())]
     )
-
-
-SUMMARY = _schema()
-"""The summary's columns, in order."""

@@ -6,7 +6,7 @@ rows it has and which are missing because they aren't finished; a whole run leav
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.common.score_table import COLUMNS
-from concept_ablation.report.summary import SUMMARY, summarise
+from concept_ablation.report.summary import summarise, summary_schema
 from concept_ablation.report.verdict import read_thresholds
 
 log = logging.getLogger(__name__)
@@ -33,19 +33,16 @@ class TableError(UserError):
     """A row's file is missing or has other columns; the message names it."""
 
 
-def aggregate_scores(
-    spec: Mapping | Sequence[Mapping], scores_path: str | Path, summary_path: str | Path
-) -> None:
+def aggregate_scores(spec: Mapping, scores_path: str | Path, summary_path: str | Path) -> None:
     """Writes all rows' scores (long) and the summary (wide), each as Parquet and, beside it, as CSV.
 
     Args:
-        spec: the report's rows (concept, kind, targets, target, anchor, neighbors, scores, samples, base, delta, and where
-            they exist training, image), or {"rows": rows, "verdict": thresholds, "missing": names of unfinished rows}, all
-            but the rows optional.
+        spec: "rows" (each: concept, kind, targets, target, anchor, neighbors, scores, samples, base, delta, and where they
+            exist training, image), "verdict" (all thresholds), and perhaps "missing", the names of unfinished rows.
         scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
 
     Raises:
-        TableError: a row's file is missing or damaged. ValueError: an unknown threshold.
+        TableError: a row's file is missing or damaged. ValueError: an unknown or missing threshold.
     """
     rows, thresholds, summary = report_rows(spec), read_thresholds(spec), []
 
@@ -57,18 +54,18 @@ def aggregate_scores(
 
     about = {METADATA_KEY: json.dumps(describe(spec))}
     scores = write_table(read_all(), scores_path, COLUMNS.with_metadata(about))
-    wide = pa.Table.from_pylist(summary, schema=SUMMARY)
-    write_table([wide], summary_path, SUMMARY.with_metadata(about))
+    columns = summary_schema()
+    wide = pa.Table.from_pylist(summary, schema=columns)
+    write_table([wide], summary_path, columns.with_metadata(about))
     log.info("%d concepts, %d scores", len(rows), scores)
 
 
-def describe(spec: Mapping | Sequence[Mapping]) -> dict:
+def describe(spec: Mapping) -> dict:
     """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the program's version."""
-    missing = spec.get("missing", []) if isinstance(spec, Mapping) else []
-    return {"rows": len(report_rows(spec)), "missing": list(missing), "version": __version__}
+    return {"rows": len(spec["rows"]), "missing": list(spec.get("missing", [])), "version": __version__}
 
 
-def mark_complete(spec: Mapping | Sequence[Mapping], path: str | Path) -> None:
+def mark_complete(spec: Mapping, path: str | Path) -> None:
     """Writes the mark of a whole report, the JSON of `describe`: the last of a report's tables to be written."""
     with atomic_output(path) as part:
         part.write_text(json.dumps(describe(spec)) + "\n", encoding="utf-8")
@@ -79,15 +76,15 @@ def missing_rows(table: pa.Table) -> list[str]:
     return json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}")).get("missing", [])
 
 
-def report_rows(spec: Mapping | Sequence[Mapping]) -> list[Mapping]:
+def report_rows(spec: Mapping) -> list[Mapping]:
     """The rows of a report's spec, sorted by concept."""
-    rows = spec["rows"] if isinstance(spec, Mapping) else spec
-    return sorted(rows, key=lambda row: row["concept"])
+    return sorted(spec["rows"], key=lambda row: row["concept"])
 
 
-def at_hand(spec: Mapping, results: str | Path) -> dict:
-    """A report's spec with the rows' files below `results`: where a job finds them, which under a storage plugin is in
-    its local copies. A row's `delta_shown` is the delta's path as it was: what a reader of the tables knows.
+def relocate_paths(spec: Mapping, results: str | Path) -> dict:
+    """A report's spec with the rows' files below `results`, where a job finds them: under a storage plugin in local copies.
+
+    A row's `delta_shown` is the delta's path as it was, which a reader of the tables knows.
     """
 
     def move(value: object, old: str) -> object:
@@ -120,7 +117,7 @@ def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema)
     ):
         for batch in _batches(tables):
             wide.write_table(batch)
-            lines.write_table(inert(batch))
+            lines.write_table(escape_formulas(batch))
             count += batch.num_rows
     return count
 
@@ -137,7 +134,7 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def inert(table: pa.Table) -> pa.Table:
+def escape_formulas(table: pa.Table) -> pa.Table:
     """`table` for a CSV file that a spreadsheet may open: a text that it would run as a formula gets a `'` before it."""
     for number, field in enumerate(table.schema):
         if field.type == pa.string():

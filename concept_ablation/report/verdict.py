@@ -41,7 +41,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as removed and as kept. Shares of images, 0 to 1.
+    """What counts as removed and as kept: `verdict` in the config, which holds the values. Shares of images, 0 to 1.
 
     target_max: an object is removed when at most this share of the target's images is still nearer to the target's text.
     style_margin: a style is removed at the share that neutral prompts give on the base model, plus this.
@@ -54,15 +54,15 @@ class Thresholds:
     half_width_max: an interval wider than +- this, and holding the limit, decides nothing.
     """
 
-    target_max: float = 0.20
-    style_margin: float = 0.10
-    copy_max: float = 0.10
-    detected_max: float = 0.20
-    neighbor_loss_max: float = 0.05
-    worst_neighbor_loss_max: float = 0.50
-    anchor_loss_max: float = 0.50
-    base_min: float = 0.50
-    half_width_max: float = 0.20
+    target_max: float
+    style_margin: float
+    copy_max: float
+    detected_max: float
+    neighbor_loss_max: float
+    worst_neighbor_loss_max: float
+    anchor_loss_max: float
+    base_min: float
+    half_width_max: float
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Decision:
         return cls(within, high <= ROUNDING if within else low > ROUNDING, excess, low, high)
 
 
-def judge(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: Thresholds) -> Verdict:
+def decide(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: Thresholds) -> Verdict:
     """The verdict on one row.
 
     The measured values decide; the intervals say whether they may ("inconclusive") and how firmly (`firmness`).
@@ -147,7 +147,8 @@ def judge(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: 
     """
     limits = [target_limit(kind, target.neutral, thresholds) for target in targets]
     decisions = [
-        _presence_decision(target, limit, thresholds) for target, limit in zip(targets, limits, strict=True)
+        _presence_decision(kind, target, limit, thresholds)
+        for target, limit in zip(targets, limits, strict=True)
     ]
     deciding = decisions.index(_deciding(decisions))
     removed = decisions[deciding]
@@ -175,10 +176,10 @@ def judge(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: 
     )
 
 
-def _presence_decision(target: Presence, limit: float, thresholds: Thresholds) -> Decision:
-    """A target's share beside its limit. Of a style both shares are estimated, so their difference decides."""
+def _presence_decision(kind: str, target: Presence, limit: float, thresholds: Thresholds) -> Decision:
+    """A target's share beside its limit. Where the limit lies above a neutral share, both are estimated: their difference decides."""
     if target.above is not None:
-        return Decision.of(*target.above, thresholds.style_margin, "at most")
+        return Decision.of(*target.above, getattr(thresholds, KINDS[kind].limit), "at most")
     return Decision.of(target.ablated, target.low, target.high, limit, "at most")
 
 
@@ -191,12 +192,13 @@ def target_limit(kind: str, neutral: float | None, thresholds: Thresholds) -> fl
     return own + (neutral or 0.0) if KINDS[kind].limit_above_neutral else own
 
 
-def read_thresholds(spec: Mapping | Sequence[Mapping]) -> Thresholds:
-    """The thresholds in a report's spec, or the defaults. Raises ValueError for an unknown name."""
-    given = dict(spec.get("verdict", {})) if isinstance(spec, Mapping) else {}
-    known = [field.name for field in fields(Thresholds)]
+def read_thresholds(spec: Mapping) -> Thresholds:
+    """The thresholds in a report's spec, all of them under `verdict`. Raises ValueError for an unknown or missing name."""
+    given, known = dict(spec["verdict"]), [field.name for field in fields(Thresholds)]
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"verdict: unknown {', '.join(unknown)} (allowed: {', '.join(known)})")
+    if missing := [name for name in known if name not in given]:
+        raise ValueError(f"verdict: {', '.join(missing)} missing")
     return Thresholds(**given)
 
 

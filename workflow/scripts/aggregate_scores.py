@@ -7,8 +7,8 @@ from concept_ablation.common.jobs import start_job
 
 start_job(snakemake)
 
-from concept_ablation.report.tables import aggregate_scores, at_hand, mark_complete
+from concept_ablation.report.tables import aggregate_scores, mark_complete, relocate_paths
 
-spec = at_hand(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
+spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
 aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary)
 mark_complete(spec, snakemake.output.complete)

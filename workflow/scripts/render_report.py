@@ -8,7 +8,7 @@ from concept_ablation.common.jobs import start_job
 start_job(snakemake)
 
 from concept_ablation.report.page import render
-from concept_ablation.report.tables import at_hand
+from concept_ablation.report.tables import relocate_paths
 
-spec = at_hand(json.loads(snakemake.params.spec), Path(snakemake.output[0]).parents[1])
+spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output[0]).parents[1])
 render(spec, snakemake.input.scores, snakemake.input.summary, snakemake.output[0])
