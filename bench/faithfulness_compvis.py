@@ -30,6 +30,25 @@ CASES = [
     ("... with both", True, True),
 ]
 
+UNET = {
+    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "params": {
+        "image_size": CELLS,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "attention_resolutions": [2, 1],
+        "num_res_blocks": 1,
+        "channel_mult": [1, 2],
+        "num_heads": 4,
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": WIDTH,
+        "use_checkpoint": False,
+        "legacy": False,
+    },
+}
+
 
 class PassLatents(nn.Module):
     """In place of their VAE: images are latents already."""
@@ -71,29 +90,11 @@ def make_model(checkout: Path):
     """Their CustomDiffusion with Stable Diffusion's schedule, all weights drawn (many start as zeros)."""
     sys.path.insert(0, str(checkout / "compvis"))
     sys.modules.update(stand_in_for_lightning())
-    unet = {
-        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        "params": {
-            "image_size": CELLS,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 32,
-            "attention_resolutions": [2, 1],
-            "num_res_blocks": 1,
-            "channel_mult": [1, 2],
-            "num_heads": 4,
-            "use_spatial_transformer": True,
-            "transformer_depth": 1,
-            "context_dim": WIDTH,
-            "use_checkpoint": False,
-            "legacy": False,
-        },
-    }
     torch.manual_seed(0)
     model = importlib.import_module("src.model").CustomDiffusion(
         freeze_model="crossattn-kv",
         loss_type_reverse="model-based",
-        unet_config=unet,
+        unet_config=UNET,
         first_stage_config={"target": f"{__name__}.PassLatents"},
         cond_stage_config={"target": f"{__name__}.LookUpText"},
         linear_start=SCHEDULE["beta_start"],
@@ -163,8 +164,46 @@ def draw_batch(prompts: list[str], targets: list[str] | None, masked: bool) -> d
     return batch | ({"caption_target": prompts} if targets else {})
 
 
+def take_step(model, optimizer: torch.optim.Optimizer, prior: bool, masked: bool) -> Step:
+    """A step of their training on a batch drawn here; with `prior`, the prior's images come first in their list."""
+    network, q_sample, drawn = model.model.diffusion_model, model.q_sample, []
+
+    def record(x_start, t, noise=None):
+        drawn.append((x_start, noise, t))
+        return q_sample(x_start=x_start, t=t, noise=noise)
+
+    anchors = ["a cat", "a red cat", "two cats", "cat"][: 2 if prior else 4]
+    batches = [draw_batch(anchors, [f"pouting {prompt}" for prompt in anchors], masked)]
+    if prior:
+        batches.insert(0, draw_batch([f"very small {prompt}" for prompt in anchors], None, masked))
+    before = weights_of(network)
+    with mock.patch.object(model, "q_sample", record):
+        loss = model.training_step(batches if prior else batches[0], 0)
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = {
+        name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+        for name, value in network.named_parameters()
+    }
+    optimizer.step()
+    halves = [
+        Half(*draw, batch["caption"], batch.get("caption_target", batch["caption"]), batch["mask"][:, None])
+        for draw, batch in zip(drawn, batches, strict=True)
+    ]
+    return Step(halves[-1], halves[0] if prior else None, before, loss.item(), by_our_names(gradients))
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of their network's weights, by our names."""
+    return by_our_names({name: value.detach().clone() for name, value in network.named_parameters()})
+
+
+def by_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"unet.{name}": value for name, value in to_diffusers(tensors).items()}
+
+
 def compvis_cases(checkout: Path, steps: int) -> Iterator[Difference]:
-    """Every case of `CASES`; the prior's images come first in their list, weighted 0.2."""
+    """Every case of `CASES`; the prior is weighted 0.2."""
     model = make_model(checkout)
     network = model.model.diffusion_model
     start = {name: value.detach().clone() for name, value in network.named_parameters()}
@@ -172,46 +211,8 @@ def compvis_cases(checkout: Path, steps: int) -> Iterator[Difference]:
     for name, prior, masked in CASES:
         network.load_state_dict(start)
         model.learning_rate = 1e-4
-        optimizer, recorded = model.configure_optimizers(), []
-        for _ in range(steps):
-            drawn, q_sample = [], model.q_sample
-
-            def record(x_start, t, noise=None, drawn=drawn, q_sample=q_sample):
-                drawn.append((x_start, noise, t))
-                return q_sample(x_start=x_start, t=t, noise=noise)
-
-            count = 2 if prior else 4
-            anchors = ["a cat", "a red cat", "two cats", "cat"][:count]
-            target = draw_batch(anchors, [f"pouting {prompt}" for prompt in anchors], masked)
-            batches = (
-                [draw_batch([f"very small {p}" for p in anchors], None, masked), target]
-                if prior
-                else [target]
-            )
-            before = to_diffusers(
-                {name: value.detach().clone() for name, value in network.named_parameters()}
-            )
-            with mock.patch.object(model, "q_sample", record):
-                loss = model.training_step(batches if prior else target, 0)
-            optimizer.zero_grad()
-            loss.backward()
-            zeros = {name: torch.zeros_like(value) for name, value in network.named_parameters()}
-            gradients = to_diffusers(
-                zeros | {n: v.grad.clone() for n, v in network.named_parameters() if v.grad is not None}
-            )
-            optimizer.step()
-            halves = [
-                Half(
-                    *draw,
-                    batch["caption"],
-                    batch.get("caption_target", batch["caption"]),
-                    batch["mask"][:, None],
-                )
-                for draw, batch in zip(drawn, batches, strict=True)
-            ]
-            named = [{f"unet.{n}": v for n, v in part.items()} for part in (before, gradients)]
-            recorded.append(Step(halves[-1], halves[0] if prior else None, named[0], loss.item(), named[1]))
-        final = to_diffusers({name: value.detach().clone() for name, value in network.named_parameters()})
+        optimizer = model.configure_optimizers()
+        recorded = [take_step(model, optimizer, prior, masked) for _ in range(steps)]
         settings = dataclasses.replace(
             SETTINGS,
             steps=steps,
@@ -222,6 +223,5 @@ def compvis_cases(checkout: Path, steps: int) -> Iterator[Difference]:
             prior_weight=0.2,
             max_grad_norm=None,
         )
-        texts = LookUpText.texts
-        named = {f"unet.{n}": v for n, v in final.items()}
-        yield compare(f"CompVis: {name}", lambda: make_pipeline(weights), settings, recorded, named, texts)
+        case, final = f"CompVis: {name}", weights_of(network)
+        yield compare(case, lambda: make_pipeline(weights), settings, recorded, final, LookUpText.texts)

@@ -98,14 +98,9 @@ def make_pipeline(tiny: bool, device: torch.device):
     return pipeline.to(device)
 
 
-def measure(group: ParameterGroup, args: argparse.Namespace) -> str:
-    """Train `args.steps` steps; a row of the table."""
-    device = pick_device(args.device)
-    pipeline = make_pipeline(args.tiny, device)
-    size = pipeline.vae.config.sample_size
-    noise = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
-    data = AnchorData([Image.fromarray(pixels) for pixels in noise], ["a photo of a cat"] * len(noise))
-    settings = TrainingSettings(
+def settings_of(group: ParameterGroup, args: argparse.Namespace) -> TrainingSettings:
+    """How `group` is trained: as by default, but for the command line's choices."""
+    return TrainingSettings(
         group=group,
         loss="model-based",
         steps=args.steps + WARM_UP,
@@ -134,6 +129,16 @@ def measure(group: ParameterGroup, args: argparse.Namespace) -> str:
         teacher="current",
         detach_bos=True,
     )
+
+
+def measure(group: ParameterGroup, args: argparse.Namespace) -> str:
+    """Train `args.steps` steps; a row of the table."""
+    device = pick_device(args.device)
+    pipeline = make_pipeline(args.tiny, device)
+    size = pipeline.vae.config.sample_size
+    noise = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+    data = AnchorData([Image.fromarray(pixels) for pixels in noise], ["a photo of a cat"] * len(noise))
+    settings = settings_of(group, args)
     tokens = {"text_encoder": target_tokens(pipeline.tokenizer, ["owl"], "cat")}
     targets = [("a photo of an owl",)] * len(noise)
     training = Training(pipeline, data, targets, settings, seed=0, tokens=tokens)

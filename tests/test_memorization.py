@@ -116,7 +116,7 @@ def test_candidates_of_a_language_model_come_last_and_none_twice(world, spec, tm
     world[0].update({CAPTION: 1.0, "the print": 0.9})
     (tmp_path / "written.json").write_text(json.dumps({"prompts": ["a moon", "the print"]}))
     spec |= {"candidates": ["a moon", "a night"]}
-    found, tried = search(spec, tmp_path, candidates_path=tmp_path / "written.json")
+    found, tried = search(spec, tmp_path, candidates=tmp_path / "written.json")
     assert [row["prompt"] for row in tried] == [CAPTION, "a moon", "a night", "the print"]
     assert found["target_prompts"] == [CAPTION, "the print"]
 
