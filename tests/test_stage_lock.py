@@ -218,7 +218,7 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         "sample_ablated",
     }
     assert (
-        copy("diffusion.pipeline", "class ModelError(UserError)", "class ModelError(RuntimeError)")
+        copy("diffusion.families.base", "class ModelError(UserError)", "class ModelError(RuntimeError)")
         == torch_stages
     )
 
