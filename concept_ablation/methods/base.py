@@ -61,6 +61,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def templates(self, spec: Mapping) -> list[str]:
+        """The templates of target prompts in a spec."""
+        return spec["templates"]
+
     def settings_of(self, spec: Mapping) -> dict:
         """All settings of a spec, those at their defaults too."""
         return {**self.defaults, **spec.get("settings", {})}
