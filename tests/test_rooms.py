@@ -16,7 +16,7 @@ ALLOWED = {
     "kinds": {"common", "registries", "prompts"},
     "plan": {"common", "registries", "prompts"},
     "diffusion": {"common", "registries"},
-    "evaluation": {"common", "registries", "diffusion"},
+    "evaluation": {"common", "registries", "kinds", "diffusion"},
     "methods": {"common", "registries", "prompts", "diffusion", "evaluation"},
     "report": {"common", "registries", "plan"},
     "models": {"diffusion"},

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from concept_ablation.common.settings import changed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Method:
@@ -58,6 +61,21 @@ class Method:
         """
         raise NotImplementedError
 
+    def templates(self, spec: Mapping) -> list[str]:
+        """The templates of target prompts in a spec."""
+        return spec["templates"]
+
     def settings_of(self, spec: Mapping) -> dict:
         """All settings of a spec, those at their defaults too."""
         return {**self.defaults, **spec.get("settings", {})}
+
+    def save(
+        self, spec: Mapping, tensors: Mapping[str, Tensor], delta: str | Path, training: str | Path
+    ) -> None:
+        """Write a delta that was made without steps: `tensors` are new values, named as in `diffusion.delta`."""
+        from concept_ablation.diffusion.delta import save_delta
+        from concept_ablation.methods.records import describe, write_records
+
+        metadata = {**describe(spec), "settings": self.settings_of(spec)}
+        write_records(training, [], metadata)
+        save_delta(delta, tensors, metadata)

@@ -17,7 +17,7 @@ from concept_ablation.plan.specs import load_plan
 from concept_ablation.prompts.templates import expand, read_templates, subsample_evenly
 from concept_ablation.prompts.tokenizer import TokenizerError, load_tokens, tokenizer_folder
 from concept_ablation.prompts.wording import has_word
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, METHODS
 
 ROOT = Path(__file__).parents[2]  # the checkout
 
@@ -88,14 +88,14 @@ def _lint_row(plan: Plan, row: Row) -> LintRow:
     anchors: list[str] = []
     targets: list[tuple[str, ...]] = []
     work = plan.specs["ablate_concept"].get(row.ablation)
-    source = plan.specs["write_prompts"].get(work and plan.specs["generate_anchors"][row.anchors]["prompts"])
+    source = plan.specs["write_prompts"].get(
+        row.anchors and plan.specs["generate_anchors"][row.anchors]["prompts"]
+    )
     if source and "file" in source["source"]:
         templates = read_templates(source["source"]["file"])
         anchors = subsample_evenly(expand(templates, concept.anchor, source["slots"]), source["count"])
-        kind, words = (
-            KINDS[concept.kind],
-            (concept.targets, concept.anchor, work["training"]["style_templates"]),
-        )
+        kind, method = KINDS[concept.kind], METHODS[work.get("method", "ablation")]
+        words = (concept.targets, concept.anchor, method.templates(work))
         targets = [tuple(dict.fromkeys(made)) for made in kind.target_prompts(anchors, *words)]
         if kind.needs_anchor_word:  # prompts without the anchor are left out, which the linter counts
             targets = [

@@ -10,7 +10,7 @@ import yaml
 from tests.workflow.conftest import ROOT, SMALL
 
 pytestmark = pytest.mark.workflow
-HEAD = re.compile(r'```python\n# (concept_ablation/\S+\.py), in (\w+): (".*")\n(.*?)```', re.DOTALL)
+HEAD = re.compile(r'```python\n# (concept_ablation/\S+\.py), in (\w+): ("[^\n]*")\n(.*?)```', re.DOTALL)
 ROWS = """concept,kind,target,anchor,neighbors,method,steps
 gold,material,gold,cat,silver,fade,
 plain,material,gold,cat,silver,,2

@@ -18,6 +18,9 @@ class Ablation(Method):
         training["group"], seed = training.pop("parameter_group"), training.pop("seed")
         return {"method": self.name, "training": training, "seed": seed}
 
+    def templates(self, spec: Mapping) -> list[str]:
+        return spec["training"]["style_templates"]
+
     def run(
         self,
         spec: Mapping,
