@@ -1,6 +1,6 @@
-"""The names that CompVis's code (`ldm`) gives to what diffusers' UNet holds.
+"""The names of a UNet's parameters in CompVis's code (`ldm`), given their names in diffusers.
 
-Derived from the UNet's config, for any of Stable Diffusion 1's build: blocks are counted as `ldm`'s UNetModel counts them.
+They follow from the UNet's config, for any UNet of Stable Diffusion 1's build: blocks are counted as in `ldm`'s UNetModel.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from concept_ablation.common.errors import UserError
 
 UNET = "model.diffusion_model."
 TEXT_ENCODER = "cond_stage_model.transformer.text_model."
-# diffusers' part of a residual block -> its place in ldm's.
+# A layer of diffusers' residual block -> the layer of ldm's.
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -34,13 +34,14 @@ MIDDLE = "UNetMidBlock2DCrossAttn"
 
 
 class LayoutError(UserError):
-    """A UNet that CompVis's names can't be given to."""
+    """A model whose parameters have no names in CompVis's layout; the message says which."""
 
 
 def compvis_names(names: Iterable[str], config: Mapping) -> dict[str, str]:
-    """diffusers' UNet parameter -> CompVis's name (with `model.diffusion_model.`), for each of `names`.
+    """CompVis's name (with `model.diffusion_model.`) of each of `names`, parameters of diffusers' UNet.
 
-    `config`: the UNet's (block types, layers_per_block). Raises LayoutError for blocks that Stable Diffusion 1 hasn't.
+    `config`: the UNet's; its block types and `layers_per_block` are used. Raises LayoutError for blocks that Stable
+    Diffusion 1 doesn't have.
     """
     blocks, found = dict(_blocks(config)), {}
     for name in names:

@@ -1,8 +1,8 @@
-"""A delta: what an ablation changed, as a file.
+"""Deltas: files of the parameters that an ablation changed.
 
 A delta is a safetensors file of the trained parameters' new values (absolute, not differences; fp32), named
-`<component>.<parameter>` as in the pipeline, with JSON metadata. So it loads into any pipeline of the same shape. Of a
-text encoder's token embedding it holds single rows, `<text encoder>.token_embedding.<token id>`.
+`<component>.<parameter>` as in the pipeline, with JSON metadata. It loads into any pipeline of the same shape. Of a text
+encoder's token embedding it holds single rows, `<text encoder>.token_embedding.<token id>`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _token_table(pipeline: DiffusionPipeline, encoder: str) -> Tensor | tuple[()
 def save_delta(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Write `tensors` (named `<component>.<parameter>`) in fp32, and `metadata` (what JSON can hold).
 
-    The file is there whole or not at all.
+    The file is written whole or not at all.
     """
     from safetensors.torch import save_file
 

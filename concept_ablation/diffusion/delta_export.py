@@ -1,7 +1,7 @@
-"""A delta in the forms that other programs read. docs/formats.md describes each form.
+"""Write a delta in the forms that other programs read. docs/formats.md describes each form.
 
-A whole pipeline folder, the reference's two delta files (diffusers' and CompVis's), a LoRA with diffusers' or kohya's
-names. `delta_import` reads deltas made elsewhere.
+The forms are a whole pipeline folder, the reference's two delta files (its diffusers code's and its CompVis code's), and a
+LoRA with diffusers' or kohya's names. `delta_import` reads deltas that other programs wrote.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _check_options(out: Path, form: Format, rank: int | None, error: float | Non
 def _load_base(
     metadata: Mapping, model: str | Path | None, revision: str | None, config: str | None
 ) -> DiffusionPipeline:
-    """The model that a delta changes, on the CPU; says so if it is another than the delta was made for."""
+    """The model that a delta changes, on the CPU. Warns if it isn't the one that the delta was made for."""
     if model is None:
         model, revision = metadata.get("base_model"), metadata.get("base_revision")
         config = config or metadata.get("base_config")
@@ -116,7 +116,7 @@ def _load_base(
 
 
 def _write_pipeline(out: Path, pipeline: DiffusionPipeline, metadata: Mapping, half: bool) -> str:
-    """The whole model as a folder, with the delta's metadata beside it. There whole or not at all."""
+    """Write the whole model as a folder, with the delta's metadata in it: whole, or not at all."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         pipeline.to(dtype=torch.float16 if half else torch.float32).save_pretrained(part)
@@ -128,7 +128,7 @@ def _write_pipeline(out: Path, pipeline: DiffusionPipeline, metadata: Mapping, h
 
 
 def _write_delta_bin(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
-    """The reference's diffusers form: a state dict by component. It knows a text encoder only whole."""
+    """Write the form of the reference's diffusers code: a state dict a component. A text encoder can only be whole in it."""
     family = family_of(pipeline)
     network, changed = family.network_name, {name.partition(".")[0] for name in tensors}
     own = {n.removeprefix(f"{network}."): t for n, t in tensors.items() if n.startswith(f"{network}.")}
@@ -145,7 +145,7 @@ def _write_delta_bin(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[st
 
 
 def _write_compvis(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[str, Tensor]) -> str:
-    """The reference's CompVis form. It knows the token embedding only whole."""
+    """Write the form of the reference's CompVis code. The token embedding can only be whole in it."""
     family = family_of(pipeline)
     rows = [name for name in tensors if parse_token_row(name)]
     names = family.compvis_names(pipeline, [name for name in tensors if name not in rows])

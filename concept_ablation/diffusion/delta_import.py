@@ -1,6 +1,6 @@
-"""Deltas made elsewhere, as ours: the reference's diffusers and CompVis files. docs/formats.md describes each form.
+"""Read deltas that other programs wrote: the reference's diffusers and CompVis files. docs/formats.md describes each form.
 
-Pickled files are read as tensors alone: no code in them runs. `delta_export` writes these forms.
+Of a pickled file only tensors are read: no code in it runs. `delta_export` writes these forms.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _read(path: str | Path, family: Family) -> _Found:
 
 
 def _unpickle(path: str | Path) -> object:
-    """A pickled file's tensors. Raises FormatError, with nothing run, if it holds anything that would run."""
+    """The tensors in a pickled file. Raises FormatError, with nothing run, if opening it would run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -1,4 +1,4 @@
-"""A change of weights as a LoRA: a product of two small matrices a layer, by singular values.
+"""Approximate a change of weights by a LoRA: for each layer, a product of two small matrices.
 
 By Eckart and Young (1936) the best rank-r approximation of a matrix, in Frobenius norm, keeps its r largest singular
 values. A convolution's kernel is taken as the matrix (out, in x height x width), as every reader of LoRA files does.

@@ -1,7 +1,7 @@
-"""Sampling: images from prompts and seeds, each from noise of its own whatever is drawn beside it.
+"""Sample images from prompts and seeds. An image's noise depends on its own seed alone.
 
-The pipeline itself samples; each image has its own generator on the CPU, so that neither the batch size nor
-the device's random numbers enter, only their roundings: docs/design.md says what is equal to what.
+Each image has its own generator, on the CPU. So neither the batch nor the device changes what is random; they change
+roundings. docs/design.md says what is equal to what.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def _mixed_precision(network: torch.nn.Module, precision: Precision, device: tor
 
 @contextlib.contextmanager
 def _one_at_a_time(vae: torch.nn.Module) -> Iterator[None]:
-    """Let `vae` decode picture by picture: a whole batch, in fp32, would need more memory than all the rest.
+    """Inside, `vae` decodes image by image: a whole batch, in fp32, would need more memory than all the rest.
 
-    Inside only, since such a VAE also encodes one by one. A kind of VAE that can't do so goes on as before.
+    Outside it doesn't, since such a VAE also encodes one by one. A VAE that has no such switch decodes whole batches.
     """
     own = getattr(vae, "use_slicing", False)
     vae.use_slicing = True

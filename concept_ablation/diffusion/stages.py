@@ -1,4 +1,4 @@
-"""Stages `sample_base` and `sample_ablated`: the pictures that are judged, by the unchanged model and by the ablated one."""
+"""Stages `sample_base` and `sample_ablated`: images for the evaluation, by the unchanged model and by the ablated one."""
 
 from __future__ import annotations
 

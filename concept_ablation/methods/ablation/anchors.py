@@ -1,4 +1,4 @@
-"""Stage `generate_anchors`: the anchor's pictures, which the ablation trains on."""
+"""Stage `generate_anchors`: the anchor's images, which the ablation trains on."""
 
 from __future__ import annotations
 

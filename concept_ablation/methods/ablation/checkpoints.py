@@ -1,4 +1,7 @@
-"""Checkpoints: one file from which a killed training goes on as if it had never stopped."""
+"""Checkpoints: files from which a killed training goes on as if it had never stopped.
+
+A checkpoint holds what `Training.state` gives, the records of the steps so far, and the fingerprint of the spec.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ FORMAT = 1  # raise it when a checkpoint's content changes
 
 
 def fingerprint(spec: Mapping) -> str:
-    """What a checkpoint's training is known by: equal for equal specs only."""
+    """A hash of a training's spec, by which a checkpoint is known to be of that training."""
     content = json.dumps([FORMAT, spec], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -43,7 +46,7 @@ def save_checkpoint(path: str | Path, spec: Mapping, state: Mapping) -> None:
 
 
 def load_checkpoint(path: str | Path, spec: Mapping) -> dict | None:
-    """The state at `path`, on the CPU; None if there is none for `spec`, with a warning that says why."""
+    """The state at `path`, on the CPU. None, with a warning that says why, if the file can't serve for `spec`."""
     if not Path(path).exists():
         return None
     try:

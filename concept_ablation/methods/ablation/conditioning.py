@@ -1,4 +1,4 @@
-"""Encodings of a training's prompts and pictures; what isn't trained is encoded once."""
+"""Encode a training's prompts and images. What isn't trained is encoded once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from concept_ablation.methods.ablation.token_embeddings import TrainableTokenEmbeddings
 
-# What is encoded at once on a GPU. Of pixels: 5.4 GB with Stable Diffusion's VAE in fp32, less than training on them takes.
+# How much is encoded at once on a GPU. So many pixels take 5.4 GB with Stable Diffusion's VAE in fp32, less than a
+# training on them takes.
 PIXELS_AT_ONCE = 8 * 512 * 512
 TEXTS_AT_ONCE = 64
 
@@ -26,9 +27,8 @@ TEXTS_AT_ONCE = 64
 class Encoder:
     """A pipeline's text encoders and VAE encoder; what isn't trained is encoded once for each distinct input.
 
-    On a CPU each input is encoded alone: so its encoding doesn't depend, in the last bits, on what came in the same
-    batch, and pictures at once aren't quicker there. Elsewhere as many at once as `PIXELS_AT_ONCE` and `TEXTS_AT_ONCE`
-    allow. `embeddings`: the token embeddings that are trained, if they are.
+    On a CPU each input is encoded alone, so that its encoding doesn't depend, in its last bits, on the rest of the batch;
+    batches aren't quicker there. Elsewhere as many are encoded at once as `PIXELS_AT_ONCE` and `TEXTS_AT_ONCE` allow. `embeddings`: the token embeddings that are trained, if they are.
     """
 
     def __init__(
@@ -93,5 +93,5 @@ class Encoder:
             return self.family.encode_pixels(self.pipeline, pixels)
 
     def _at_once(self, limit: int) -> int:
-        """How many inputs are encoded at once, of which `limit` would fit."""
+        """How many inputs are encoded at once on this device, if `limit` of them fit."""
         return 1 if self.pipeline.device.type == "cpu" else max(1, limit)

@@ -1,7 +1,7 @@
 """Training data: anchor images as tensors, with the two published scale augmentations and their masks.
 
-An augmentation shrinks an image onto a grey canvas or crops an enlarged one, says so in a prefix for the
-target prompt ("a far away ", "zoomed in "), and masks the latent cells that see the canvas.
+An augmentation shrinks an image onto a grey canvas or crops an enlarged one. A prefix of the target prompt says so ("a far
+away ", "zoomed in "), and a mask covers the latent cells that see the canvas.
 """
 
 from __future__ import annotations
@@ -21,17 +21,9 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.image_store import read_store
 
 Augmentation = Literal["compvis", "diffusers", "none"]
-
-
 FAR_PREFIXES = ("a far away ", "very small ")
-
-
 NEAR_PREFIXES = ("zoomed in ", "close up ")
-
-
 FAR = 0.6  # an image smaller than this share of the canvas is called far away
-
-
 RESAMPLING = {"compvis": Image.Resampling.BICUBIC, "diffusers": Image.Resampling.LANCZOS}
 
 

@@ -1,4 +1,4 @@
-"""How a training is done: its settings, checked, and the optimizer and learning-rate schedule they ask for."""
+"""A training's settings, checked; the optimizer and the learning-rate schedule that they ask for."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TrainingSettings:
 
     @classmethod
     def from_spec(cls, settings: Mapping[str, object]) -> TrainingSettings:
-        """The settings in a spec's `training`, in which other stages' keys may be too."""
+        """The settings in a spec's `training`, which may hold other entries too."""
         return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
     @property

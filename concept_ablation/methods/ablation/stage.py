@@ -1,4 +1,4 @@
-"""Stage `ablate_concept`: train on the anchor's pictures, write the delta and the record of the steps."""
+"""Stage `ablate_concept`: train on the anchor's images, write the delta and the record of the steps."""
 
 from __future__ import annotations
 
