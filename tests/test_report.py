@@ -459,6 +459,19 @@ def test_of_several_targets_the_cell_shows_the_one_that_decides(tmp_path):
     assert re.search("All 2 targets together: 90% → \\d+% of 12 images", text)
 
 
+def test_a_metric_that_is_registered_no_more_is_shown_as_it_was_written(tmp_path):
+    row = make_row(tmp_path, "a")
+    table = pq.read_table(row["scores"]).to_pylist()
+    table.append(
+        table[0] | {"metric": "older", "unit": "grey levels", "value": 1.25, "ci_low": 1.0, "ci_high": 2.0}
+    )
+    pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
+    text = make_page(tmp_path, [row])
+    assert re.search(
+        r"<code>older</code> <small>grey levels</small>.*?1\.250<small>1\.000 to 2\.000", text, re.DOTALL
+    )
+
+
 def test_the_page_says_how_every_interval_is_made(page):
     (said,) = re.findall(r"<h3>Intervals</h3><p>(.*?)</p>", page)
     assert all(
