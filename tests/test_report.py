@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from concept_ablation.common.image_store import StoreError, write_store
-from concept_ablation.common.roles import probe_roles
+from concept_ablation.common.roles import is_pooled, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.statistics import Estimate
 from concept_ablation.registries import KINDS, METRICS
@@ -68,6 +68,7 @@ def scores(row):
                 place = {
                     "probe": probe,
                     "role": role,
+                    "pooled": is_pooled(role),
                     "model": model,
                     "metric": metric,
                     "text": probe,

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from concept_ablation.common.roles import is_pooled
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.methods.ablation.stage import write_records
@@ -186,6 +187,7 @@ def test_thresholds_come_from_the_config():
 
 def score_line(concept, role, metric, model, value, low=None, high=None, probe=""):
     line = dict.fromkeys(COLUMNS.names, "") | {
+        "pooled": is_pooled(role),
         "concept": concept,
         "probe": probe,
         "role": role,
