@@ -18,6 +18,7 @@ from concept_ablation.prompts.stage import read_prompts
 from concept_ablation.report.failures import Failure, failure_text, find_failures, read_end, set_empty_aside
 from concept_ablation.report.summary import training_record
 from concept_ablation.report.tables import _read as read_scores
+from tests.shipped import CONFIG
 
 
 def write_images(path):
@@ -126,7 +127,7 @@ class FewKeys(Plan):
     """A plan of two rows that share their anchor."""
 
     def __init__(self, results):
-        super().__init__(str(results), {}, {})
+        super().__init__(str(results), CONFIG["verdict"], CONFIG["report"])
         from concept_ablation.plan.concept import Concept
         from concept_ablation.plan.graph import Row
 

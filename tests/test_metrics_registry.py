@@ -171,7 +171,7 @@ def test_every_metric_is_described(name):
 
 def test_the_metrics_that_decide_have_words_for_it():
     for measure in {kind.measure for kind in KINDS.values()}:
-        assert METRICS[measure].label and METRICS[measure].title and METRICS[measure].is_share
+        assert METRICS[measure].label and METRICS[measure].shows_target and METRICS[measure].is_share
         assert all(kind.measure != measure or METRICS[measure].applies(kind) for kind in KINDS.values())
 
 

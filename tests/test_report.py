@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from concept_ablation.common.image_store import StoreError, write_store
-from concept_ablation.common.roles import probe_roles
+from concept_ablation.common.roles import is_pooled, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.statistics import Estimate
 from concept_ablation.registries import KINDS, METRICS
@@ -68,6 +68,7 @@ def scores(row):
                 place = {
                     "probe": probe,
                     "role": role,
+                    "pooled": is_pooled(role),
                     "model": model,
                     "metric": metric,
                     "text": probe,
@@ -457,6 +458,19 @@ def test_of_several_targets_the_cell_shows_the_one_that_decides(tmp_path):
     assert f'class="before" cx="{5 + 0.6 * 110:.1f}"' in cell
     assert "<b>pouting cat</b>, which decides: 95% interval 53% to 57%, 12 images" in text
     assert re.search("All 2 targets together: 90% → \\d+% of 12 images", text)
+
+
+def test_a_metric_that_is_registered_no_more_is_shown_as_it_was_written(tmp_path):
+    row = make_row(tmp_path, "a")
+    table = pq.read_table(row["scores"]).to_pylist()
+    table.append(
+        table[0] | {"metric": "older", "unit": "grey levels", "value": 1.25, "ci_low": 1.0, "ci_high": 2.0}
+    )
+    pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
+    text = make_page(tmp_path, [row])
+    assert re.search(
+        r"<code>older</code> <small>grey levels</small>.*?1\.250<small>1\.000 to 2\.000", text, re.DOTALL
+    )
 
 
 def test_the_page_says_how_every_interval_is_made(page):

@@ -357,6 +357,9 @@ def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
     assert frame.features.str.startswith("CLIP ").all() and frame.unit.notna().all()
     assert (frame.ci_low <= frame.value + 1e-12).all() and (frame.value <= frame.ci_high + 1e-12).all()
     assert frame[frame.role == "neighbors"].n.unique().tolist() == [8]
+    assert set(frame.role[frame.pooled]) == {"neighbors", "worst neighbor"}
+    counted = frame[~frame.pooled & (frame.metric == "typical") & (frame.model == "ablated")]
+    assert counted.n.sum() == 16  # each of the row's images once
     target = frame[(frame.probe == TARGET) & (frame.metric == "clip_accuracy")]
     assert set(target.text) == {"a pouting cat"} and set(target.against) == {"a cat"}
 
@@ -487,6 +490,6 @@ def test_several_targets_through_the_stage(spec, stores, tmp_path):
     frame = pq.read_table(tmp_path / "scores.parquet").to_pandas()
     assert set(frame.target) == {f"{TARGET}; {OWL}"}
     assert set(frame[frame.role == "target"].probe) == {TARGET, OWL}
-    assert set(frame[frame.role == "targets"].n) == {8}
+    assert set(frame[frame.role == "targets"].n) == {8} and frame.pooled[frame.role == "targets"].all()
     anchor = frame[(frame.role == "anchor") & (frame.metric == "clip_accuracy")]
     assert set(anchor.text) == {"a pouting cat; a owl"}

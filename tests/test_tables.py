@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from concept_ablation.common.roles import is_pooled
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.methods.ablation.stage import write_records
 from concept_ablation.methods.ablation.training import StepRecord
+from concept_ablation.registries import KINDS
 from concept_ablation.report import verdict
 from concept_ablation.report.summary import summary_schema
 from concept_ablation.report.tables import (
@@ -118,6 +120,14 @@ def test_a_style_s_interval_knows_that_its_limit_was_estimated_too():
     assert result.target_excess_high == pytest.approx(above.high - 0.1) and result.target_excess_high > 0
 
 
+def test_a_limit_above_the_neutral_share_is_the_kind_s_own(monkeypatch):
+    monkeypatch.setattr(type(KINDS["style"]), "limit", "target_max")
+    place = Presence("ink", 1.0, 0.25, 0.2, 0.3, 0.1, (0.15, 0.12, 0.18))
+    result = decide("style", [place], losses(n=2000, n_worst=2000), thresholds())
+    assert (result.removed, result.firmness) == (True, "firm")
+    assert result.target_excess == pytest.approx(0.15 - thresholds().target_max)
+
+
 @pytest.mark.parametrize(
     ("kind", "limit"), [("memorization", 0.1), ("nudity", 0.2), ("inappropriate", 0.2), ("object", 0.2)]
 )
@@ -186,6 +196,7 @@ def test_thresholds_come_from_the_config():
 
 def score_line(concept, role, metric, model, value, low=None, high=None, probe=""):
     line = dict.fromkeys(COLUMNS.names, "") | {
+        "pooled": is_pooled(role),
         "concept": concept,
         "probe": probe,
         "role": role,

@@ -14,6 +14,11 @@ WORST = "worst neighbor"
 """Role of the neighbor that lost most of its typical images, once more, with intervals corrected for choosing it."""
 
 
+def is_pooled(role: str) -> bool:
+    """Whether lines of this role hold images that lines of their own probes hold, too: a mean over both counts them twice."""
+    return role == WORST or role in POOLS.values()
+
+
 def probe_roles(row: Mapping) -> list[tuple[str, str]]:
     """Role and subject of each probe of a row, in their order: a mapping with targets, anchor, neighbors and paraphrases.
 

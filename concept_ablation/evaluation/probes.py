@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from concept_ablation.common.roles import POOLS, WORST
+from concept_ablation.common.roles import POOLS, WORST, is_pooled
 from concept_ablation.evaluation.metrics.base import Metric, RowMetric, Values
 from concept_ablation.evaluation.row import Probe, Row
 from concept_ablation.evaluation.statistics import TIE, Bootstrap, cosine
@@ -25,7 +25,7 @@ CHOOSES_WORST = "typical"
 
 
 def score_probes(row: Row, bootstrap: Bootstrap) -> list[dict]:
-    """The long table's rows, without the row's names: role, probe, model, metric, value, interval, n, text, against.
+    """The long table's rows, without the row's names: probe, role, pooled, model, metric, value, interval, n, text, against.
 
     Each probe has its rows, and so have, under the name and role that `POOLS` gives, all neighbors together, and all
     targets where there are several. The neighbor that lost most has rows of its own, see `_worst_neighbor`.
@@ -88,13 +88,8 @@ def _lines(
     lines = []
     for metric in (METRICS[metric] for metric in values[0]):
         members = [own[metric.name] for own in values]
-        place = {
-            "probe": name,
-            "role": role,
-            "metric": metric.name,
-            "text": "",
-            "against": metric.pooled_against,
-        }
+        place = {"probe": name, "role": role, "pooled": is_pooled(role), "metric": metric.name}
+        place |= {"text": "", "against": metric.pooled_against}
         if len(members) == 1:
             place |= {"text": members[0].text, "against": members[0].against}
         for model, estimate in metric.estimates(members, replace(bootstrap, joint=joint)).items():

@@ -65,6 +65,8 @@ class Metric:
     """Which values say that the anchor and the neighbors are as they were, for instance "high"; empty: neither."""
     label: ClassVar[str] = ""
     """Where the metric decides for a kind: that an image shows the target, in a word or three ("seen by CLIP")."""
+    shows_target: ClassVar[str] = ""
+    """Where the metric decides for a kind: what the images are that show the target, after "images that are"."""
     title: ClassVar[str] = "Target still there"
     """Where the metric decides for a kind: the heading of its card on the page."""
     probe_label: ClassVar[str] = ""

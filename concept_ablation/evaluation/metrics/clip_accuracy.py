@@ -21,6 +21,7 @@ class ClipAccuracy(FeatureMetric):
     interval = "share"
     good_target, good_kept = "low", "neighbors high"
     label = "seen by CLIP"
+    shows_target = "nearer to the target's text than to the anchor's"
     title = "Target still seen"
     probe_label = "seen as {target}"
     summary: ClassVar = {

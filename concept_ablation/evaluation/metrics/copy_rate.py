@@ -25,6 +25,7 @@ class CopyRate(ImageMetric):
     interval = "share"
     good_target = "low"
     label = "copied"
+    shows_target = "copies of the memorized picture"
     title = "Copies of the memorized picture"
 
     def applies(self, kind: Kind) -> bool:

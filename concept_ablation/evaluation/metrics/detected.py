@@ -23,6 +23,7 @@ class Detected(ImageMetric):
     interval = "share"
     good_target = "low"
     label = "flagged"
+    shows_target = "flagged by the detector"
     title = "Images flagged"
 
     def applies(self, kind: Kind) -> bool:
