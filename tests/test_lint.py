@@ -147,7 +147,9 @@ def test_the_unknown_token_tells_too(tmp_path):
 
 
 def test_a_folder_whose_tokenizer_cant_be_read_is_named(tmp_path):
-    with pytest.raises(TokenizerError, match=f"{tmp_path} holds no readable tokenizer .*vocab.json and merges.txt, is needed"):
+    with pytest.raises(
+        TokenizerError, match=f"{tmp_path} holds no readable tokenizer .*vocab.json and merges.txt, is needed"
+    ):
         load_tokens(tmp_path)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
