@@ -1,14 +1,21 @@
-# make run     the shipped concepts on the embedded model, then the report (first call: makes .venv too)
-# make test    all tests that need no cluster and no GPU          make lint   ruff, snakefmt, snakemake --lint
-# make report  the report again from what is there                make check  read the table and all prompts, run nothing
-# make fuzz    thousands of malformed tables and configs  make chaos  kills, a full disk, damaged files (as root; half an hour)
-# make test-world  every kind of row for real, on the embedded model (about 15 minutes)
-# make slurm-test  SLURM for real: starts a cluster on this machine, as root (about 7 minutes)
-# make page-test  the report in a browser: installs Debian's chromium if it is missing, as root (about a minute)
-# make status  what is done, running, ended, failed       make gc      list what no row refers to (REMOVE=1: remove it)
-# make test-s3  results in a bucket: installs and starts an S3 server on this machine (about 5 minutes)
-# make clean   remove results and caches, keep .venv              make embedded  train the embedded models anew (hours)
-# Everything runs in .venv; CORES=4 limits the cores, PYTHON=python3.12 picks the interpreter that makes it.
+# Run
+#   make run         ablate the shipped concepts on the embedded model and make the report (the first call also makes .venv)
+#   make report      make the report again from the results that are there
+#   make check       check the config, the table and all prompts; run nothing
+#   make status      show which rows are done, running, ended or failed
+#   make gc          list files that no row refers to (REMOVE=1: remove them)
+#   make clean       remove results and caches, keep .venv
+#   make embedded    train the embedded models again (hours)
+# Test
+#   make test        all tests that need no cluster and no GPU
+#   make lint        ruff, snakefmt, snakemake --lint;  make format  mend what can be mended
+#   make test-world  every kind of row on the embedded model (about 15 minutes)
+#   make fuzz        thousands of malformed tables and configs
+#   make chaos       kills, a full disk, damaged files (as root; half an hour)
+#   make slurm-test  rows on a SLURM cluster that is started on this machine (as root; about 7 minutes)
+#   make test-s3     results in a bucket: installs and starts an S3 server on this machine (about 5 minutes)
+#   make page-test   the report in a browser: installs Debian's chromium if it is missing (as root; about a minute)
+# Everything runs in .venv. CORES=4 limits the cores; PYTHON=python3.12 picks the interpreter that makes .venv.
 PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin

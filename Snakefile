@@ -1,11 +1,11 @@
-# Ablate every concept of concepts.csv from a text-to-image model and report what came of it.
+# Ablate every concept in concepts.csv from a text-to-image model, and report what was removed and what was harmed.
 #
 #   snakemake --cores all                                  the embedded model, on any machine
 #   snakemake --cores all --configfile config/sd14.yaml    Stable Diffusion 1.4
 #   snakemake --profile local                              one machine with several GPUs
-#   snakemake --profile slurm                              on a cluster: docs/running.md tells of all places
+#   snakemake --profile slurm                              a SLURM cluster; docs/running.md covers all of these
 #
-# Read on in workflow/rules/, one file a step, in this order.
+# The rules are in workflow/rules/, one file a step, in this order.
 from snakemake.utils import min_version
 
 min_version("9.0")
@@ -29,4 +29,4 @@ rule all:
         "<results>/report/index.html",
         unfinished,
         "<results>/report/summary.parquet",
-        "<results>/report/complete.json",  # a report with rows missing has none, so it is never up to date
+        "<results>/report/complete.json",  # missing if the report lacks rows, so such a report is made again

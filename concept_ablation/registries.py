@@ -1,7 +1,7 @@
-"""The vocabularies that grow: kinds, methods, metrics, families and stages. A new word is a new file and a line here.
+"""The registries of kinds, methods, metrics, families and stages. To add an entry, write its file and list it here.
 
-An entry is named as `module:attribute` and loaded when it is first asked for, so that this table costs nothing to import and
-planning loads no torch. No name from a config or a table is ever imported: what isn't listed here doesn't exist.
+An entry is named `module:attribute` and loaded when it is first asked for. So importing this module is cheap, and
+planning loads no torch. Only what is listed here can be imported, never a name from a config or a table.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from concept_ablation.common.errors import UserError, did_you_mean, show
 
 
 class UnknownNameError(UserError):
-    """A word that a registry doesn't have; the message lists those that it has."""
+    """A registry has no entry of this name; the message lists the names that it has."""
 
 
 class Registry(Mapping[str, Any]):
-    """Name -> entry, in the order in which they are listed. `noun`: what an entry is, for messages."""
+    """Name -> entry, in the order of `targets`. `noun`: what an entry is called in messages."""
 
     def __init__(self, noun: str, targets: Mapping[str, str]) -> None:
         self.noun, self.targets = noun, dict(targets)
@@ -47,22 +47,22 @@ class Registry(Mapping[str, Any]):
 
 
 def load(target: str) -> Any:
-    """What `module:attribute` names. For targets that this package's code lists, never for a user's text."""
+    """Import what `module:attribute` names. Only for targets that this package lists, never for a user's text."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the pipeline, which is a rule of the workflow: its units of work are named by their specs.
+    """A stage of the pipeline; the workflow has a rule of the same name. The key of a unit of work comes from its spec.
 
     version: raise it when the stage's code gives other output for the same spec; tests/test_stage_lock.py asks for it.
-    files: what it writes below the results folder, by the names that the rule and the function use; the first one stands
-    for the unit, and is there last.
-    function: `module:function`, called with the spec, the rule's inputs and outputs by name, and `options`.
-    options: the function's parameters that a rule's resources of the same name give: they change no result.
-    neutral: dotted paths of a spec that came later, each with the value that leaves the output as it was before. A setting
-    enters a spec only where it differs from that, so a new setting renames no result that is there.
+    files: the files of a unit below the results folder, by the names that the rule and the function use. The first one
+    stands for the unit and is written last.
+    function: `module:function`. It is called with the spec, the rule's inputs and outputs by name, and `options`.
+    options: parameters of the function that the rule's resources of the same names give. They change no result.
+    neutral: dotted paths of settings that specs got later, each with the value that leaves the output as it was. A
+    setting with this value is left out of the spec, so a new setting changes no existing key.
     """
 
     version: int
@@ -92,10 +92,10 @@ KINDS = Registry(
         "inappropriate": "concept_ablation.kinds.inappropriate:KIND",
     },
 )
-"""What a concept can be: how it is asked for, judged and shown. An entry is a `concept_ablation.kinds.base.Kind`."""
+"""The kinds of concept: how one is prompted, judged and shown. An entry is a `concept_ablation.kinds.base.Kind`."""
 
 METHODS = Registry("method", {"ablation": "concept_ablation.methods.ablation.method:METHOD"})
-"""How a concept is removed. An entry is a `concept_ablation.methods.base.Method`."""
+"""The ways to remove a concept. An entry is a `concept_ablation.methods.base.Method`."""
 
 METRICS = Registry(
     "metric",
@@ -121,7 +121,7 @@ FAMILIES = Registry(
     "family",
     {"StableDiffusionPipeline": "concept_ablation.diffusion.families.stable_diffusion:FAMILY"},
 )
-"""Models of one architecture, by the class of their pipeline. An entry is a `concept_ablation.diffusion.families.base.Family`."""
+"""Model architectures, by pipeline class. An entry is a `concept_ablation.diffusion.families.base.Family`."""
 
 DRAWING = ("device", "batch_size")
 STAGES = {
@@ -180,4 +180,4 @@ STAGES = {
         neutral={"paraphrases": []},
     ),
 }
-"""The stages whose work the plan names, in the order of the flow."""
+"""The stages that the plan makes keys for, in the order of the pipeline."""

@@ -67,7 +67,7 @@ def draw(plan: Plan) -> Image.Image:
 def table(summary: Path) -> list[str]:
     """The README's table from `summary.csv`."""
     lines = [
-        "| concept | becomes | target recognised: before → after | neighbors recognised: before → after (change, 95 % interval) | worst neighbor, typical: before → after | verdict |",
+        "| concept | becomes | target still detected: before → after | neighbors recognised: before → after (change, 95 % interval) | worst neighbor, typical: before → after | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for row in csv.DictReader(summary.open(encoding="utf-8")):

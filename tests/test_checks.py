@@ -60,7 +60,7 @@ def test_without_the_model_of_the_overlay_one_line_says_what_is_not_checked(caps
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and said[1].endswith("8 rows read, 1 warnings")
     assert said[0].startswith(
-        "model: without its tokenizer, too long prompts and unknown words aren't noticed"
+        "model: without its tokenizer, too long prompts and unknown words can't be found"
     )
     assert f"CompVis/stable-diffusion-v1-4 is not in this machine's cache ({cache})" in said[0]
     assert (
@@ -74,12 +74,12 @@ def test_a_hub_ids_tokenizer_is_read_from_the_cache(check, cache):
     snapshot(cache, "beef", "model_index.json", "tokenizer/tokenizer.json")
     assert "someone/model is not in this machine's cache" in check(UNKNOWN, hub)[1], "another revision"
     snapshot(cache, "c0ffee", "model_index.json")
-    assert "holds none that can be read" in check(UNKNOWN, hub)[1]
+    assert "holds no readable tokenizer" in check(UNKNOWN, hub)[1]
     snapshot(cache, "c0ffee", "tokenizer/tokenizer.json")
     status, said = check(UNKNOWN, hub)
     assert status == 0 and "rows.csv:2: warning: target 'xqzvpt'" in said and "1 warnings" in said
     status, said = check(UNKNOWN, {"model": {"path": "./no/such/id", "revision": "c0ffee"}})
-    assert status == 0 and "./no/such/id is no folder, file or hub id" in said
+    assert status == 0 and "./no/such/id is not a folder, a file or a hub id" in said
 
 
 def test_a_single_files_tokenizer_is_that_of_its_config(check, tmp_path):
@@ -106,7 +106,7 @@ def test_prompts_that_can_teach_nothing_are_an_error(check, tmp_path):
     (tmp_path / "same.txt").write_text("a dog\n")
     table = f"concept,kind,target,anchor,prompts\nowl,object,owl,bird,{tmp_path / 'same.txt'}\n"
     status, said = check(table)
-    assert status == 2 and "rows.csv:2" in said and "holds the anchor 'bird'" in said
+    assert status == 2 and "rows.csv:2" in said and "contains the anchor 'bird'" in said
 
 
 def test_mistakes_of_config_and_table_are_told_as_in_a_run(check):

@@ -53,7 +53,7 @@ def test_any_value_of_the_config_has_a_dotted_column(tmp_path):
     (message,) = errors(tmp_path, "kind,target,anchor,training.hflap\nobject,a,b,0\n")
     assert "unknown column 'training.hflap' (did you mean 'training.hflip'?)" in message
     (message,) = errors(tmp_path, "kind,target,anchor,steps,training.steps\nobject,a,b,1,2\n")
-    assert "column 'steps': stands twice in the header, as 'training.steps'" in message
+    assert "column 'steps': occurs twice in the header, as 'training.steps'" in message
 
 
 def test_several_targets_are_separated_by_semicolons_but_not_in_a_caption(tmp_path):
@@ -110,7 +110,7 @@ def test_disabled_rows_are_left_out(tmp_path):
         ),
         (
             "kind,target,anchor,kind\nobject,a,b,object\n",
-            ["concepts.csv:1: column 'kind': stands twice in the header"] * 2,
+            ["concepts.csv:1: column 'kind': occurs twice in the header"] * 2,
         ),
         (
             "kind,target,anchor\nstyel,a,b\n",
@@ -124,7 +124,7 @@ def test_disabled_rows_are_left_out(tmp_path):
         (
             "kind,target,anchor\nobject,a\0b,c\n",
             [
-                "concepts.csv:2: column 'target': holds the invisible character U+0000 (allowed: text that is seen)"
+                "concepts.csv:2: column 'target': holds the invisible character U+0000 (allowed: visible characters)"
             ],
         ),
         (
@@ -142,7 +142,7 @@ def test_disabled_rows_are_left_out(tmp_path):
         ),
         (
             "kind,target,anchor\nobject,a;b;A,c\n",
-            ["concepts.csv:2: column 'target': 'a' stands twice (allowed: each target once)"],
+            ["concepts.csv:2: column 'target': 'a' occurs twice (allowed: each target once)"],
         ),
         (
             "kind,target,anchor\nobject,a;b,B\n",
@@ -165,7 +165,7 @@ def test_disabled_rows_are_left_out(tmp_path):
             [
                 "concepts.csv:2: column 'neighbors': 'A' is the target",
                 "concepts.csv:2: column 'neighbors': 'b' is the anchor",
-                "concepts.csv:2: column 'neighbors': 'C' stands twice",
+                "concepts.csv:2: column 'neighbors': 'C' occurs twice",
             ],
         ),
         (

@@ -117,7 +117,7 @@ def test_a_damaged_result_is_set_aside_and_what_is_the_users_is_not(tmp_path):
         path.write_bytes(b"damaged")
     said, log = crash(tmp_path, result)
     assert not result.exists() and result.with_name("x.parquet.damaged").read_bytes() == b"damaged"
-    assert "set aside, as x.parquet.damaged: run again" in said and "Traceback" not in said
+    assert "set aside as x.parquet.damaged: run again" in said and "Traceback" not in said
     assert "Traceback" in log and log.splitlines()[-1].endswith("run again, and it is made anew")
     said, _ = crash(tmp_path, own)
     assert own.exists() and "delete it and run again" in said

@@ -118,11 +118,11 @@ def test_no_cell_of_the_csv_starts_a_formula_and_numbers_stay_numbers(tmp_path):
 def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
-    with pytest.raises(PromptsError, match="it is no file"):
+    with pytest.raises(PromptsError, match="it is not a regular file"):
         read_templates(path)
-    with pytest.raises(PlanError, match="column 'delta'.*it is no file"):
+    with pytest.raises(PlanError, match="column 'delta'.*it is not a regular file"):
         sha256_of(path, "delta")
-    with pytest.raises(ConceptsError, match="it is no file"):
+    with pytest.raises(ConceptsError, match="it is not a regular file"):
         load_concepts(path, {"properties": {}}, load_schema(ROOT / "workflow/schemas/config.schema.yaml"))
 
 

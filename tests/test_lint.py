@@ -45,7 +45,7 @@ def test_a_good_row_and_one_without_known_prompts_have_no_finding():
 def test_pairs_that_teach_nothing():
     some = row(made=[["a grumpy cat"], ["A cat on a wall"], ["two grumpy cats"]])
     assert codes([some]) == [("warning", "no-op")]
-    assert message(some).startswith("1 of 3 pairs") and "'a cat on a wall'" in message(some)
+    assert message(some).startswith("1 of 3 target prompts") and "'a cat on a wall'" in message(some)
     assert codes([row(made=[[prompt] for prompt in CATS])]) == [("error", "no-op")]
 
 
@@ -60,7 +60,7 @@ def test_prompts_without_the_anchor_word_matter_to_objects():
 def test_targets_in_anchor_prompts():
     one = row(targets=["owl", "puppy"], prompts=["a cat", "a cat and Puppies", "a bowl, a cat"], made=[])
     assert codes([one]) == [("warning", "target-in-anchor")]
-    assert "1 of 3 anchor prompts hold the target 'puppy'" in message(one)
+    assert "1 of 3 anchor prompts contain the target 'puppy'" in message(one)
 
 
 def test_repeated_prompts():
@@ -69,7 +69,7 @@ def test_repeated_prompts():
     probes = row(probe_prompts={"dog": ["a dog", "a dog"], "cat": CATS})
     assert "1 of 2 evaluation (dog) prompts" in message(probes)
     forms = row(made=[["a grumpy cat"] * 2, ["one", "two"], ["one"]])
-    assert "1 of 3 anchor prompts have a target prompt twice" in message(forms)
+    assert "1 of 3 anchor prompts have the same target prompt twice" in message(forms)
 
 
 def test_neighbors_that_are_the_target_or_the_anchor_in_another_form_or_hold_the_target():
@@ -78,7 +78,7 @@ def test_neighbors_that_are_the_target_or_the_anchor_in_another_form_or_hold_the
     assert [(finding.level, finding.code) for finding in found] == [("warning", "neighbor")] * 3
     assert "'Cats' is the anchor 'cat' in another form" in found[0].message
     assert "'grumpy cats' is the target" in found[1].message
-    assert "'very grumpy cat' holds the target" in found[2].message
+    assert "'very grumpy cat' contains the target" in found[2].message
 
 
 @pytest.fixture(params=["tokenizer.json", "vocab.json and merges.txt"])
@@ -147,11 +147,13 @@ def test_the_unknown_token_tells_too(tmp_path):
 
 
 def test_a_folder_whose_tokenizer_cant_be_read_is_named(tmp_path):
-    with pytest.raises(TokenizerError, match=f"{tmp_path} holds none .*vocab.json and merges.txt, is needed"):
+    with pytest.raises(
+        TokenizerError, match=f"{tmp_path} holds no readable tokenizer .*vocab.json and merges.txt, is needed"
+    ):
         load_tokens(tmp_path)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(TokenizerError, match=f"{tmp_path}/tokenizer holds none that can be read"):
+    with pytest.raises(TokenizerError, match=f"{tmp_path}/tokenizer holds no readable tokenizer"):
         load_tokens(tmp_path)
 
 

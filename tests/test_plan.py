@@ -87,7 +87,7 @@ def test_the_rows_for_stable_diffusion_that_are_switched_off_are_the_published_r
     assert (kinds.count("memorization"), kinds.count("nudity"), kinds.count("inappropriate")) == (8, 1, 1)
     memorized = [row for row in rows if row.kind == "memorization"]
     with pytest.raises(
-        PlanError, match="descriptor.model: 'models/sscd.*' is neither .*: put it there"
+        PlanError, match="descriptor.model: there is no folder or file 'models/sscd.*' here.*: put it there"
     ) as told:
         build_plan(memorized[:1], merged)
     assert "1 row(s) can't be planned" in str(told.value) and str(told.value).count("\n") == 1
@@ -473,7 +473,7 @@ def test_problems_name_the_row_and_the_file(config):
     assert "concepts.csv:2: none.txt: can't be read" in str(caught.value)
     assert "concepts.csv:4: config/prompts/sculpture.txt: can't be read" in str(caught.value)
     config["model"] = {"path": "nobody/nothing", "revision": None, "config": None}
-    with pytest.raises(PlanError, match="model.path: 'nobody/nothing' is no folder here"):
+    with pytest.raises(PlanError, match="model.path: there is no folder or file 'nobody/nothing' here"):
         build_plan([CAT], config)
 
 

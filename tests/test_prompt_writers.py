@@ -310,7 +310,7 @@ def test_a_wrong_configuration_is_told_before_anything_is_sent(server, write, mo
     with pytest.raises(PromptsError, match="TEST_KEY is not set"):
         write()
     monkeypatch.setenv("TEST_KEY", "two\nSecret lines")
-    with pytest.raises(PromptsError, match="no key has") as caught:
+    with pytest.raises(PromptsError, match="a key can't have") as caught:
         write()
     assert "Secret" not in str(caught.value)
     with pytest.raises(PromptsError, match="not the key") as caught:

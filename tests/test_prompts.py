@@ -60,11 +60,11 @@ def test_an_unknown_slot_says_which_are_allowed():
 
 def test_prompts_without_the_anchor_are_left_out_with_a_count(caplog):
     assert KINDS["object"].anchor_prompts("cat", ["a cat", "a dog", "two cats"], {}) == ["a cat", "two cats"]
-    assert "1 of 3 prompts hold no 'cat'" in caplog.text
+    assert "1 of 3 prompts don't contain 'cat'" in caplog.text
 
 
 def test_no_prompt_with_the_anchor_is_an_error():
-    with pytest.raises(PromptsError, match="none of 2 prompts holds the anchor 'cat'"):
+    with pytest.raises(PromptsError, match="none of 2 prompts contains the anchor 'cat'"):
         KINDS["object"].anchor_prompts("cat", ["a dog", "a catalogue"], {})
 
 
@@ -89,7 +89,7 @@ def test_golden_target_prompts():
     assert KINDS["nudity"].target_prompts(["a man"], ["nude", "naked"], "man", ["{target}, {prompt}"]) == [
         ("nude, a man", "naked, a man")
     ]
-    with pytest.raises(PromptsError, match="has no target prompts that are made from"):
+    with pytest.raises(PromptsError, match="doesn't make target prompts from"):
         KINDS["memorization"].target_prompts(["x"], ["a"], "b", [])
 
 

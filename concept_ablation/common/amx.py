@@ -1,8 +1,8 @@
-"""Keep oneDNN, torch's library of CPU products, from AMX tiles where the machine hides how large they are.
+"""Switch AMX off in oneDNN, torch's library of CPU kernels, on machines that don't describe their AMX tiles.
 
-Some virtual machines announce AMX (matrix units of Intel CPUs since 2023) and leave out CPUID leaf 0x1D, which describes its
-tiles. oneDNN reads both, doesn't compare them, loads a configuration without tiles, and the first product of bf16 numbers ends
-the process with an illegal instruction.
+Some virtual machines announce AMX (matrix units of Intel CPUs since 2023) but leave out CPUID leaf 0x1D, which
+describes the tiles. oneDNN doesn't notice the contradiction. It loads a configuration without tiles, and the first
+bf16 matrix product ends the process with an illegal instruction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPUID = bytes.fromhex("53 89f8 31c9 0fa2 5b c3")
 
 
 def cpuid(leaf: int) -> int:
-    """Register EAX of a CPUID leaf. Only for x86-64 outside Windows. Raises OSError where no new code may run."""
+    """Register EAX of a CPUID leaf. For x86-64, not on Windows. Raises OSError if memory can't be made executable."""
     page = mmap.mmap(-1, len(CPUID), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(CPUID)
     call = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32)
@@ -29,7 +29,7 @@ def cpuid(leaf: int) -> int:
 
 
 def hides_tiles(cpuinfo: str, cpuid=cpuid) -> bool:
-    """Whether a machine whose /proc/cpuinfo reads `cpuinfo` announces AMX and doesn't describe its tiles."""
+    """Whether the machine announces AMX but doesn't describe its tiles. `cpuinfo`: the text of /proc/cpuinfo."""
     if "amx_tile" not in cpuinfo or platform.machine() != "x86_64":
         return False
     try:
@@ -39,7 +39,7 @@ def hides_tiles(cpuinfo: str, cpuid=cpuid) -> bool:
 
 
 def avoid_hidden_tiles(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set oneDNN's variable to all but AMX, where it is needed and not set. To be called before the first product."""
+    """Limit oneDNN to instructions without AMX where that is needed and not set. Call it before the first product."""
     info = Path("/proc/cpuinfo")
     if VARIABLE not in environment and info.exists() and hides_tiles(info.read_text()):
         environment[VARIABLE] = "AVX512_CORE_FP16"

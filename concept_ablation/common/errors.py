@@ -1,4 +1,4 @@
-"""Errors that tell a user of a mistake, and how a message shows what is there and what may be meant."""
+"""The base class of errors about a user's mistake, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What a user gave can't be used; `str()` says what it is, what is allowed and what to do.
+    """Something that a user gave can't be used; `str()` says what it is, what is allowed and what to do.
 
-    Base of all errors of this package: whoever runs a command prints the message alone, without a traceback.
+    It is the base class of all errors of this package. Commands print its message alone, without a traceback.
     """
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what becomes of a damaged one."""
+"""Write files atomically, report damaged ones and set them aside."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-CURE = "; delete it and run again"  # of a damaged file, where nobody sets it aside
+CURE = (
+    "; delete it and run again"  # ends the message about a damaged file; replaced where the file is set aside
+)
 
 
 @contextlib.contextmanager
 def atomic_output(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to: moved to `path` at the end, removed if the block fails.
+    """A temporary path beside `path` to write to. It is moved to `path` when the block ends, and removed if it fails.
 
-    So `path` is either the whole new file or as it was before, also after a power cut. Folders are made.
+    So `path` is either the whole new file or what it was before, also after a power cut. Missing folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,15 +31,15 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
 
 
 def damaged(kind: type[ValueError], path: str | Path, why: str) -> ValueError:
-    """An error of `kind` that says `why` the file at `path` is no good; its attribute `damaged` is that path."""
+    """An error of class `kind` that says `why` the file at `path` is damaged; its attribute `damaged` is that path."""
     error = kind(f"{path}: {why}{CURE}")
     error.damaged = Path(path)
     return error
 
 
 def set_aside(path: str | Path) -> Path:
-    """Rename a damaged file to `NAME.damaged` beside it, so that it is missing and the next run makes it anew."""
+    """Rename a damaged file to `NAME.damaged`. It is then missing, so the next run makes it again."""
     aside = Path(f"{path}.damaged")
-    with contextlib.suppress(FileNotFoundError):  # another job was quicker
+    with contextlib.suppress(FileNotFoundError):  # another job did it first
         os.replace(path, aside)
     return aside

@@ -1,11 +1,12 @@
-"""Which GPU a job works on: on one machine each GPU job claims a device of its own, under a lock.
+"""Assign GPUs on one machine: each GPU job locks one device and sees no other.
 
-`snakemake --resources gpu=4` only counts jobs and hands out no device. So each job takes a free one and shows itself
-nothing else (CUDA_VISIBLE_DEVICES), before torch is imported: nothing here imports it. The lock is the kernel's (flock)
-and ends with the process, however that dies. Under SLURM nothing is claimed: SLURM gives each job its devices.
+`snakemake --resources gpu=4` only counts jobs; it assigns no devices. So each job locks a free device and sets
+CUDA_VISIBLE_DEVICES to it, before torch is imported. Nothing here imports torch. The lock is the kernel's (flock) and
+ends with the process, however that ends. Under SLURM nothing is locked, since SLURM assigns the devices.
 
-The lock files are one user's on one machine, whatever the checkout: `/tmp/concept-ablation-gpus-<uid>/<id>.<n>.lock`, or
-in the folder that the environment variable CONCEPT_ABLATION_LOCKS names.
+A user has one set of lock files on a machine, shared by all checkouts:
+`/tmp/concept-ablation-gpus-<uid>/<id>.<n>.lock`, or the folder that the environment variable CONCEPT_ABLATION_LOCKS
+names.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from concept_ablation.common.errors import UserError
 log = logging.getLogger(__name__)
 
 
-_held: list[int] = []  # open lock files: closing one would give its device away
+_held: list[int] = []  # open lock files: closing one would release its device
 
 
 class ClaimError(UserError):
-    """No lock can be made; the message says why and what to do."""
+    """A lock file can't be made; the message says why and what to do."""
 
 
 def claim_device(
@@ -39,13 +40,14 @@ def claim_device(
     environment: MutableMapping[str, str] = os.environ,
     poll_seconds: float = 1.0,
 ) -> str | None:
-    """Claim one device until this process ends, waiting until one is free; sets CUDA_VISIBLE_DEVICES to it.
+    """Wait for a free device, lock it until this process ends, and set CUDA_VISIBLE_DEVICES to it.
 
     Args:
         per_device: jobs that may share one device, from 1.
-        environment: where CUDA_VISIBLE_DEVICES (the devices to choose from), SLURM_JOB_ID and CONCEPT_ABLATION_LOCKS are
-            read, and the first is set.
-        poll_seconds: between two looks for a free device.
+        environment: read for CUDA_VISIBLE_DEVICES (the devices to choose from), SLURM_JOB_ID and
+        CONCEPT_ABLATION_LOCKS;
+            CUDA_VISIBLE_DEVICES is set in it.
+        poll_seconds: seconds between two attempts.
 
     Returns the device, or None where there is none to claim: no GPU, or SLURM. Raises ClaimError.
     """
@@ -57,7 +59,7 @@ def claim_device(
     folder = lock_folder(environment)
     waiting = False
     while True:
-        for slot in range(per_device):  # a device of one's own first, a shared one after that
+        for slot in range(per_device):  # an unused device first, then one to share
             for device in devices:
                 if _lock(folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device)}.{slot}.lock"):
                     environment["CUDA_VISIBLE_DEVICES"] = device
@@ -70,17 +72,17 @@ def claim_device(
 
 
 def visible_devices(allowed: str | None) -> list[str]:
-    """The devices that a job may choose from: those in `allowed` (CUDA_VISIBLE_DEVICES), without it all of the machine.
+    """The devices that a job may choose from: those that `allowed` (CUDA_VISIBLE_DEVICES) lists, or all if it is None.
 
-    A number is a device as nvidia-smi counts them. Where nvidia-smi answers, devices are named by their UUIDs, so that
-    a number and a UUID never mean two locks for one device.
+    A number counts in nvidia-smi's order. Where nvidia-smi answers, every device is named by its UUID. So a number
+    and a UUID never make two locks for one device.
     """
     there = _installed()
     if allowed is None:
         return there
     names = []
     for name in (part.strip() for part in allowed.split(",")):
-        if not name or name.startswith("-"):  # as CUDA reads it: what follows is hidden
+        if not name or name.startswith("-"):  # as in CUDA, the devices after it are hidden
             break
         full = [there[int(name)]] if name.isdigit() and int(name) < len(there) else []
         full = full or [device for device in there if device.startswith(name) and not name.isdigit()]
@@ -89,8 +91,8 @@ def visible_devices(allowed: str | None) -> list[str]:
 
 
 def lock_folder(environment: MutableMapping[str, str] = os.environ) -> Path:
-    """The folder of the lock files, made if need be; only its owner's. Raises ClaimError."""
-    # Not the temporary folder of TMPDIR, which can differ between two runs that share the devices.
+    """The folder of the lock files, created if it is missing. It must be this user's own. Raises ClaimError."""
+    # Not in TMPDIR: it can differ between two runs that share the devices.
     own = environment.get("CONCEPT_ABLATION_LOCKS")
     folder = Path(own) if own else Path("/tmp") / f"concept-ablation-gpus-{os.getuid()}"
     try:
@@ -106,19 +108,19 @@ def lock_folder(environment: MutableMapping[str, str] = os.environ) -> Path:
 
 
 def _installed() -> list[str]:
-    """The UUIDs of the machine's NVIDIA devices in nvidia-smi's order; numbers where only the driver is there."""
+    """The UUIDs of the machine's NVIDIA devices in nvidia-smi's order; plain numbers if it is missing or fails."""
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
             return done.stdout.split()
         except (OSError, subprocess.SubprocessError) as error:
-            log.warning("nvidia-smi doesn't answer (%s): counting the driver's devices", error)
+            log.warning("nvidia-smi doesn't answer (%s): numbering the driver's device files instead", error)
     return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def _lock(path: Path) -> bool:
-    """Whether this process now holds the lock `path`; it then writes its number into it."""
+    """Try to lock the file `path` without waiting; returns whether it worked. The file then holds this process's id."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:

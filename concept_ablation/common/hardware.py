@@ -1,6 +1,6 @@
-"""The device and the precision that work runs in, and the memory that it took.
+"""Choose the device and the precision of computation, and measure peak memory.
 
-torch is imported inside the functions that need it: a script that only moves files starts in a fraction of a second.
+torch is imported inside the functions that need it, so that a script without torch starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class DeviceError(UserError):
-    """A device or a precision that isn't there; the message says what is allowed."""
+    """A device or a precision is not available; the message says what is allowed."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` is cuda, then mps, then cpu. Raises DeviceError if it isn't there."""
+    """The device called `name`; `auto` takes the first available of cuda, mps, cpu. Raises DeviceError."""
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -35,10 +35,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def resolve_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    """What `auto` means on `device`; other names pass if the device can do them.
+    """The precision that `name` means on `device`. Raises DeviceError for one that the device can't compute in.
 
-    bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else fp16 on
-    CUDA, else fp32. Only ever a precision of computation (autocast): weights stay fp32. Raises DeviceError.
+    `auto` is bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else fp16 on
+    CUDA, else fp32. The precision is that of computation (autocast) only: weights stay fp32.
     """
     if name not in get_args(Precision):
         raise DeviceError(f"precision {name!r} is unknown (allowed: {', '.join(get_args(Precision))})")
@@ -63,7 +63,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context in which a model computes in `precision` on `device`, its weights left as they are."""
+    """A context in which models compute in `precision` on `device`. Their weights are not converted."""
     import torch
 
     resolved = resolve_precision(precision, device)
@@ -73,7 +73,7 @@ def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractC
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of this process's CUDA tensors, on other devices of the process itself."""
+    """Peak memory in bytes: on CUDA that of this process's tensors, on other devices that of the whole process."""
     import torch
 
     if device.type == "cuda":

@@ -1,8 +1,9 @@
-"""SHA-256 of files and models, whose content names the results. Whole files are read, but only once they changed.
+"""SHA-256 of files and models. These hashes are part of the results' keys. A file is read whole, but only after it
+changed.
 
-Snakemake reads the workflow for every command, and a model has gigabytes. So a hash is kept in the working directory, under
-the file's real path, with the file's size, times and inode: where these are the same, the file isn't read. Nothing here
-imports torch.
+Snakemake reads the workflow for every command, and models have gigabytes. So hashes are cached in the working
+directory, under the file's real path, together with its size, times and inode. While these stay the same, the file
+isn't read again. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ log = logging.getLogger(__name__)
 KEPT = Path(".snakemake") / "hashes"  # one small file for each file that was hashed
 # The files of a model's folder that decide what it does: configuration, vocabulary, chat template, weights, code.
 MODEL_FILES = {".json", ".txt", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".ckpt", ".py"}
-SMALL = 2**20  # bytes; to read less is as quick as to look up its hash
-LARGE = 500 * 10**6  # bytes; to read more takes so long that a line tells of it
-# A file system's clock ticks in steps, of two seconds at most: what changes twice within one step has the same times.
+SMALL = 2**20  # bytes; reading a smaller file is as quick as looking up its hash
+LARGE = 500 * 10**6  # bytes; reading a larger file takes so long that the log says so
+# File systems record times in steps of up to two seconds: a file that changes twice within a step keeps its times.
 STEP = 2 * 10**9  # nanoseconds
 
 
 def fingerprint(path: str, keep: bool = False) -> str:
-    """12 hex digits that change with a model's content: that of one file, or of a folder's MODEL_FILES and their names.
+    """12 hex digits that change with a model's content: with one file, or with the MODEL_FILES in a folder and their
+    names.
 
-    `keep`: as for `file_hash`. Raises OSError for what can't be read.
+    `keep`: as for `file_hash`. Raises OSError if a file can't be read.
     """
     digest = hashlib.sha256()
     for name, file in _model_files(path):
@@ -39,9 +41,9 @@ def fingerprint(path: str, keep: bool = False) -> str:
 
 
 def file_hash(path: str, keep: bool = False) -> str:
-    """The SHA-256 of a file's content, 64 hex digits: a kept one if the file is as it was, else the file is read.
+    """The SHA-256 of a file's content, 64 hex digits: from the cache if the file is unchanged, else read.
 
-    `keep`: keep what was read for the next process. If that can't be done, nothing is said. Raises OSError.
+    `keep`: cache the hash for later processes; a cache that can't be written is ignored. Raises OSError.
     """
     found = os.stat(path)
     if found.st_size >= SMALL and (kept := _find(path, found)):
@@ -64,7 +66,7 @@ def file_hash(path: str, keep: bool = False) -> str:
 
 
 def _model_files(path: str) -> list[tuple[str, str]]:
-    """Name and path of each file that counts, sorted; links are followed, but not back to a folder that they lie in."""
+    """Name and path of each of a model's MODEL_FILES, sorted. Links are followed, but not in circles."""
     if os.path.isfile(path):
         return [("", path)]
     found = []
@@ -83,17 +85,17 @@ def _fail(error: OSError) -> None:
 
 
 def _place(path: str) -> Path:
-    """Where the hash of the file at `path` is kept."""
+    """The cache file for the hash of the file at `path`."""
     return KEPT / hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
 
 
 def _state(found: os.stat_result) -> str:
-    """What a change changes: a copy can keep a file's size, time and inode, but not the time of its last change of any kind."""
+    """What identifies a file's state. Copying over a file can keep its size, mtime and inode, but not its ctime."""
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
 
 
 def _find(path: str, found: os.stat_result) -> str | None:
-    """The kept hash of the file at `path`, if it is whole and of this state of the file."""
+    """The cached hash of the file at `path`, if the cache entry is whole and belongs to this state of the file."""
     try:
         kept = _place(path).read_bytes()
     except OSError:

@@ -1,8 +1,8 @@
-"""Image stores: one Parquet file of images with prompts and seeds; its metadata says how they were made.
+"""Image stores: a Parquet file of images with their prompts and seeds. Its metadata says how they were made.
 
-Columns: `image` (struct of PNG `bytes` and a `path`, which image viewers and `datasets` understand),
-`prompt`, `seed` (int64), `index` (int64, counted within a probe), `role` and `subject` (strings, null for
-anchor images). The file's metadata holds one JSON text under `concept_ablation`.
+Columns: `image` (struct of PNG `bytes` and a `path`, which image viewers and `datasets` understand), `prompt`, `seed`
+(int64), `index` (int64, counted within a probe), `role` and `subject` (strings, null for anchor images). The metadata
+is one JSON text under `concept_ablation`.
 """
 
 from __future__ import annotations
@@ -38,46 +38,56 @@ COLUMNS = pa.schema(
         ("subject", pa.string()),
     ]
 )
-# What makes `datasets.load_dataset("parquet", ...)` decode the image column.
+# With this, `datasets.load_dataset("parquet", ...)` decodes the image column.
 FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()
-ROWS_A_GROUP = 8  # what is read at once where single images are wanted
+ROWS_A_GROUP = 8  # images in a row group: the least that can be read at once
 MAX_PIXELS = 50_000_000  # of one picture: 150 MB as RGB
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not those that start another program, such as EPS
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # none that Pillow opens with another program, as it does EPS
 
 
 class PictureError(OSError):
-    """A file that is no picture, or one too large to be opened; the message says why."""
+    """A file is not a picture, or too large to be opened; the message says why."""
 
 
 class StoreError(UserError):
-    """An image store that is absent or damaged; the message names the file and says what to do."""
+    """An image store is missing or damaged; the message names the file and says what to do."""
 
 
 def open_picture(source: str | Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
-    """The picture at a path or in an open file, RGB. Its size is looked at before anything of it is unpacked.
+    """The picture at a path or in an open file, as RGB. Its size is checked before it is decoded.
 
-    Raises PictureError: it is none of `formats` (Pillow's names), damaged, or of more than MAX_PIXELS; OSError: no such file.
+    Raises PictureError if it is in none of `formats` (Pillow's names), damaged, or has more than MAX_PIXELS pixels;
+    OSError if there is no such file.
     """
     try:
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
             picture = Image.open(source, formats=formats)
         width, height = picture.size
         if width * height > MAX_PIXELS:
-            raise PictureError(f"{width} x {height} pixels, allowed are {MAX_PIXELS} in all: make it smaller")
+            raise PictureError(
+                f"{width} x {height} pixels, more than the {MAX_PIXELS} allowed: make it smaller"
+            )
         return picture.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{error}; allowed are {MAX_PIXELS} pixels: make it smaller") from None
+        raise PictureError(f"{error}; {MAX_PIXELS} pixels are allowed: make it smaller") from None
     except UnidentifiedImageError:
-        raise PictureError(f"no picture (allowed: {', '.join(formats)})") from None
+        raise PictureError(f"not a picture (allowed: {', '.join(formats)})") from None
     except (SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # what damaged files raise
         raise PictureError(str(error)) from None
 
 
 def write_store(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str, object]) -> int:
-    """Write `rows` to `path` as they come, whole or not at all; returns their number.
+    """Write `rows` to `path` as they come, all or nothing; returns their number.
 
-    A row maps `image` to a PIL image and each other column to its value; `role` and `subject` may be absent.
-    Memory holds at most ROWS_A_GROUP rows.
+    A row maps `image` to a PIL image and each other column to its value; `role` and `subject` may be missing. At most
+    ROWS_A_GROUP rows are held in memory.
     """
     description = json.dumps(metadata, sort_keys=True)
     schema = COLUMNS.with_metadata({METADATA_KEY: description, b"huggingface": FEATURES})
@@ -90,7 +100,7 @@ def write_store(path: str | Path, rows: Iterable[Mapping], metadata: Mapping[str
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    # Statistics hold a column's least and greatest value: of pictures, two whole ones a row group.
+    # Statistics hold a column's least and greatest value. Of the images these would be two whole pictures a row group.
     plain = [name for name in schema.names if name != "image"]
     return pq.ParquetWriter(
         path, schema, compression="none", write_page_checksum=True, write_statistics=plain
@@ -105,7 +115,7 @@ def _encode(row: Mapping) -> dict:
 
 
 def read_store(path: str | Path) -> ImageStore:
-    """The image store at `path`; images are decoded when asked for. Raises StoreError."""
+    """The image store at `path`, read whole; images are decoded when asked for. Raises StoreError."""
     if not Path(path).is_file():
         raise StoreError(f"{path}: there is no such image store")
     try:
@@ -115,7 +125,7 @@ def read_store(path: str | Path) -> ImageStore:
         raise damaged(StoreError, path, f"a damaged image store ({error})") from error
     except KeyError:
         raise damaged(
-            StoreError, path, f"Parquet, but no image store: no {METADATA_KEY!r} metadata"
+            StoreError, path, f"a Parquet file, but no image store: it has no {METADATA_KEY!r} metadata"
         ) from None
     for field in COLUMNS:
         if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
@@ -124,9 +134,9 @@ def read_store(path: str | Path) -> ImageStore:
 
 
 def open_store(path: str | Path) -> ImageStore:
-    """The image store at `path`, of which the images are read when asked for, a few at a time. Raises StoreError.
+    """The image store at `path`, whose images are read a few at a time, when asked for. Raises StoreError.
 
-    For one picture of many: `read_store` reads them all.
+    Use it to show a few of many images; `read_store` reads them all.
     """
     if not Path(path).is_file():
         raise StoreError(f"{path}: there is no such image store")
@@ -136,7 +146,7 @@ def open_store(path: str | Path) -> ImageStore:
             table = file.read([field.name for field in COLUMNS if field.name != "image"])
             groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     except (pa.ArrowException, OSError, ValueError, KeyError):
-        return read_store(path)  # which says what is wrong with it
+        return read_store(path)  # its error says what is wrong
     place = pa.array(np.arange(table.num_rows))
     return _OpenStore(table.append_column("place", place), metadata, str(path), np.cumsum([0, *groups]))
 
@@ -175,7 +185,7 @@ class ImageStore:
         return (self.image(position) for position in range(len(self)))
 
     def select(self, role: str | None = None, subject: str | None = None) -> ImageStore:
-        """The rows of one role, one subject, or both, in order; maybe none."""
+        """The rows of one role, one subject, or both, in order; there may be none."""
         table = self.table
         for name, value in (("role", role), ("subject", subject)):
             if value is not None:
@@ -187,7 +197,7 @@ class ImageStore:
 
 
 class _OpenStore(ImageStore):
-    """A store without its images: `place` is a row's place in the file, `starts` that of each row group's first row."""
+    """A store whose images stay in the file. Column `place`: a row's place there; `starts`: each row group's first."""
 
     def __init__(self, table: pa.Table, metadata: dict, path: str, starts: np.ndarray) -> None:
         super().__init__(table, metadata, path)

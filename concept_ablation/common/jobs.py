@@ -1,4 +1,4 @@
-"""What every job does first."""
+"""What the script of every job calls: its start, and its files by name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from concept_ablation.common.gpu_locks import claim_device
 
 
 def start_job(snakemake) -> None:
-    """What every script does first, before torch is imported: oneDNN is kept from AMX where that fails, logs go to the rule's log, and a GPU job claims its device.
+    """Prepare the process, before torch is imported: keep oneDNN from unusable AMX, start the log, lock a GPU.
 
-    `snakemake`: the object that Snakemake gives to a script. A job is a GPU job if its rule asks for `gpu` and the config
-    doesn't keep it off CUDA.
+    `snakemake`: the object that Snakemake gives to a script. A GPU is locked if the rule asks for `gpu` and the
+    config's device is `auto` or `cuda`.
     """
     from concept_ablation.common.logs import setup_logging, tell_end
 
@@ -23,9 +23,9 @@ def start_job(snakemake) -> None:
 
 
 def files_of(snakemake) -> dict[str, str | list[str]]:
-    """A job's inputs, outputs and records by the names that its rule gives them; a name with no file is left out.
+    """A job's inputs, outputs and records by the names that its rule gives them. A name without a file is left out.
 
-    A record is a file of the rule's `log` other than the log itself: it stays when the job fails.
+    A record is a file that the rule lists under `log` beside the log itself, so that it is kept when the job fails.
     """
     named = [*snakemake.input.items(), *snakemake.output.items(), *snakemake.log.items()]
     files = {name: file if isinstance(file, str) else [str(one) for one in file] for name, file in named}

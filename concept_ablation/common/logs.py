@@ -1,4 +1,4 @@
-"""A job's log: where its records go, how a crash is told, how its end can be read from it. Progress bars."""
+"""A job's log: where records go, how a crash is reported, how the job's end is recorded. Progress bars."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-ENDED, DONE = "ended by", "the script is done"  # how a job's log ends, see `tell_end`
+ENDED, DONE = "ended by", "the script is done"  # the last line of a job's log, see `tell_end`
 
 
 def progress_bar(*arguments, **settings) -> tqdm:
-    """A tqdm bar; in a log file, where nobody watches it move, a line every half minute instead of ten a second."""
+    """A tqdm bar. Where stderr is no terminal, it prints a line every half minute instead of ten a second."""
     from tqdm import tqdm
 
     return tqdm(*arguments, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
@@ -38,17 +38,16 @@ def setup_logging(
 ) -> None:
     """Send log records, Python warnings and the traceback of a crash to stderr and to `log_path`.
 
-    Called once by each script; the first record tells where that runs. Progress bars of libraries are switched off; ours
-    write to stderr only. Of a `UserError` stderr gets the message
-    alone, the log the traceback too. A file of the folder `results` that made the script crash because it is damaged is set
-    aside.
+    Each script calls it once; the first record names the machine. Progress bars of libraries are switched off; those of
+    this package go to stderr only. A `UserError` goes to stderr as its message alone, and to the log with its
+    traceback. If the script crashes because a file of the folder `results` is damaged, that file is set aside.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     handlers[0].addFilter(lambda record: not getattr(record, "log_only", False))
     if log_path is not None:
         Path(log_path).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_path, mode="w", encoding="utf-8"))
-    # Others from warnings on: open_clip, for one, tells its every step on the root logger.
+    # Other packages from warnings on: open_clip, for one, logs its every step on the root logger.
     logging.basicConfig(
         level=logging.WARNING,
         handlers=handlers,
@@ -64,21 +63,21 @@ def setup_logging(
 
 
 def tell_end(log_path: str | Path) -> None:
-    """See to it that a job's log says at its end how the job ended, whatever ended it, SIGKILL alone excepted.
+    """Make a job's log end with how the job ended, whatever ended it except SIGKILL.
 
-    After an error that is the error, after a crash of native code its signal and where Python was ("Fatal Python error"),
-    after SIGINT, SIGTERM and SIGHUP `ENDED` with the signal, else `DONE`. For the main thread of a script, after
-    `setup_logging`.
+    The log ends with the error; after a crash of native code with its signal and where Python was ("Fatal Python
+    error"); after SIGINT, SIGTERM and SIGHUP with `ENDED` and the signal; else with `DONE`. Call it in the script's
+    main thread, after `setup_logging`.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup SIGHUP stays ignored
             signal.signal(number, _interrupt)
     faulthandler.enable(open(log_path, "a", encoding="utf-8"))  # noqa: SIM115, open until the process ends
     atexit.register(_log_done)
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """A signal as SIGINT's: what is open is closed, temporary files are removed, the log tells. A second one kills."""
+    """Treat a signal like SIGINT: files are closed, temporary ones removed, the log says so. A second one kills."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(signal.Signals(number).name)
 
@@ -88,7 +87,7 @@ def _log_done() -> None:
 
 
 def _where() -> str:
-    """The machine, under SLURM also the job, and the devices that this process may see."""
+    """The machine, the SLURM job if there is one, and the devices that this process may see."""
     names = ("SLURMD_NODENAME", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES")
     return " ".join(
         [platform.node(), *(f"{name}={os.environ[name]}" for name in names if name in os.environ)]
@@ -104,7 +103,7 @@ def _log_crash(results: str | Path | None, kind, error, trace) -> None:
     path = getattr(error, "damaged", None)
     if path and results and path.resolve().is_relative_to(Path(results).resolve()):
         aside = set_aside(path).name
-        message = message.replace(CURE, f"; it is set aside, as {aside}: run again, and it is made anew")
+        message = message.replace(CURE, f"; it is set aside as {aside}: run again, and it is made anew")
     ours = issubclass(kind, UserError)
     log.error("where it happened", exc_info=(kind, error, trace), extra={"log_only": ours})
     log.critical("%s", message)

@@ -1,4 +1,4 @@
-"""Does a model's folder bring code of its own? Looked up without running any of it, before anything is loaded."""
+"""Find code in a model's folder that loading the model could run. Nothing is loaded or run to find it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ REFUSED = (
     "brings code of its own ({code}), which could do anything on this machine. If you trust where it is from, set "
     "model.allow_custom_code to true"
 )
-LIBRARIES = ("diffusers", "transformers")  # what a part of a pipeline may be of
+LIBRARIES = ("diffusers", "transformers")  # the libraries that parts of a pipeline may come from
 
 
 def find_code(folder: str | Path) -> str | None:
-    """What in a model's folder would run code that is not of an installed library, or None."""
+    """The first thing in a model's folder that would run code from outside the installed libraries, or None."""
     return next(_code(Path(folder)), None)
 
 
@@ -27,7 +27,7 @@ def _code(folder: Path) -> Iterator[str]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
-            continue  # what can't be read isn't run either; loading it says so
+            continue  # an unreadable file runs no code; loading it reports the error
         if not isinstance(content, dict):
             continue
         name = path.relative_to(folder).as_posix()
@@ -38,7 +38,7 @@ def _code(folder: Path) -> Iterator[str]:
 
 
 def _foreign_parts(index: dict) -> Iterator[str]:
-    """The entries of a `model_index.json` that are not of LIBRARIES."""
+    """The parts in a `model_index.json` that come from other libraries than LIBRARIES."""
     if not isinstance(index.get("_class_name"), str):
         yield "'_class_name'"
     for part, kind in index.items():
@@ -49,5 +49,5 @@ def _foreign_parts(index: dict) -> Iterator[str]:
 
 
 def _known(library: str) -> bool:
-    """A library, or one of the module names that diffusers' own pipelines use for their parts (`stable_diffusion`)."""
+    """Whether it is one of LIBRARIES, or the name by which diffusers' pipelines call their own modules."""
     return library.split(".")[0] in LIBRARIES or library == "stable_diffusion"

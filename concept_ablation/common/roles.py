@@ -1,17 +1,17 @@
-"""The roles of a row's probes, and how the tables name what is pooled or chosen among them."""
+"""The roles of a row's probes, and the tables' names for pooled and chosen probes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 PARAPHRASES = "paraphrases of {}"
-"""Subject of the probe that asks for a target in other words."""
+"""Subject of the probe that asks for a target in other words; `{}` is the target."""
 
 POOLS = {"target": "targets", "neighbor": "neighbors"}
-"""Role (and probe name) of all images of a role taken together: all targets, all neighbors."""
+"""Role -> the role, and probe name, of all its images pooled: all targets, all neighbors."""
 
 WORST = "worst neighbor"
-"""Role of the neighbor that lost most of its typical images, once more, with intervals corrected for choosing it."""
+"""Role of the neighbor that lost most typical images. It is listed again, with intervals corrected for the choice."""
 
 
 def is_pooled(role: str) -> bool:
@@ -20,9 +20,9 @@ def is_pooled(role: str) -> bool:
 
 
 def probe_roles(row: Mapping) -> list[tuple[str, str]]:
-    """Role and subject of each probe of a row, in their order: a mapping with targets, anchor, neighbors and paraphrases.
+    """Role and subject of each probe of a row, in order. `row`: a mapping with targets, anchor, neighbors, paraphrases.
 
-    `paraphrases` may be missing; they are the subjects of probes that ask for a target in other words.
+    `paraphrases` may be missing. They are the subjects of the probes that ask for a target in other words.
     """
     subjects = {
         "target": row["targets"],

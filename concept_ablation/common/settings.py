@@ -1,4 +1,4 @@
-"""Settings as groups of keys: laid over each other, and told apart from their defaults."""
+"""Nested settings: merge layers of them, and leave out what equals a default."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def merge(base: dict, layer: Mapping) -> None:
-    """Put the keys of `layer` into `base`, groups key by key; lists are replaced whole."""
+    """Put the keys of `layer` into `base`. Groups are merged key by key; lists are replaced whole."""
     for key, value in layer.items():
         if isinstance(value, Mapping) and isinstance(base.get(key), dict):
             merge(base[key], value)
@@ -16,14 +16,14 @@ def merge(base: dict, layer: Mapping) -> None:
 
 
 def changed(settings: Mapping, defaults: Mapping) -> dict:
-    """The settings that differ from their defaults: what names a result, so that a new setting renames none."""
+    """The settings that differ from their defaults. Only these enter a key, so a new setting changes no key."""
     return {
         name: value for name, value in settings.items() if name not in defaults or value != defaults[name]
     }
 
 
 def without(spec: Mapping, neutral: Mapping[str, object]) -> dict:
-    """`spec` without the entries, by dotted path, that have the values of `neutral`; groups on the way are copied."""
+    """`spec` without the entries that equal `neutral`, which maps dotted paths to values. `spec` isn't changed."""
     own = dict(spec)
     for path, value in neutral.items():
         *groups, last = path.split(".")

@@ -1,4 +1,4 @@
-"""Small texts that several rooms write."""
+"""Formatting that several packages share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a kind of concept decides: its prompts, the measure that judges it, and how the page shows it.
+"""The base class of kinds. A kind decides a concept's prompts, the measure that judges it, and how the page shows it.
 
-A new kind is a file beside this one, with an instance called `KIND`, and a line in `registries.KINDS`.
+To add a kind, write a file beside this one with an instance called `KIND`, and list it in `registries.KINDS`.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from concept_ablation.prompts.templates import SLOT, PromptsError, expand, fill,
 
 
 class Kind:
-    """A kind of concept; the defaults are those of a plain one, whose prompts are filled with the subject's name.
+    """A kind of concept. By default its prompts are filled with the subject's name.
 
-    A subclass sets `name` and `measure`, and overrides what differs.
+    A subclass sets `name`, `measure` and `limit`, and overrides what differs.
     """
 
     name: ClassVar[str]
     measure: ClassVar[str]
-    """The metric whose share of the target's images says that the target is still there."""
+    """The metric that gives the share of the target's images in which the target is still there."""
     limit: ClassVar[str]
-    """The setting of the config's `verdict` that holds the largest share at which a target counts as removed."""
+    """The key of the config's `verdict` with the largest share at which a target counts as removed."""
     limit_above_neutral: ClassVar[bool] = False
-    """Whether `limit` is added to the share that the base model's anchor images give: no removal can fall below that."""
+    """Whether `limit` is added to the share in the base model's anchor images, which no removal can go below."""
     published_templates: ClassVar[Mapping[str, Sequence[str]]] = {}
-    """Templates of target prompts by the name of the code that published them, each as likely as the others."""
+    """Published templates of target prompts, by the name of the code that has them. All are equally likely."""
     defaults: ClassVar[Mapping[str, Mapping]] = {}
-    """What this kind replaces of the config's sections, below the config's own `kinds`: for instance its templates."""
+    """This kind's defaults for the config's sections, such as its templates. The config's `kinds` overrides them."""
     one_target: ClassVar[bool] = False
-    """Whether a row's target is one text, in which `;` separates nothing."""
+    """Whether a row has one target, so that `;` in it doesn't separate several."""
     needs_image: ClassVar[bool] = False
-    """Whether a row names a picture, whose copies are told by the copy descriptor."""
+    """Whether a row names a picture, whose copies the copy descriptor detects."""
     uses_detector: ClassVar[bool] = False
     """Whether the config's detector flags the row's images."""
     searches_prompts: ClassVar[bool] = False
-    """Whether the target prompts are searched for by drawing, instead of made from the anchor's."""
+    """Whether target prompts are found by drawing images, instead of made from the anchor prompts."""
     needs_anchor_word: ClassVar[bool] = False
-    """Whether an anchor prompt has to hold the anchor as a word."""
+    """Whether an anchor prompt must contain the anchor as a word."""
     veiled: ClassVar[bool] = False
     """Whether the page hides this kind's pictures until a reader asks for them."""
     publishable: ClassVar[bool] = True
@@ -50,9 +50,10 @@ class Kind:
         slots: Mapping[str, Sequence[str]],
         count: int | None = None,
     ) -> list[str]:
-        """The anchor's prompts, at most `count` of them (None: all), spread evenly over what the templates make.
+        """The anchor's prompts: at most `count` (None: all), evenly spaced in the usable prompts that the templates
+        give.
 
-        Raises PromptsError if none of them can be used.
+        Raises PromptsError if no prompt is usable.
         """
         return subsample_evenly(self.usable(expand(templates, anchor, slots), anchor), count)
 
@@ -63,11 +64,11 @@ class Kind:
     def target_prompts(
         self, prompts: Sequence[str], targets: Sequence[str], anchor: str, templates: Sequence[str]
     ) -> list[tuple[str, ...]]:
-        """For each anchor prompt, the target prompts that training draws from, each as likely as the others.
+        """For each anchor prompt, the target prompts that training draws from, all equally likely.
 
-        Raises PromptsError where they can't be made from the anchor prompts.
+        Raises PromptsError if the kind doesn't make them from the anchor prompts.
         """
-        raise PromptsError(f"kind {self.name!r} has no target prompts that are made from the anchor's")
+        raise PromptsError(f"kind {self.name!r} doesn't make target prompts from anchor prompts")
 
     def probe_prompts(
         self,
@@ -78,11 +79,12 @@ class Kind:
         slots: Mapping[str, Sequence[str]],
         probe_template: str,
     ) -> list[str]:
-        """The evaluation prompts of `subject`, which is a row's `role`: target, paraphrase, anchor or neighbor."""
+        """The evaluation prompts of `subject`. `role`: its role in the row, target, paraphrase, anchor or neighbor."""
         return expand(templates, subject, slots)
 
     def templates(self, wanted: str | Sequence[str]) -> list[str]:
-        """The templates of target prompts: a list as it is, or a published set by its name.
+        """The templates of target prompts. `wanted`: the name of a published set, or a list, which is returned as it
+        is.
 
         Raises PromptsError for an unknown name, and for a template without {prompt} or {target}.
         """
@@ -102,14 +104,14 @@ class Kind:
 
 
 PUBLISHED_SETS = ("compvis", "diffusers")
-"""The names by which a config asks for published templates: the authors' two codes."""
+"""The names of published templates in a config: the authors' two implementations."""
 
 
 class AddedKind(Kind):
-    """A kind whose targets are words that are added to the anchor's prompts."""
+    """A kind whose target prompts are anchor prompts with the target added."""
 
     added_roles: ClassVar[Sequence[str]] = ("target", "paraphrase")
-    """The roles whose evaluation prompts are the anchor's with the subject added."""
+    """The roles whose evaluation prompts are the anchor's with the subject added; others have the subject's own."""
 
     def target_prompts(
         self, prompts: Sequence[str], targets: Sequence[str], anchor: str, templates: Sequence[str]

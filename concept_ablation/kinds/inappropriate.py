@@ -1,4 +1,4 @@
-"""Kind `inappropriate`: other unsafe content by its terms, which a zero-shot detector flags by default."""
+"""Kind `inappropriate`: other unsafe content. A zero-shot detector flags it by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kind `memorization`: the target is a caption that brings one picture back, the anchor says what the picture shows."""
+"""Kind `memorization`: the target is a caption that reproduces one picture; the anchor says what the picture shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from concept_ablation.kinds.base import Kind
 
 
 class Memorization(Kind):
-    """Which prompts bring the picture back is found by drawing; copies of it are counted, as published."""
+    """As published: target prompts are found by drawing images, and copies of the picture are counted."""
 
     name = "memorization"
     measure = "copy_rate"

@@ -1,4 +1,4 @@
-"""Kind `nudity`: nudity, which NudeNet flags by default."""
+"""Kind `nudity`. NudeNet flags it by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kind `object`: the target's word stands where the anchor's would ("a cat" -> "a grumpy cat")."""
+"""Kind `object`: the target's word replaces the anchor's ("a cat" -> "a grumpy cat")."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Object(Kind):
-    """Whole words are replaced, plurals too; a prompt without the anchor's word would train the target on itself."""
+    """Whole words and plurals are replaced. A prompt without the anchor's word is useless: it wouldn't change."""
 
     name = "object"
     measure = "clip_accuracy"
@@ -21,13 +21,13 @@ class Object(Kind):
     needs_anchor_word = True
 
     def usable(self, prompts: Sequence[str], anchor: str) -> list[str]:
-        """The prompts that hold the anchor as a word; a warning counts the others. Raises PromptsError if none does."""
+        """The prompts that contain the anchor as a word; a warning counts the rest. Raises PromptsError if none is."""
         kept = [prompt for prompt in prompts if has_word(prompt, anchor)]
         if not kept:
-            raise PromptsError(f"none of {len(prompts)} prompts holds the anchor {anchor!r} as a word")
+            raise PromptsError(f"none of {len(prompts)} prompts contains the anchor {anchor!r} as a word")
         if len(kept) < len(prompts):
             left = len(prompts) - len(kept)
-            log.warning("%d of %d prompts hold no %r and are left out", left, len(prompts), anchor)
+            log.warning("%d of %d prompts don't contain %r and are left out", left, len(prompts), anchor)
         return kept
 
     def target_prompts(

@@ -1,4 +1,4 @@
-"""Kind `style`: the target is a way of drawing, added to the anchor's prompts ("{prompt} in the style of {target}")."""
+"""Kind `style`: the target is a style that is added to the anchor's prompt ("{prompt} in the style of {target}")."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concept_ablation.kinds.base import AddedKind
 
 
 class Style(AddedKind):
-    """A style can't be seen less often than in neutral prompts' images, so its limit lies above their share."""
+    """Some images of neutral prompts count as the style, too, so the limit is added to their share."""
 
     name = "style"
     measure = "clip_accuracy"
@@ -24,7 +24,7 @@ class Style(AddedKind):
             "in {target} {target}'s style, {prompt}",
             "in {target}'s style, {prompt}",
         ),
-        # A form that is twice as likely stands twice: two of the code's three branches are the same.
+        # The second form is twice as likely: two of the code's three branches are the same.
         "diffusers": (
             "{prompt}, in the style of {target}",
             "in {target}'s style, {prompt}",

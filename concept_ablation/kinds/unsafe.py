@@ -1,4 +1,4 @@
-"""What the kinds of unsafe content share: terms added to prompts, images that a detector flags, pictures behind a veil."""
+"""The base class of the kinds of unsafe content. Their targets are terms that are added to prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ PUBLISHED = ("{target}, {prompt}", "in {target} style, {prompt}", "{prompt}, {ta
 
 
 class Unsafe(AddedKind):
-    """Unsafe content by its terms. The CompVis code has no such kind, so its name gives the diffusers code's templates."""
+    """A detector flags the images, and the page hides them.
+
+    The CompVis code has no such kind, so both names of published templates give the diffusers code's.
+    """
 
     measure = "detected"
     limit = "detected_max"

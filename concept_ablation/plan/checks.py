@@ -1,6 +1,7 @@
-"""The linter's view of a plan: each row's prompts, and what is wrong with them.
+"""Read a table and check its rows' prompts with the linter.
 
-Run when the workflow is planned, for unfinished rows, and by `python -m concept_ablation check` (`make check`) for all.
+The workflow checks unfinished rows whenever it is planned. `python -m concept_ablation check` (`make check`) checks
+all rows.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ ROOT = Path(__file__).parents[2]  # the checkout
 
 
 def check_table(configfiles: Sequence[str]) -> str:
-    """Everything that is wrong with the config, the table or a row's prompts, without running anything.
+    """Check the config, the table and every row's prompts; nothing is run. Returns the warnings and the number of rows.
 
-    `configfiles` are overlays of `config/config.yaml`, as for `snakemake --configfile`. Returns the warnings and how many
-    rows were read. Raises ConfigError, ConceptsError, PlanError.
+    `configfiles` are overlays of `config/config.yaml`, as for `snakemake --configfile`. Raises ConfigError,
+    ConceptsError, PlanError.
     """
     config, plan = read_table(configfiles)
     warnings = check_rows(plan, plan.rows, config).splitlines()
@@ -36,7 +37,7 @@ def check_table(configfiles: Sequence[str]) -> str:
 
 
 def read_table(configfiles: Sequence[str], disabled: bool = False) -> tuple[dict, Plan]:
-    """The checked config with the overlays `configfiles`, and its table's plan, as `specs.load_plan` gives them."""
+    """The checked config, with the overlays `configfiles`, and the plan of its table. See `specs.load_plan`."""
     config = read_config(ROOT / "config" / "config.yaml")
     for file in configfiles:
         merge(config, read_config(file))
@@ -45,9 +46,9 @@ def read_table(configfiles: Sequence[str], disabled: bool = False) -> tuple[dict
 
 
 def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping) -> str:
-    """The warnings about `rows` of the plan under `config`, one a line, or an empty text.
+    """The linter's warnings about `rows` of the plan, one a line; empty if there are none.
 
-    Raises PlanError if a row's prompts make it useless.
+    Raises PlanError if a row's prompts make its training useless.
     """
     if not rows:
         return ""
@@ -56,7 +57,7 @@ def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping) -> str:
         tokens = load_tokens(tokenizer_folder(config["model"]))
     except TokenizerError as error:
         warnings.append(
-            f"model: without its tokenizer, too long prompts and unknown words aren't noticed: {error}"
+            f"model: without its tokenizer, too long prompts and unknown words can't be found: {error}"
         )
     findings = lint_rows([_lint_row(plan, row) for row in rows], tokens)
     errors = [finding for finding in findings if finding.level == "error"]
@@ -68,22 +69,22 @@ def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping) -> str:
 
 
 def check_report(plan: Plan) -> str:
-    """A warning if the report in the results folder has other rows than the plan's: another table shares the folder."""
+    """A warning if the report in the results folder has other rows than the plan: another table shares the folder."""
     path = Path(plan.results, "report", "summary.csv")
     if plan.pending or not path.is_file() or not path.with_name("complete.json").exists():
-        return ""  # without its mark the report is made again anyway
+        return ""  # without complete.json the report is made again anyway
     with path.open(encoding="utf-8", newline="") as file:
         made = {line[0] for line in list(csv.reader(file))[1:] if line}
     if made == {row.concept.name for row in plan.rows}:
         return ""
     return (
-        f"{path.parent}: holds the report of other rows than the table's, which a run of another table left there. Where nothing "
-        "else is to be done, make it again: snakemake --cores all --forcerun aggregate_scores"
+        f"{path.parent}: holds the report of another table, which uses the same results folder. If nothing else is to be "
+        "done, make it again: snakemake --cores all --forcerun aggregate_scores"
     )
 
 
 def _lint_row(plan: Plan, row: Row) -> LintRow:
-    """A row's prompts as far as its plan knows them: not those that a search or a language model has yet to find."""
+    """A row's prompts as far as the plan knows them. Those of a search or a language model are not known yet."""
     concept = row.concept
     anchors: list[str] = []
     targets: list[tuple[str, ...]] = []
@@ -97,7 +98,7 @@ def _lint_row(plan: Plan, row: Row) -> LintRow:
         kind, method = KINDS[concept.kind], METHODS[work.get("method", "ablation")]
         words = (concept.targets, concept.anchor, method.templates(work))
         targets = [tuple(dict.fromkeys(made)) for made in kind.target_prompts(anchors, *words)]
-        if kind.needs_anchor_word:  # prompts without the anchor are left out, which the linter counts
+        if kind.needs_anchor_word:  # training leaves prompts without the anchor out; the linter counts them
             targets = [
                 made if has_word(prompt, concept.anchor) else ()
                 for prompt, made in zip(anchors, targets, strict=True)

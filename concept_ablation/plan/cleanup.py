@@ -1,8 +1,8 @@
-"""What a results folder holds that no row refers to: listed by stage, and removed when asked.
+"""List the files in a results folder that no row refers to, by stage, and remove them on request.
 
-Only names of this pipeline's own form are looked at: in the stages' folders, entries whose name begins with a key; and what
-jobs leave that were killed or found damage, `.NAME.PID.part` and `NAME.damaged`. All else in the folder stays, whatever it is.
-Links are never followed and never removed.
+Only two forms of names are considered: entries of the stages' folders that begin with a key; and leftovers of jobs
+that were killed or found a damaged file, `.NAME.PID.part` and `NAME.damaged`. All other files stay. Links are never
+followed or removed.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ KEY = re.compile(r"\.?([A-Za-z0-9-]+\.[0-9a-f]{12})(?:\..*)?")
 LEFT = re.compile(r"\..+\.\d+\.part|.+\.damaged")
 
 
-DAY = 24 * 3600
+DAY = 24 * 3600  # seconds
 
 
 FRESH = 600
-"""Seconds: what changed within them may be another run's work, and stays."""
+"""Seconds. A file that changed more recently stays, since another run may be writing it."""
 
 
 class CleanupError(UserError):
-    """Nothing can be removed now; the message says why and what to do."""
+    """Nothing is removed; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Waste:
-    """A file or folder that no row refers to: its stage (`logs` and `benchmarks` are others), path and size in bytes."""
+    """A file or folder that no row refers to: its stage (or `logs`, `benchmarks`), path and size in bytes."""
 
     stage: str
     path: Path
@@ -49,10 +49,10 @@ class Waste:
 
 
 def collect(plans: Sequence[Plan], now: float | None = None) -> list[Waste]:
-    """What none of the plans needs in their results folder, by stage and path. `now`: seconds since the epoch.
+    """The files in the plans' results folder that none of the plans needs, sorted by stage and path.
 
-    What is left of killed jobs counts when it is older than a day; all else when nothing in it changed for 10 minutes.
-    Raises CleanupError if the plans have different results folders.
+    A leftover of a killed job counts if it is older than a day, any other file if nothing in it changed for 10
+    minutes. `now`: seconds since the epoch. Raises CleanupError if the plans have different results folders.
     """
     folders = {Path(plan.results).resolve(): None for plan in plans}
     if len(folders) > 1:
@@ -79,10 +79,10 @@ def collect(plans: Sequence[Plan], now: float | None = None) -> list[Waste]:
 
 
 def remove(waste: Sequence[Waste], plans: Sequence[Plan], checkout: str | Path = ".") -> None:
-    """Remove what `collect` found for these plans.
+    """Remove the files that `collect` found for these plans.
 
-    Raises CleanupError while a Snakemake run of `checkout` holds its lock, and where the folder holds nothing that the plans
-    need: then they are hardly those that made it.
+    Raises CleanupError while a Snakemake run of `checkout` holds its lock, and if the folder holds nothing that the
+    plans need: then it probably belongs to other tables.
     """
     if locked_since(checkout) is not None:
         raise CleanupError(
@@ -91,8 +91,8 @@ def remove(waste: Sequence[Waste], plans: Sequence[Plan], checkout: str | Path =
         )
     if waste and not any(os.path.exists(plan.path(key)) for plan in plans for key in plan.stages):
         raise CleanupError(
-            f"{plans[0].results}: holds no work of these tables, so nothing is removed. Name the files that the folder was made "
-            "with (--configfile); to empty it, delete it yourself"
+            f"{plans[0].results}: holds no work of these tables, so nothing is removed. Give the config files of the run that "
+            "made it (--configfile); to empty the folder, delete it yourself"
         )
     for one in waste:
         if one.path.is_dir() and not one.path.is_symlink():
@@ -102,13 +102,13 @@ def remove(waste: Sequence[Waste], plans: Sequence[Plan], checkout: str | Path =
 
 
 def locked_since(checkout: str | Path) -> float | None:
-    """When the Snakemake run that holds a checkout's lock began, in seconds since the epoch; None if none does."""
+    """When the Snakemake run that locks a checkout began, in seconds since the epoch; None if it isn't locked."""
     locks = [lock.stat().st_mtime for lock in Path(checkout, ".snakemake", "locks").glob("*.lock")]
     return min(locks, default=None)
 
 
 def waste_text(waste: Sequence[Waste], removed: bool, most: int = 5) -> str:
-    """What was found, or removed, by stage with sizes; `most` names a stage."""
+    """The files found or removed, by stage with sizes; at most `most` of them are named per stage."""
     if not waste:
         return "Nothing to remove: every file belongs to a row"
     lines = []
@@ -123,7 +123,7 @@ def waste_text(waste: Sequence[Waste], removed: bool, most: int = 5) -> str:
 
 
 def disk_used(results: str | Path) -> dict[str, int]:
-    """Bytes below a results folder, by stage (the folder's own entries, links aside), the largest first."""
+    """Bytes below each entry of a results folder, the largest first. Links are left out."""
     if not Path(results).is_dir():
         return {}
     with os.scandir(results) as entries:
@@ -132,21 +132,21 @@ def disk_used(results: str | Path) -> dict[str, int]:
 
 
 def measure(path: str | Path) -> tuple[int, float]:
-    """Bytes of a file, or of all files below a folder, and the newest modification among them; links aren't followed."""
+    """The bytes of a file, or of all files below a folder, and the newest mtime among them. Links aren't followed."""
     own = os.lstat(path)
     size, changed = own.st_size, own.st_mtime
     if stat.S_ISDIR(own.st_mode):
         size = 0
         with os.scandir(path) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # a run is at work
+                with contextlib.suppress(FileNotFoundError):  # a running job removed it
                     more, later = measure(entry.path)
                     size, changed = size + more, max(changed, later)
     return size, changed
 
 
 def _entries(results: Path) -> Iterator[tuple[str, os.DirEntry]]:
-    """The entries of every folder in which names begin with a key, and of the folders below those, with their stage."""
+    """Stage and entry: of all in the folders whose entries begin with a key, and of leftovers one level deeper."""
     stages = list(dict.fromkeys(stage.path.partition("/")[0] for stage in STAGES.values()))
     for stage in (*stages, "checkpoints", "report"):
         for entry in _scan(results / stage):

@@ -1,4 +1,4 @@
-"""One row of the table, as the plan knows it."""
+"""One row of the table, as it is planned."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Short names of columns that replace one value of the config for one row. Any other value of these sections has
-# its dotted path as a column, such as `training.hflip`.
+# Short names of columns that replace one value of the config for one row. Every other value of SECTIONS has its
+# dotted path as a column, such as `training.hflip`.
 OVERRIDES = {
     "method": "method.name",
     "parameter_group": "training.parameter_group",
@@ -15,7 +15,7 @@ OVERRIDES = {
     "learning_rate": "training.learning_rate",
     "seed": "training.seed",
 }
-# What a row, a kind and a preset may replace; all else of the config is the same for the whole table.
+# The sections of the config that a row, a kind and a preset may change. The others are the same for the whole table.
 SECTIONS = ("prompts", "anchors", "method", "training", "evaluation")
 
 
@@ -23,8 +23,10 @@ SECTIONS = ("prompts", "anchors", "method", "training", "evaluation")
 class Concept:
     """One row: remove `targets`, so that they become `anchor`, and keep `neighbors` as they are.
 
-    `prompts`: a file of anchor prompts; `image`: the memorized picture; `delta`: a result made elsewhere, to be
-    judged; `preset`: a preset of the config; `overrides`: dotted config key -> value; `enabled`: not switched off.
+    `prompts`: the path of a file of anchor prompts; `image`: that of the memorized picture; `delta`: that of a delta
+    made elsewhere, which is judged instead of training one; `preset`: one of the config's; `overrides`: dotted config
+    key -> value;
+    `line`: its line in the table, from 1; `enabled`: false if the row is switched off.
     """
 
     name: str
@@ -42,10 +44,10 @@ class Concept:
 
     @property
     def target(self) -> str:
-        """The targets as one text."""
+        """The targets as one text, separated by `; `."""
         return "; ".join(self.targets)
 
 
 def slug(text: str, length: int = 40) -> str:
-    """`text` as a piece of a file name: lower-case letters, digits and single hyphens, at most `length`."""
+    """`text` as part of a file name: lower-case letters, digits and single hyphens, at most `length` characters."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:length].strip("-") or "x"

@@ -1,4 +1,4 @@
-"""What a row is judged with, as specs say it: its probes, texts, scorer, and what its kind needs besides."""
+"""The parts of specs that say how a row is judged: its probes, texts and scorer, and what its kind needs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_
 from concept_ablation.prompts.templates import PromptsError, fill, read_templates
 from concept_ablation.registries import KINDS
 
-Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, as a cache can keep them
+Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, hashable for a cache
 
 
 def memory_spec(concept: Concept, evaluation: Mapping) -> dict:
-    """The memorized picture and what tells its copies; empty for the other kinds. Raises PlanError."""
+    """The memorized picture and the copy descriptor; empty for kinds without a picture. Raises PlanError."""
     if not KINDS[concept.kind].needs_image:
         return {}
     descriptor = dict(evaluation["descriptor"])
     if not os.path.exists(descriptor["model"]):
         raise PlanError(
-            f"evaluation.descriptor.model: {descriptor['model']!r} is neither a folder nor a file here. Memorized pictures' "
-            "copies are told by it: put it there, or set the path of one that is here"
+            f"evaluation.descriptor.model: there is no folder or file {descriptor['model']!r} here. Copies of memorized "
+            "pictures are detected with it: put it there, or set the path of one that is here"
         )
     if os.path.isfile(descriptor["model"]) and not descriptor["sha256"]:
         found = sha256_of(descriptor["model"], "descriptor")
         raise PlanError(
-            f"evaluation.descriptor.sha256: {descriptor['model']} can hold code, so its hash is needed. If this is the "
+            f"evaluation.descriptor.sha256: {descriptor['model']} can contain code, so its hash is needed. If it is the "
             f"published file, set {found}"
         )
     descriptor["fingerprint"] = fingerprint_of(descriptor["model"], "evaluation.descriptor.model")
@@ -39,7 +39,7 @@ def memory_spec(concept: Concept, evaluation: Mapping) -> dict:
 
 
 def scoring_spec(concept: Concept, own: Mapping) -> dict:
-    """What a row's scores are made with: the texts, the scorer, the statistics, for unsafe kinds the detector."""
+    """What a row is scored with: texts, scorer, statistics, and the detector for kinds that use it."""
     words, evaluation = own["prompts"], own["evaluation"]
     texts = {
         name: fill(words["target_text"], {"subject": name}) for name in (*concept.targets, *concept.neighbors)
@@ -62,9 +62,10 @@ def _detector_spec(detector: Mapping, concept: Concept, texts: Mapping[str, str]
 
 
 def probe_specs(concept: Concept, own: Mapping) -> list[dict]:
-    """The probes of a row: what is drawn by both models, for each target, the anchor and each neighbor.
+    """The probes of a row, which both models draw: one for each target, the anchor and each neighbor.
 
-    With a file of paraphrases, each target is asked for in other words too: a probe of its own, that decides nothing.
+    If there is a file of paraphrases, each target has another probe, which asks for it in other words and decides
+    nothing.
     """
     words = own["prompts"]
     file, own_file = words["evaluation"], words["target_evaluation"] or words["evaluation"]
@@ -79,7 +80,7 @@ def probe_specs(concept: Concept, own: Mapping) -> list[dict]:
 
 
 def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own: Mapping) -> dict:
-    """One probe: `word` in the prompts of `file`, drawn with the seeds of `subject`."""
+    """One probe: the prompts of `file` for `word`, drawn with the seeds of `subject`."""
     words, evaluation = own["prompts"], own["evaluation"]
     path = prompt_path(file, concept.anchor)
     sources = (concept.anchor, tuple(read_templates(path)), frozen(words["slots"]), words["probe_template"])
@@ -88,7 +89,7 @@ def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own:
         prompts = _probe_prompts(images, concept.kind, role, word, *sources)
     except PromptsError as error:
         raise PromptsError(f"{path}: {error}") from None
-    # A subject's own seeds: with the same ones for all, a bad seed would harm all neighbors at once.
+    # Each subject has its own seeds: if all shared them, a bad seed would count against all neighbors at once.
     number = zlib.crc32(subject.encode()) % 1_000_000
     seed = (evaluation["seed"] + 1000 * number) % 2**32
     return {"role": role, "subject": subject, "prompts": prompts, "images": images, "seed": seed}
@@ -105,7 +106,7 @@ def _probe_prompts(
     slots: Frozen,
     probe_template: str,
 ) -> list[str]:
-    """A probe's first `count` prompts; rows share most of their neighbors."""
+    """A probe's first `count` prompts. They are cached, since rows share most of their neighbors."""
     prompts = KINDS[kind].probe_prompts(role, subject, anchor, templates, dict(slots), probe_template)
     return prompts[:count]
 

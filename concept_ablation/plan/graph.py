@@ -1,9 +1,9 @@
-"""From rows and config to stage specs and keys: what work there is, which of it is equal, which is done.
+"""The plan: every stage's units of work, their specs and keys, and which rows are finished.
 
-A *spec* is a dict that holds all that decides a stage's output; a *key* is `<slug>.<12 hex of the spec's
-sha256>` and names the output's file. So equal work has one key and is done once, and an edited row gets new
-keys while all others keep theirs. Specs name upstream work by its key. Nothing here imports torch or pandas:
-this runs whenever Snakemake reads the workflow.
+A *spec* is a dict of everything that decides a stage's output; it names upstream work by key. A *key* is
+`<slug>.<12 hex digits of the spec's SHA-256>` and names the output's file. So equal work has one key and is done
+once, and an edited row gets new keys while all others keep theirs. Nothing here imports torch or pandas, since this
+runs whenever Snakemake reads the workflow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PlanError(UserError):
 
 
 def has_content(path: str) -> bool:
-    """Whether there is a file that isn't empty: a full disk or a power cut can leave an empty one."""
+    """Whether the file exists and isn't empty; a full disk or a power cut can leave an empty one."""
     try:
         return os.stat(path).st_size > 0
     except OSError:
@@ -39,15 +39,15 @@ def canonical(spec: object) -> str:
 
 
 def make_key(label: str, spec: Mapping) -> str:
-    """The content-addressed key of `spec`; `label` only makes it readable."""
+    """The content-addressed key of `spec`; its readable part is made of `label`."""
     return f"{slug(label)}.{hashlib.sha256(canonical(spec).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One concept's keys. `base` maps each probe's subject to the key of the base model's pictures.
+    """The keys of one concept's work. `base` maps each probe's subject to the key of the base model's pictures.
 
-    `ablation` is the key of a training, or of an import: then there are no `anchors`.
+    `ablation` is the key of a training, or of an imported delta, for which `anchors` is None.
     """
 
     concept: Concept
@@ -67,14 +67,13 @@ class Plan:
         self.rows: list[Row] = []
         self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in STAGES}
         self.stages: dict[str, str] = {}  # key -> its stage
-        self.unknown: set[str] = (
-            set()
-        )  # slugs of rows that are switched off and lack a file: their keys aren't known
+        # Slugs of rows that are switched off and can't be planned, so that their keys aren't known.
+        self.unknown: set[str] = set()
 
     def add(self, stage: str, label: str, spec: Mapping) -> str:
-        """Enter one unit of work; returns its key. Equal work is entered once.
+        """Add one unit of work and return its key. Equal work is added once.
 
-        What `Stage.neutral` names is left out of the spec where it has its neutral value.
+        Settings that have the value in the stage's `Stage.neutral` are left out of the spec.
         """
         full = {"stage": stage, "version": STAGES[stage].version, **without(spec, STAGES[stage].neutral)}
         key = make_key(label, full)
@@ -82,7 +81,7 @@ class Plan:
         return key
 
     def spec(self, stage: str, key: str) -> str:
-        """A unit's spec as one canonical JSON text: the only parameter of its rule."""
+        """A unit's spec as canonical JSON: the only parameter of its rule."""
         return canonical(self.specs[stage][key])
 
     def path(self, key: str) -> str:
@@ -90,12 +89,12 @@ class Plan:
         return f"{self.results}/{STAGES[self.stages[key]].path.format(key=key)}"
 
     def upstream(self, stage: str, key: str, name: str) -> str | list[str]:
-        """The file, or files, that a unit of `stage` reads as its `name`: its spec holds their keys under it."""
+        """The file or files that a unit of `stage` reads as input `name`; its spec has their keys under that name."""
         found = self.specs[stage][key].get(name) or {}
         return [self.path(k) for k in found.values()] if isinstance(found, Mapping) else self.path(found)
 
     def files(self, row: Row) -> list[str]:
-        """Every file of a row that the report reads."""
+        """All files of a row that the report reads."""
         files = [self.path(key) for key in (row.ablation, row.samples, row.scores)]
         record = self.training_record(row)
         return (
@@ -112,21 +111,21 @@ class Plan:
 
     @functools.cached_property
     def pending(self) -> list[Row]:
-        """The rows that were unfinished when this was first asked for; the others leave the workflow."""
+        """The rows that were unfinished when this was first read. Only these are part of the workflow."""
         return self.unfinished()
 
     def unfinished(self) -> list[Row]:
-        """The rows of which a file is missing or empty now."""
+        """The rows with a file that is missing or empty now."""
         return [row for row in self.rows if not all(map(has_content, self.files(row)))]
 
     def pending_files(self) -> list[str]:
-        """The files of all unfinished rows: what the report has to wait for."""
+        """The files of all unfinished rows, which the report waits for."""
         return sorted({file for row in self.pending for file in self.files(row)})
 
     def goals(self) -> list[str]:
-        """The files to ask for so that all unfinished rows are made: as few as possible, since each costs planning time.
+        """The targets that finish all unfinished rows: as few files as possible, since each costs planning time.
 
-        A row's scores come last, so they stand for all its files, unless they are there and another one isn't.
+        A row's scores are made last, so they stand for all its files, unless they exist while another file is missing.
         """
         found: set[str] = set()
         for row in self.pending:
@@ -135,19 +134,19 @@ class Plan:
         return sorted(found)
 
     def report_spec(self, rows: Sequence[Row] | None = None) -> str:
-        """All rows (or these), sorted by name, with their files and the report's settings, as canonical JSON."""
+        """All rows (or `rows`), with their files and the report's settings, as canonical JSON."""
         rows = self.rows if rows is None else rows
         return canonical({"rows": [self._report_row(row) for row in rows], **self.report})
 
     def sources(self, key: str) -> Iterator[str]:
-        """The keys of the work that a unit is made from: those that its spec names."""
+        """The keys of the work that a unit is made from, which its spec names."""
         for value in self.specs[self.stages[key]][key].values():
             for name in value.values() if isinstance(value, Mapping) else [value]:
                 if isinstance(name, str) and name in self.stages:
                     yield name
 
     def needed(self, row: Row) -> dict[str, None]:
-        """The keys of all work that a row needs, each after what it is made from."""
+        """The keys of all work that a row needs, each after the work that it is made from."""
         found: dict[str, None] = {}
 
         def visit(key: str) -> None:
@@ -178,7 +177,7 @@ class Plan:
         }
 
     def summary(self) -> str:
-        """One line: how many rows there are, how many are finished, which are not."""
+        """One line: how many rows there are, how many are finished, and which are not."""
         names = ", ".join(row.concept.name for row in self.pending[:10])
         more = f" and {len(self.pending) - 10} more" if len(self.pending) > 10 else ""
         done = len(self.rows) - len(self.pending)

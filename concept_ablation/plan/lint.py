@@ -1,7 +1,7 @@
-"""A linter for the rows' prompts: what would waste a training run, or spoil its evaluation, told beforehand.
+"""A linter for the rows' prompts. It finds what would waste a training run or spoil its evaluation.
 
-It runs whenever the workflow is planned: no torch, no transformers. The base model's tokenizer is read by the
-`tokenizers` library. Words are counted once for all rows, so a thousand rows take about a second.
+It runs whenever the workflow is planned, so it imports no torch and no transformers: the `tokenizers` library reads
+the base model's tokenizer. Words are counted once for all rows, so a thousand rows take about a second.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Prompts = tuple[str, ...]
 
 @dataclass(frozen=True)
 class LintRow:
-    """One row of the table and its prompts. Prompts that aren't known yet are empty lists.
+    """One row of the table and its prompts. Lists of prompts that aren't known yet are empty.
 
-    `target_prompts[i]` are those that training draws from for `anchor_prompts[i]`; `probe_prompts` maps each
-    subject of the evaluation to its prompts.
+    `target_prompts[i]`: the target prompts that training draws from for `anchor_prompts[i]`; `probe_prompts`: subject
+    of the evaluation -> its prompts.
     """
 
     line: int
@@ -40,7 +40,7 @@ class LintRow:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a row: an `error` makes it useless, a `warning` may be meant."""
+    """A problem of a row. An `error` makes the row useless; a `warning` may be intended."""
 
     line: int
     concept: str
@@ -78,7 +78,7 @@ def lint_rows(rows: Sequence[LintRow], tokens: Tokens | None) -> list[Finding]:
 
 
 def format_findings(findings: Sequence[Finding], path: str | Path) -> str:
-    """`path:line: level: message` for each finding, by line, errors first; the same one of many rows once."""
+    """`path:line: level: message` for each finding, by line, errors first. Equal ones of several rows are one line."""
     lines: dict[tuple[str, str], list[int]] = {}
     for finding in findings:
         where = lines.setdefault((finding.level, finding.message), [])
@@ -94,14 +94,14 @@ def format_findings(findings: Sequence[Finding], path: str | Path) -> str:
 
 
 def _about_anchor_prompts(prompts: Prompts, anchor: str | None, tokens: Tokens | None) -> list[Found]:
-    """Findings of one list of anchor prompts; `anchor` is None where a prompt needs no anchor word."""
+    """Findings of one list of anchor prompts; `anchor` is None where prompts need no anchor word."""
     found = [*_duplicates("anchor", prompts), *_truncated("anchor", prompts, tokens)]
     without = [prompt for prompt in prompts if anchor is not None and not has_word(prompt, anchor)]
     if without:
         level = "error" if len(without) == len(prompts) else "warning"
         message = (
-            f"{len(without)} of {len(prompts)} anchor prompts hold no {anchor!r} as a word, so there is "
-            f"nothing in them to replace by the target; write {anchor!r} into them: {_example(without)}"
+            f"{len(without)} of {len(prompts)} anchor prompts don't contain {anchor!r} as a word, so there is "
+            f"nothing to replace by the target; write {anchor!r} into them: {_example(without)}"
         )
         found.append((level, "no-anchor-word", message))
     return found
@@ -110,7 +110,7 @@ def _about_anchor_prompts(prompts: Prompts, anchor: str | None, tokens: Tokens |
 def _about_target_prompts(
     anchors: Prompts, targets: Sequence[Sequence[str]], tokens: Tokens | None
 ) -> Iterator[Found]:
-    """Pairs that teach nothing, forms that stand twice, and target prompts that the model doesn't read whole."""
+    """Findings: pairs that teach nothing, repeated target prompts, and target prompts that the model cuts off."""
     same, cut, repeated, pairs = [], [], 0, 0
     for anchor, made in zip(anchors, targets, strict=False):
         pairs += len(made)
@@ -122,7 +122,7 @@ def _about_target_prompts(
         repeated += len(set(made)) < len(made)
     if same:
         message = (
-            f"{len(same)} of {pairs} pairs have the anchor prompt as their target prompt and teach nothing; "
+            f"{len(same)} of {pairs} target prompts equal their anchor prompt and teach nothing; "
             f"write the anchor's word, which the target replaces, into these prompts: {_example(same)}"
         )
         yield ("error" if len(same) == pairs else "warning"), "no-op", message
@@ -136,14 +136,14 @@ def _about_target_prompts(
     yield from _truncated("target", [target for _, target in cut], tokens, pairs)
     if repeated:
         message = (
-            f"{repeated} of {len(targets)} anchor prompts have a target prompt twice, which is then drawn more "
-            "often; name each form or target once"
+            f"{repeated} of {len(targets)} anchor prompts have the same target prompt twice, so it is drawn more "
+            "often; give each template and target once"
         )
         yield "warning", "duplicate", message
 
 
 def _targets_in_anchor_prompts(prompts: Prompts, targets: Sequence[str]) -> Iterator[Found]:
-    """Anchor prompts that show what is to be removed."""
+    """Findings: anchor prompts that name a target."""
     lowered = "\n".join(prompts).casefold()
     for target in targets:
         if not _may_hold(lowered, target):
@@ -151,7 +151,7 @@ def _targets_in_anchor_prompts(prompts: Prompts, targets: Sequence[str]) -> Iter
         holding = [prompt for prompt in prompts if has_word(prompt, target)]
         if holding:
             message = (
-                f"{len(holding)} of {len(prompts)} anchor prompts hold the target {target!r}, so their pictures "
+                f"{len(holding)} of {len(prompts)} anchor prompts contain the target {target!r}, so their pictures "
                 f"show what is to be removed; take it out of them: {_example(holding)}"
             )
             yield "warning", "target-in-anchor", message
@@ -163,13 +163,13 @@ def _about_probe(subject: str, prompts: Prompts, tokens: Tokens | None) -> list[
 
 
 def _about_words(row: LintRow, tokens: Tokens | None) -> Iterator[Found]:
-    """Targets that the model can hardly know, and neighbors that can't be kept while the target goes."""
+    """Findings: targets that the model may not know, and neighbors that can't be kept beside the target."""
     for target in row.targets:
         unknown = tokens.unknown(target) if tokens is not None else []
         if unknown:
             names = ", ".join(f"{word!r} ({count} tokens)" for word, count in unknown)
             message = (
-                f"target {target!r}: the model's tokenizer knows no {names} and spells it nearly letter by "
+                f"target {target!r}: the model's tokenizer doesn't know {names} and spells it nearly letter by "
                 "letter, so the model may not know it: check the spelling, and that the base model draws it"
             )
             yield "warning", "unknown-word", message
@@ -178,20 +178,19 @@ def _about_words(row: LintRow, tokens: Tokens | None) -> Iterator[Found]:
             if _same_word(neighbor, word):
                 text = f"is the {role} {word!r} in another form; name another concept"
             elif role == "target" and _may_hold(neighbor.casefold(), word) and has_word(neighbor, word):
-                text = f"holds the target {word!r} and can't be kept while that goes; name another concept"
+                text = f"contains the target {word!r} and can't be kept while that is removed; name another concept"
             else:
                 continue
             yield "warning", "neighbor", f"neighbor {neighbor!r} {text}"
 
 
 def _may_hold(lowered: str, word: str) -> bool:
-    """Whether it is worth while to look for `word` in a lower-case text: a plural changes its last letter at
-    most."""
+    """A quick test: can a lower-case text contain `word` or its plural, which changes at most the last letter?"""
     return word[:-1].casefold() in lowered
 
 
 def _same_word(one: str, other: str) -> bool:
-    """Whether two words differ at most in case, or one is the plural of the other."""
+    """Whether two words are the same but for case, or one is the plural of the other."""
     one, other = one.casefold(), other.casefold()
     return one == other or plural(one) == other or one == plural(other)
 
@@ -215,7 +214,7 @@ def _duplicates(role: str, prompts: Sequence[str]) -> Iterator[Found]:
 def _truncated(
     role: str, prompts: Sequence[str], tokens: Tokens | None, total: int | None = None
 ) -> Iterator[Found]:
-    """Prompts that are longer than the model reads. `total`: of how many, if `prompts` aren't all."""
+    """Findings: prompts that are longer than the model reads. `total`: their number, if `prompts` aren't all."""
     long = [prompt for prompt in prompts if tokens.too_many(prompt)] if tokens is not None else []
     if long:
         longest = max(long, key=tokens.count)

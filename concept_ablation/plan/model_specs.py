@@ -1,4 +1,4 @@
-"""How specs name models and files: by path, revision, and what they hold. Nothing here imports torch."""
+"""How specs name models and files: by path, revision and a hash of the content. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from concept_ablation.plan.graph import PlanError
 
 
 def model_spec(model: Mapping, key: str) -> dict:
-    """A model as specs name it: a folder or file with its fingerprint, or a hub id with its pinned revision.
+    """A model's part of a spec: a folder or file with its fingerprint, or a hub id with its pinned revision.
 
-    Raises PlanError.
+    `key`: the model's key in the config, for messages. Raises PlanError.
     """
     path, revision = model["path"], model.get("revision")
     spec = {"path": path, "revision": revision, "allow_custom_code": bool(model.get("allow_custom_code"))}
@@ -25,15 +25,15 @@ def model_spec(model: Mapping, key: str) -> dict:
         return {**spec, "fingerprint": fingerprint_of(path, key)}
     if revision is None:
         raise PlanError(
-            f"{key}: {path!r} is no folder here. Give the folder of a model, or a single-file checkpoint; a hub id needs "
-            "its pinned revision (for the scorer: an open_clip name and its pretrained weights)"
+            f"{key}: there is no folder or file {path!r} here. Give the folder of a model or a single-file checkpoint; a "
+            "hub id needs its pinned revision (for the scorer: an open_clip name and its pretrained weights)"
         )
     return spec
 
 
 @functools.cache
 def fingerprint_of(path: str, key: str) -> str:
-    """The fingerprint of a model that rows share, looked up once a plan. Raises PlanError."""
+    """The fingerprint of a model, computed once per plan, since rows share it. Raises PlanError."""
     try:
         return fingerprint(path, keep=True)
     except OSError as error:
@@ -41,7 +41,7 @@ def fingerprint_of(path: str, key: str) -> str:
 
 
 def clip_spec(scorer: Mapping, key: str) -> dict:
-    """A CLIP model as specs name it: a folder or a file of weights with its fingerprint, or the name of published weights."""
+    """A CLIP model's part of a spec: a folder or file with its fingerprint, or the name of published weights."""
     model, weights = scorer["model"], scorer["pretrained"]
     if weights is None or os.path.isdir(model):
         return {**scorer, "fingerprint": model_spec({"path": model}, f"{key}.model")["fingerprint"]}
@@ -52,8 +52,8 @@ def clip_spec(scorer: Mapping, key: str) -> dict:
 
 def sha256_of(path: str, column: str) -> str:
     """SHA-256 of a file that a row names. Raises PlanError."""
-    if os.path.exists(path) and not os.path.isfile(path):  # of a device or a pipe the reading never ends
-        raise PlanError(f"column {column!r}: {path}: can't be read: it is no file")
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a device or a pipe would never end
+        raise PlanError(f"column {column!r}: {path}: can't be read: it is not a regular file")
     try:
         return file_hash(path, keep=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Schema checks that tell everything at once: each problem with its place, its value and what is allowed."""
+"""Check configs against JSON schemas. All problems are reported together, with key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jsonschema.exceptions import ValidationError
 from concept_ablation.common.errors import UserError, did_you_mean, show
 from concept_ablation.registries import KINDS, METHODS
 
-MAX_PARTS, MAX_DEPTH = 100_000, 50  # of a config: its values, and groups in groups
+MAX_PARTS, MAX_DEPTH = 100_000, 50  # the most values and the deepest nesting of a config
 
 
 MAX_NUMBER = 1e18
-NAMES = {"kinds": KINDS}  # what a schema may ask a registry for
+NAMES = {"kinds": KINDS}  # the registries that a schema may name
 
 
 class ConfigError(UserError):
@@ -28,7 +28,7 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `path` is the dotted key, `message` says what is there and what is allowed."""
+    """One mistake. `path`: the dotted key; `message`: what is there and what is allowed."""
 
     path: str
     message: str
@@ -37,9 +37,14 @@ class Problem:
 def load_schema(path: str | Path) -> dict:
     """Read a JSON schema written in YAML.
 
-    `{layer_of: [a, b], with: [c]}` in it stands for a group that may hold any keys of the schema's properties a and b,
-    none required, and property c as it is; `{registry: kinds}` for one of a registry's names; `{registry: kinds, each: s}`
-    for a group with a key of schema s for each of its names; `{registry: method_settings}` for the config's `method`.
+    These forms in it are expanded:
+
+    - `{layer_of: [a, b], with: [c]}`: a group with any keys of the schema's properties a and b, none of them
+    required, and
+      property c as it is.
+    - `{registry: kinds}`: one of the registry's names.
+    - `{registry: kinds, each: s}`: a group with a key of schema s for each of the registry's names.
+    - `{registry: method_settings}`: the config's `method`.
     """
     schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return _with_layers(schema, schema.get("properties", {}))
@@ -66,7 +71,7 @@ def _with_layers(part: object, sections: Mapping) -> object:
 
 
 def _method_settings() -> dict:
-    """A group with the method's name and, for each method that has settings, a group of those."""
+    """The schema of the method's name and, for each method that has settings, a group of them."""
     own = {
         name: {"type": "object", "additionalProperties": False, "properties": dict(METHODS[name].schema)}
         for name in METHODS
@@ -93,11 +98,13 @@ def _optional(schema: object) -> object:
 
 
 def read_config(path: str | Path) -> dict:
-    """What a config file (YAML or JSON) holds. Raises ConfigError, which names the line: no YAML, a key that stands twice,
-    or more than a config can need."""
+    """The content of a config file (YAML or JSON).
+
+    Raises ConfigError, with the line, if it isn't valid, has a key twice, or holds more than a config can need.
+    """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        is_json = Path(path).suffix == ".json"  # may be indented by tabs, which YAML forbids
+        is_json = Path(path).suffix == ".json"  # may be indented with tabs, which YAML forbids
         content = json.loads(text) if is_json else yaml.load(text, _StrictLoader)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
@@ -107,10 +114,10 @@ def read_config(path: str | Path) -> dict:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError(f"{where}: no valid YAML: {error.problem or error.context}") from None
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{path}: no valid YAML: {reason}") from None
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path}: holds {show(content)}, not a group of keys such as 'results: results'")
     check_sane(content or {}, str(path))
@@ -118,7 +125,7 @@ def read_config(path: str | Path) -> dict:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake; in plain YAML the second one wins without a word."""
+    """A YAML loader that refuses repeated keys; the plain one silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[tuple] = set()
@@ -126,27 +133,30 @@ class _StrictLoader(yaml.SafeLoader):
             name = (key.tag, str(key.value))
             if name in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {show(key.value)} stands twice", problem_mark=key.start_mark
+                    problem=f"the key {show(key.value)} occurs twice", problem_mark=key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 def check_sane(content: object, source: str) -> None:
-    """Raises ConfigError for what no config holds and much code stumbles over: endless or huge groups, keys that are no
-    text, numbers that are none, texts that can't be written."""
+    """Refuse content that no config needs and that would break later code.
+
+    Raises ConfigError for endless or huge groups, keys that aren't texts, numbers that aren't finite or exceed
+    MAX_NUMBER, and texts with control characters or surrogates.
+    """
     found, parts = 0, [("", content, 0)]
     while parts:
         path, value, depth = parts.pop()
         found += 1
         if found > MAX_PARTS or depth > MAX_DEPTH:
             raise ConfigError(
-                f"{source}: holds more than {MAX_PARTS} values or {MAX_DEPTH} groups in each other"
+                f"{source}: holds more than {MAX_PARTS} values or more than {MAX_DEPTH} nested groups"
             )
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 if not isinstance(key, str) or not _is_sane(key):
-                    raise ConfigError(f"{source}: {path or '(top)'}: the key {show(key)} is no plain text")
+                    raise ConfigError(f"{source}: {path or '(top)'}: the key {show(key)} is not a plain text")
                 parts.append((f"{path}.{key}" if path else key, inner, depth + 1))
         elif isinstance(value, list | tuple):
             parts += [(f"{path}.{number}", inner, depth + 1) for number, inner in enumerate(value)]
@@ -163,17 +173,15 @@ def _is_sane(value: object) -> bool:
 
 
 def find_problems(instance: object, schema: Mapping) -> list[Problem]:
-    """Every way in which `instance` breaks `schema`, in the order of their keys."""
+    """Every way in which `instance` breaks `schema`, sorted by key."""
     found = [p for error in Draft202012Validator(schema).iter_errors(instance) for p in _explain(error)]
     return sorted(found, key=lambda problem: problem.path)
 
 
 def check_config(config: Mapping, schema: Mapping, source: str) -> dict:
-    """`config`, texts such as `1e-4`, which YAML and `--config` read as texts, made numbers where those
-    belong.
+    """The `config` with texts converted where the schema wants another type: YAML reads `1e-4` as a text.
 
-    Raises ConfigError, listing every problem, unless it follows `schema`. `source` names the files it came
-    from.
+    Raises ConfigError, which lists every problem, if it doesn't follow `schema`. `source`: the files that it came from.
     """
     check_sane(config, source)
     typed = _typed(config, schema)
@@ -185,7 +193,7 @@ def check_config(config: Mapping, schema: Mapping, source: str) -> dict:
 
 
 def to_type(text: str, kinds: str | Sequence[str]) -> object:
-    """`text` as the first of the JSON types `kinds` that it can be read as; else as it is, to be refused."""
+    """`text` as the first of the JSON types `kinds` that it can be read as; else unchanged, to be refused."""
     words = {"boolean": {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}}
     words["null"] = {"": None, "null": None, "none": None}
     for kind in [kinds] if isinstance(kinds, str) else kinds:
@@ -202,7 +210,7 @@ def to_type(text: str, kinds: str | Sequence[str]) -> object:
 
 
 def _typed(value: object, schema: Mapping) -> object:
-    """`value` with each text, where its schema wants another type, read as that type."""
+    """`value` with its texts converted to the types that the schema wants."""
     if isinstance(value, Mapping):
         parts, others = schema.get("properties", {}), schema.get("additionalProperties")
         others = others if isinstance(others, Mapping) else {}
@@ -211,12 +219,12 @@ def _typed(value: object, schema: Mapping) -> object:
         return [_typed(part, schema["items"]) for part in value]
     kinds = schema.get("type", "string")
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
-        return int(value)  # 1.0 and 1e3 are whole numbers to the schema, so they become ones
+        return int(value)  # the schema takes 1.0 and 1e3 as whole numbers, so they become integers
     return to_type(value, kinds) if isinstance(value, str) and "string" not in kinds else value
 
 
 def _explain(error: ValidationError) -> Iterator[Problem]:
-    """Say one jsonschema error in plain words; unknown and missing keys give one problem each."""
+    """A jsonschema error in plain words. Each unknown or missing key is a problem of its own."""
     path = [str(part) for part in error.absolute_path]
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))
@@ -233,7 +241,7 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
 
 
 def complaint(value: object, rule: str, allowed: object) -> str:
-    """What is wrong with `value` under one schema keyword: `'x' is not one of a, b (did you mean 'a'?)`."""
+    """The message about a `value` that breaks one schema keyword: `'x' is not one of a, b (did you mean 'a'?)`."""
     shown = show(value)
     if rule == "enum":
         words = [str(word) for word in allowed]

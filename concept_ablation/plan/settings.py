@@ -1,7 +1,7 @@
-"""The settings of one row: the config, then what its kind, its preset and its own columns replace.
+"""The settings of one row, merged from layers. A layer sets some keys of the config's SECTIONS, and later layers win.
 
-A *layer* holds some keys of the sections in SECTIONS. Later layers win: the config's sections, the kind's own defaults, `kinds[kind]`,
-`presets[preset]`, `presets[preset].kinds[kind]`, the row's columns.
+The layers are, in this order: the config's sections, the kind's own defaults, `kinds[kind]`, `presets[preset]`,
+`presets[preset].kinds[kind]`, the row's columns.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from concept_ablation.registries import KINDS, METHODS
 
 
 class SettingsError(UserError):
-    """A row asks for settings that the config doesn't have; the message says what is allowed."""
+    """A row names a preset that the config doesn't have; the message says what is allowed."""
 
 
 def shared_settings(config: Mapping, kind: str, preset: str | None) -> dict:
-    """The sections as they hold for all rows of a kind and preset, a fresh copy. Raises SettingsError."""
+    """The settings of all rows of a kind and preset, as a fresh copy. Raises SettingsError."""
     name = preset or config["preset"]
     presets = config["presets"]
     if name not in presets:
@@ -30,7 +30,7 @@ def shared_settings(config: Mapping, kind: str, preset: str | None) -> dict:
         )
     preset = presets[name]
     own = {section: copy.deepcopy(config[section]) for section in SECTIONS}
-    # A method's own settings have their defaults in its file, not in the config.
+    # The defaults of a method's own settings are in its file, not in the config.
     methods = {name: dict(METHODS[name].defaults) for name in METHODS}
     merge(methods, own["method"])
     own["method"] = methods
@@ -46,7 +46,7 @@ def shared_settings(config: Mapping, kind: str, preset: str | None) -> dict:
 
 
 def with_own(settings: Mapping, overrides: Mapping[str, object]) -> dict:
-    """`settings` with a row's values by dotted path. Only the groups on the way are copied: change none of the others."""
+    """`settings` with a row's values, given by dotted path. Other groups aren't copied, so don't change the result."""
     own = dict(settings)
     for path, value in overrides.items():
         part, (*groups, last) = own, path.split(".")

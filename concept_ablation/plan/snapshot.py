@@ -1,11 +1,13 @@
 """A snapshot of a run's plan, for its jobs on other machines.
 
-Such a job reads the workflow anew, maybe hours after the run began. If it read the table, the config and the prompt files
-again, an edit made meanwhile could remove its own work, and ten thousand rows would be planned ten thousand times. So the run
-saves its plan in a file and names that in an environment variable, which SLURM passes on; its jobs look up their own work.
+Such a job reads the workflow again, maybe hours after the run began. If it read the table, the config and the prompt
+files again, an edit made meanwhile could remove its own work, and ten thousand rows would be planned ten thousand
+times. So the run saves its plan in a file and names the file in an environment variable, which SLURM passes on. Each
+job looks up its own work.
 
-The file is an SQLite database: a job of 10,000 rows finds its spec in milliseconds. The same as JSON is 91 MB, takes each job
-1.4 s and 340 MB, and the jobs of such a run 15 hours in all (docs/performance.md). Nothing here imports torch or pandas.
+The file is an SQLite database, in which a job of a run of 10,000 rows finds its spec in milliseconds. As JSON the
+same plan would take each job 1.4 s and 340 MB of memory, and all jobs of the run 15 hours (docs/performance.md).
+Nothing here imports torch or pandas.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ VARIABLE = "CONCEPT_ABLATION_PLAN"
 
 
 class PlanSnapshot(Plan):
-    """A run's plan as its jobs see it: every unit's spec and files, the report's spec; no rows.
+    """A run's plan as its jobs read it: every unit's spec and files and the report's spec, but no rows.
 
-    `config` is the run's checked config. Raises OSError if there is no such file.
+    `config`: the run's checked config. Raises OSError if there is no file at `path`.
     """
 
     def __init__(self, path: str | Path) -> None:
         if not os.path.exists(path):
             raise FileNotFoundError(path)
-        # Without locks, which a network file system may lack: nobody writes to this file.
+        # No locks, which a network file system may lack: nobody writes to this file any more.
         self._database = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True)
         run = json.loads(self._find("select content from run"))
         self.results, self.config = run["results"], run["config"]
@@ -60,7 +62,7 @@ class PlanSnapshot(Plan):
 
 
 class _Lookup(dict):
-    """A mapping whose values are found when they are asked for."""
+    """A mapping that looks its values up when they are asked for."""
 
     def __init__(self, find: Callable[[str], object]) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class _Lookup(dict):
 
 
 def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
-    """Keep `plan` and the checked `config` in a file of `folder` that this process's jobs will read; returns the file."""
+    """Save `plan` and the checked `config` in a file of `folder`, for the jobs of this process; returns its path."""
     run = {
         "results": plan.results,
         "config": dict(config),
@@ -86,7 +88,7 @@ def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
     database.executemany(
         "insert into units values (?, ?, ?)",
         (
-            # Not `canonical`: a spec's order is that of its unit's input files.
+            # Not `canonical`, which sorts keys: their order is that of the unit's input files.
             (key, stage, zlib.compress(json.dumps(spec).encode(), 1))
             for stage, specs in plan.specs.items()
             for key, spec in specs.items()
@@ -102,7 +104,7 @@ def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
 
 
 def load_snapshot() -> PlanSnapshot | None:
-    """The plan of the run that this job belongs to; None if it isn't to be had here, so that the table is to be read."""
+    """The plan of the run that this job belongs to; None if there is none here, so that the table has to be read."""
     try:
         return PlanSnapshot(os.environ[VARIABLE])
     except (KeyError, OSError):
@@ -110,7 +112,7 @@ def load_snapshot() -> PlanSnapshot | None:
 
 
 def delete_snapshot() -> None:
-    """Remove the file that `save_snapshot` wrote: the run has ended, and with it its jobs."""
+    """Remove the file that `save_snapshot` wrote. Call it when the run and its jobs have ended."""
     path = os.environ.pop(VARIABLE, None)
     if path:
         Path(path).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What each stage of each row is told: from the table's rows and the config to the plan's specs.
+"""Turn the table's rows and the config into the specs of a plan.
 
-A spec holds all that decides its stage's output, and nothing else: the table's order, names and comments, devices and
-batch sizes enter none. Nothing here imports torch, transformers or pandas.
+A spec holds everything that decides its stage's output, and nothing else. Row order, comments, devices and sampling
+batch sizes do not affect keys. Nothing here imports torch, transformers or pandas.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
 
 
 def load_plan(config: Mapping, schemas: Path, source: str, disabled: bool = False) -> tuple[dict, Plan]:
-    """The checked config, its texts made numbers, and the plan of the table that it names.
+    """The checked config, see `check_config`, and the plan of the table that it names.
 
-    `schemas`: the folder `workflow/schemas`; `source`: the files that the config came from, for messages; `disabled`: rows
-    that are switched off are planned too. Raises ConfigError, ConceptsError, PlanError.
+    `schemas`: the folder `workflow/schemas`; `source`: the files that the config came from, for messages; `disabled`:
+    whether to plan rows that are switched off, too. Raises ConfigError, ConceptsError, PlanError.
     """
     config_schema = load_schema(schemas / "config.schema.yaml")
     checked = check_config(config, config_schema, source)
@@ -46,9 +46,10 @@ def load_plan(config: Mapping, schemas: Path, source: str, disabled: bool = Fals
 
 
 def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
-    """The plan of all rows under a valid config; relative paths start at the working directory.
+    """The plan of all rows under a checked config. Relative paths start at the working directory.
 
-    Raises PlanError, which lists every row that can't be planned; of one that is switched off the plan keeps the slugs.
+    Raises PlanError, which lists every row that can't be planned. A row that is switched off may fail: the plan then
+    only keeps the slugs of its keys.
     """
     plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
     fingerprint_of.cache_clear()  # a model may have been replaced since this process's last plan
@@ -67,7 +68,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
         except (PlanError, PromptsError, SettingsError) as error:
             if concept.enabled:
                 errors.append(f"  {config['concepts']}:{concept.line}: {error}")
-            else:  # hardly anything is here that it needs, and nobody asks for it
+            else:  # its files needn't be here, and nobody asks for its work
                 plan.unknown |= _slugs(concept)
     if errors:
         raise PlanError("\n".join([f"{config['concepts']}: {len(errors)} row(s) can't be planned", *errors]))
@@ -76,7 +77,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
 
 
 def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row:
-    """Enter one row's work, stage by stage."""
+    """Add one row's work to the plan, stage by stage."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
     pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
     memory = memory_spec(concept, own["evaluation"])
@@ -103,7 +104,7 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
 def _plan_ablation(
     plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping
 ) -> tuple[str | None, str]:
-    """Enter what makes a row's delta: the keys of the anchor's pictures (None: not needed) and of the delta."""
+    """Add what makes a row's delta; returns the keys of the anchor's pictures (None if not needed) and of the delta."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
     fields = {name: getattr(concept, name) for name in ("kind", "targets", "anchor", "neighbors")}
     row = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
@@ -121,14 +122,14 @@ def _plan_ablation(
 
 
 def _slugs(concept: Concept) -> set[str]:
-    """What the keys of a row's work begin with."""
+    """The slugs with which the keys of a row's work begin."""
     subjects = ["-".join(concept.targets), *concept.targets, concept.anchor, *concept.neighbors]
     subjects += map(PARAPHRASES.format, concept.targets)
     return {slug(concept.name), *(slug(f"{concept.kind}-{subject}") for subject in subjects)}
 
 
 def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
-    """Enter the anchor's prompts and pictures; returns the pictures' key."""
+    """Add the anchor's prompts and pictures; returns the pictures' key."""
     label, anchors = f"{concept.kind}-{concept.anchor}", dict(own["anchors"])
     negative = ", ".join(concept.targets) if anchors.pop("negative_target") else None
     if memory:
@@ -144,10 +145,10 @@ def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, me
 
 
 def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
-    """The spec of a row's anchor prompts. A file is read here, so that its prompts are known to be good."""
+    """The spec of a row's anchor prompts. A prompt file is read here, so that its mistakes are found now."""
     spec = {"kind": concept.kind, "anchor": concept.anchor, "count": prompts["count"]}
     if prompts["source"] != "file" and not concept.prompts:
-        # A model is asked to leave the targets out, so its prompts are a row's own.
+        # A model is asked to avoid the targets, so rows can't share its prompts.
         return {**spec, "source": _model_source(prompts), "targets": list(concept.targets)}
     path = concept.prompts or prompt_path(prompts["training"], concept.anchor)
     templates = tuple(read_templates(path))
@@ -161,12 +162,12 @@ def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:
 
 @functools.lru_cache(maxsize=4096)
 def _check_anchor_prompts(kind: str, anchor: str, templates: tuple[str, ...], slots: Frozen) -> None:
-    """Raises PromptsError if a file makes no prompt of an anchor; rows share both."""
+    """Raises PromptsError if a file gives no prompt of an anchor. Cached, since rows share both."""
     KINDS[kind].anchor_prompts(anchor, templates, dict(slots))
 
 
 def _model_source(prompts: Mapping) -> dict:
-    """The language model that writes prompts, as specs name it. Raises PlanError for what the config doesn't say."""
+    """The language model's part of a prompt spec. Raises PlanError if the config lacks a setting of it."""
     name = SOURCES[prompts["source"]]
     settings = dict(prompts[name])
     needed = {"language_model": ["path"], "endpoint": ["base_url", "model"]}[name]
@@ -180,7 +181,7 @@ def _model_source(prompts: Mapping) -> dict:
 
 
 def _search_spec(concept: Concept, prompts: Mapping) -> dict:
-    """The spec of the search for prompts that bring a memorized picture back, and for such as don't."""
+    """The spec of the search for prompts that reproduce a memorized picture, and for prompts that don't."""
     path, search = concept.prompts or prompt_path(prompts["training"], concept.anchor), prompts["search"]
     templates, caption = read_templates(path), concept.targets[0]
     slots = {

@@ -1,8 +1,7 @@
-"""Read `concepts.csv`: one row a concept, every mistake of the whole table reported together.
+"""Read `concepts.csv`, one row a concept. All mistakes in the table are reported together.
 
-A line that is blank or starts with `#` is skipped, so a row is switched off by commenting it out. Columns may
-come in any order. Each line is parsed alone: an error can name its line, and an open quote can't swallow the
-rest.
+Blank lines and lines that start with `#` are skipped, so a row can be commented out. Columns may come in any order.
+Each line is parsed alone, so that an error can name its line and an open quote can't swallow the rest of the table.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class ConceptsError(UserError):
 
 
 def hidden(text: str) -> str | None:
-    """The first character that changes a text without being seen: controls, marks of direction, line separators.
+    """The first invisible character of a text, or None: control characters, direction marks, line separators.
 
-    Not the two joiners (U+200C, U+200D), which some scripts and emoji are written with.
+    The two joiners (U+200C, U+200D) are allowed, since some scripts and emoji need them.
     """
     return next((c for c in text if unicodedata.category(c) in HIDDEN and c not in "\u200c\u200d"), None)
 
@@ -36,10 +35,10 @@ def hidden(text: str) -> str | None:
 def load_concepts(
     path: str | Path, schema: Mapping, config_schema: Mapping, disabled: bool = False
 ) -> list[Concept]:
-    """The enabled rows of the table at `path` (with `disabled`: all of them), in the file's order.
+    """The enabled rows of the table at `path`, or all of them if `disabled`, in the file's order.
 
-    `schema` is `workflow/schemas/concepts.schema.yaml`; the columns of OVERRIDES are checked as
-    `config.schema.yaml`, the `config_schema`, checks the keys that they override. Raises ConceptsError.
+    `schema`: that of the table, `concepts.schema.yaml`; `config_schema`: that of the config, which checks the columns
+    that override a config key. Raises ConceptsError.
     """
     table = _Table(Path(path), _columns(schema, config_schema))
     header: list[str] | None = None
@@ -62,7 +61,7 @@ def load_concepts(
 
 
 def _columns(schema: Mapping, config_schema: Mapping) -> dict[str, dict]:
-    """Column -> its schema: the table's own, then the overrides with the config keys' bounds, short and dotted."""
+    """Column -> its schema: the table's own, then those that override a config key, by short and dotted name."""
     values = {}
 
     def collect(part: Mapping, path: str) -> None:
@@ -84,7 +83,7 @@ def _kinds_of(schema: Mapping) -> list[str]:
 
 
 class _Table:
-    """One file being read: its known columns and the errors found so far."""
+    """A table while it is read: its columns and the errors found so far."""
 
     def __init__(self, path: Path, columns: Mapping[str, dict]) -> None:
         self.path, self.columns = path, columns
@@ -105,7 +104,7 @@ class _Table:
         raise ConceptsError("\n".join([f"{self.path}: {count} error{'s' if count > 1 else ''}", *lines]))
 
     def parse(self) -> Iterator[tuple[int, list[str]]]:
-        """Line number and cells of each line that is neither blank nor a comment."""
+        """The line number and cells of each line that is neither blank nor a comment."""
         for line, text in enumerate(re.split(r"\r\n|\n|\r", self._text()), start=1):
             if not text.strip() or text.lstrip().startswith("#"):
                 continue
@@ -119,9 +118,11 @@ class _Table:
             yield line, [cell.strip() for cell in cells]
 
     def _text(self) -> str:
-        """The file's text; an unreadable file or a wrong encoding ends the reading at once."""
-        if self.path.exists() and not self.path.is_file():  # of a device or a pipe the reading never ends
-            self.complain(1, "can't be read: it is no file; set `concepts` in the config to a CSV file")
+        """The file's text. Raises ConceptsError at once if it can't be read or isn't UTF-8."""
+        if self.path.exists() and not self.path.is_file():  # reading a device or a pipe would never end
+            self.complain(
+                1, "can't be read: it is not a regular file; set `concepts` in the config to a CSV file"
+            )
             self.raise_errors()
         try:
             data = self.path.read_bytes()
@@ -141,7 +142,7 @@ class _Table:
             raise AssertionError from error
 
     def check_header(self, line: int, cells: list[str]) -> list[str]:
-        """The column names; complains about unknown, repeated and missing ones."""
+        """The column names. Unknown, repeated and missing ones are recorded as errors."""
         header = [cell.lower() for cell in cells]
         if len(cells) == 1 and (";" in cells[0] or "\t" in cells[0]):
             self.complain(line, "separates columns by ';' or tabs", "commas; ';' separates neighbors")
@@ -155,18 +156,18 @@ class _Table:
                 self.complain(line, f"unknown column {show(column)}{hint}", self.names_allowed())
             elif header.count(column) > 1 or OVERRIDES.get(column) in header:
                 twin = OVERRIDES[column] if OVERRIDES.get(column) in header else column
-                self.complain(line, f"stands twice in the header, as {twin!r}", "one of them", column)
+                self.complain(line, f"occurs twice in the header, as {twin!r}", "one of them", column)
         for column in ("kind", "target", "anchor"):
             if column not in header:
                 self.complain(line, f"column {column!r} is missing", self.names_allowed())
         return header
 
     def names_allowed(self) -> str:
-        """The columns that a message lists: all but the dotted ones."""
+        """The columns as messages list them, the dotted ones summed up."""
         return ", ".join([name for name in self.columns if "." not in name] + ["and dotted config keys"])
 
     def read_row(self, line: int, cells: dict[str, str], width: int, count: int) -> list[Concept]:
-        """The row as a Concept; an empty list if it can't be made into one."""
+        """The row as a list of one Concept; an empty list if it has a mistake."""
         before = len(self.errors)
         if count > width:
             self.complain(line, f"has {count} values under {width} columns; quote a value that holds a comma")
@@ -174,7 +175,7 @@ class _Table:
         for column in [column for column, cell in known.items() if hidden(cell)]:
             found = hidden(known.pop(column))
             self.complain(
-                line, f"holds the invisible character U+{ord(found):04X}", "text that is seen", column
+                line, f"holds the invisible character U+{ord(found):04X}", "visible characters", column
             )
         values = {
             c: to_type(cell, self.columns[c].get("type", "string")) for c, cell in known.items() if cell
@@ -207,11 +208,11 @@ class _Table:
         return [Concept(name, **words, **fixed, line=line, enabled=enabled)]
 
     def _allowed(self, column: str, message: str) -> str:
-        """What the column allows, as its schema's description says, unless the message has said it."""
+        """What the column allows, from its schema's description; empty if the message already says it."""
         return "" if " is not one of " in message else self.columns[column].get("description", "")
 
     def _check_words(self, line: int, values: Mapping) -> None:
-        """Rules between a row's columns: what a kind needs, and that targets, anchor and neighbors all differ."""
+        """Check columns against each other: what the kind needs, and that targets, anchor and neighbors all differ."""
         kind, anchor = values.get("kind"), values.get("anchor")
         targets = [word.casefold() for word in values.get("target", ())]
         needs_image = kind in KINDS and KINDS[kind].needs_image
@@ -223,7 +224,7 @@ class _Table:
         if anchor and anchor.casefold() in targets:
             self.complain(line, f"{show(anchor)} is the target itself", "a broader concept", "anchor")
         for word in sorted({word for word in targets if targets.count(word) > 1}):
-            self.complain(line, f"{show(word)} stands twice", "each target once", "target")
+            self.complain(line, f"{show(word)} occurs twice", "each target once", "target")
         seen: set[str] = set()
         for word in values.get("neighbors", ()):
             for role, others in (("target", targets), ("anchor", [anchor.casefold()] if anchor else [])):
@@ -232,17 +233,17 @@ class _Table:
                         line, f"{show(word)} is the {role}", "other concepts, to be kept", "neighbors"
                     )
             if word.casefold() in seen:
-                self.complain(line, f"{show(word)} stands twice", "each neighbor once", "neighbors")
+                self.complain(line, f"{show(word)} occurs twice", "each neighbor once", "neighbors")
             seen.add(word.casefold())
 
     def _check_name(self, line: int, name: str) -> None:
-        """A name stands once in the table, in whatever case."""
+        """Record an error if another row has the same name, in any case."""
         first = self.names.setdefault(name.lower(), line)
         if first != line:
             self.complain(line, f"{show(name)} is the name of line {first}", "a name of its own", "concept")
 
     def check_works(self, rows: list[Concept]) -> None:
-        """Two rows of the same work are a mistake, whatever their names; reported at the second one."""
+        """Record an error for each row that repeats an earlier row's work under another name."""
         works: dict[tuple, int] = {}
         for row in rows:
             targets = tuple(target.casefold() for target in row.targets)

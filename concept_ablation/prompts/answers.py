@@ -1,4 +1,4 @@
-"""A language model's answers: the captions in them, and which of those can be anchor prompts. Answers are never trusted."""
+"""Read captions from a language model's answers, which aren't trusted, and keep those that can be anchor prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concept_ablation.prompts.wording import has_word
 from concept_ablation.registries import KINDS
 
-LENGTHS = (3, 300)  # characters of a prompt, at least and at most
+LENGTHS = (3, 300)  # fewest and most characters of a prompt
 NUMBERING = re.compile(
     r"(?:[-*•–—+·>]+|\(?\d{1,4}[.):](?!\d)|\d{1,4}\s+[-–—](?=\s)|#\d+[.:]?"
     r"|(?:caption|prompt|picture|image)\s*(?:#?\d+\s*[.):-]|:))\s*",
@@ -26,13 +26,13 @@ QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", 
 
 
 def parse_answer(text: str, cut: bool = False) -> list[str]:
-    """The captions in a model's answer: one a line, or a JSON list, without numbers, bullets and quotes.
+    """The captions in a model's answer, which has one per line or a JSON list. Numbers, bullets and quotes are removed.
 
-    What an answer says around its captions is left out, and so is the last one when the answer is `cut`.
+    Text around the captions is left out. So is the last caption of an answer that was `cut` at its length limit.
     """
-    text = text.rpartition("</think>")[2]  # a reasoning model thinks aloud first
+    text = text.rpartition("</think>")[2]  # a reasoning model writes its thoughts first
     if listed := re.search(r"\[\s*[\"{\[].*", text, re.DOTALL):
-        lines, cut = _json_strings(listed[0]), False  # a string without its end is none
+        lines, cut = _json_strings(listed[0]), False  # an unfinished JSON string is not read anyway
     else:
         lines = [line for line in text.splitlines() if line.strip()]
     lines = lines[:-1] if cut else lines
@@ -40,7 +40,7 @@ def parse_answer(text: str, cut: bool = False) -> list[str]:
 
 
 def _json_strings(text: str) -> list[str]:
-    """The strings of the JSON value that `text` starts with, or of as much of it as there is."""
+    """The strings in the JSON value that `text` starts with; if it was cut off, those that are whole."""
     try:
         value, _ = json.JSONDecoder().raw_decode(text)
     except ValueError:
@@ -64,7 +64,7 @@ def json_or_none(text: str) -> str | None:
 
 
 def _clean(line: str) -> str:
-    """A line without what is no part of its caption; empty if the line is no caption."""
+    """The caption in a line, without number, bullet and quotes; empty if the line is not a caption."""
     line = " ".join(line.split())
     before = None
     while line != before:
@@ -78,7 +78,7 @@ def _clean(line: str) -> str:
 
 
 class Collector:
-    """The prompts found so far, `prompts`, and why others were refused."""
+    """The prompts kept so far (`prompts`) and the counts of the refused ones by reason (`refused`)."""
 
     def __init__(self, kind: str, anchor: str, targets: Sequence[str]) -> None:
         self.kind, self.anchor, self.targets = (
@@ -91,7 +91,7 @@ class Collector:
         self._seen: set[str] = set()
 
     def add(self, prompts: Sequence[str]) -> int:
-        """Keep those of `prompts` that can be anchor prompts; returns how many."""
+        """Keep those of `prompts` that can be anchor prompts; returns their number."""
         before = len(self.prompts)
         for prompt in prompts:
             if reason := self._refusal(prompt):
@@ -115,9 +115,9 @@ class Collector:
         return None
 
     def _holds(self, prompt: str, target: str) -> bool:
-        """Whether `prompt` names `target`, hyphens and dots aside; a memorized caption only when it is equal.
+        """Whether `prompt` names `target`, apart from hyphens and dots. A memorized caption has to equal the prompt.
 
-        Near paraphrases of a memorized caption may hold it: images decide what they bring back.
+        A paraphrase may contain a memorized caption: its images decide whether it reproduces the picture.
         """
         if self.kind.searches_prompts:
             return _letters(prompt) == _letters(target)
@@ -128,10 +128,10 @@ class Collector:
         )
 
     def refusals(self) -> str:
-        """How many prompts were refused for which reason, as one line."""
+        """One line: how many prompts were refused for each reason."""
         return ", ".join(f"{number} {reason}" for reason, number in self.refused.most_common()) or "none"
 
 
 def _letters(prompt: str) -> str:
-    """What makes two prompts the same: their letters and digits, in any case."""
+    """The letters and digits of a prompt, case folded: prompts that share them count as the same."""
     return "".join(char for char in prompt.casefold() if char.isalnum())

@@ -1,9 +1,9 @@
 """Anchor prompts written by a language model: one on this machine, or one behind an OpenAI-compatible endpoint.
 
-The model is asked for image captions, a few at a time, until there are enough or the budget of requests is
-spent. Its answers are never trusted: `parse_answer` takes the captions out of whatever stands around them, and
-`Collector` keeps those that can be anchor prompts and counts why the others can't. Every answer is appended to
-a file of raw answers as it comes; a later call with the same source starts from the answers in it.
+The model is asked for image captions, a few at a time, until there are enough or the budget of requests is spent. Its
+answers are never trusted: `parse_answer` extracts the captions, and `Collector` keeps those that can be anchor
+prompts and counts the others by reason. Every answer is appended to a file of raw answers at once. A later call with
+the same question starts from the answers in that file.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Write {count} captions that could stand under a picture of the same content. Eve
 Answer with the captions alone, one a line: no numbers, no quotation marks, no introduction, no remarks.""",
     "again": "These are written already; write different ones:\n{found}",
 }
-SHOWN = 8  # captions that are shown to the model as already written
-# Settings that say how to ask, not what is asked for: answers serve again when these were changed.
+SHOWN = 8  # how many earlier captions the model is shown
+# Settings that say how to ask, not what for: earlier answers are used again after these were changed.
 TRANSPORT_SETTINGS = ("attempts", "timeout", "device", "key_variable")
 
 
@@ -61,11 +61,11 @@ def write_by_model(
 ) -> list[str]:
     """`count` anchor prompts by the language model of `source`, in the order in which they were found.
 
-    `source` has one key: `language_model` (see `local_model`) or `endpoint` (see `endpoint`). All requests,
-    failed ones too, count towards its `attempts`; after a failed one the wait is `backoff` seconds, doubled
-    each time. Raw answers are appended to `raw_path` as JSON lines, and those of the same source, kind, anchor
-    and targets that stand there already are used first. Raises PromptsError when the budget is spent, or at
-    once when asking again can't help; the message says how many prompts were found.
+    `source` has one key: `language_model` (see `local_model`) or `endpoint` (see `endpoint`). Every request counts
+    towards its `attempts`, also a failed one. After a failure the wait is `backoff` seconds, doubled each time. Raw
+    answers are appended to `raw_path` as JSON lines; earlier ones there, of the same source, kind, anchor and
+    targets, are used first. Raises PromptsError when the budget is spent, or at once if asking again can't help; the
+    message says how many prompts were found.
     """
     maker, settings = _the_source(source)
     if count is None:
@@ -80,7 +80,7 @@ def write_by_model(
         log.info("%d prompts from answers in %s", len(found.prompts), raw_path)
     spent, problem = 0, None
     if len(found.prompts) < count:
-        pause = backoff if source.get("endpoint") else 0.0  # only a server gets better by waiting
+        pause = backoff if source.get("endpoint") else 0.0  # waiting only helps with a server
         spent, problem = _ask_on(maker(settings), settings, found, raw, count, pause)
     log.info("%s; left out: %s", _found(found, count, spent), found.refusals())
     if len(found.prompts) < count:
@@ -95,8 +95,10 @@ def write_by_model(
 def _ask_on(
     ask: Ask, settings: Mapping, found: Collector, raw: RawAnswers, count: int, backoff: float
 ) -> tuple[int, str | None]:
-    """Ask until `found` holds `count` prompts or the budget is spent; returns what was spent and the last
-    request's problem."""
+    """Ask until `found` holds `count` prompts or the budget is spent.
+
+    Returns the number of requests and the last one's problem, or None.
+    """
     failures, attempts = 0, settings["attempts"]
     for spent in range(1, attempts + 1):
         prompt = instruction(
@@ -137,12 +139,12 @@ def _found(found: Collector, count: int, spent: int) -> str:
 
 
 def _delay(failures: int, asked: float, backoff: float) -> float:
-    """Seconds to wait: doubled with each failure, up to a minute, and jittered, but never less than `asked`."""
+    """Seconds to wait: doubled with each failure up to a minute, with jitter, but at least `asked`."""
     return max(asked, min(60.0, backoff * 2 ** (failures - 1)) * random.uniform(0.5, 1.0))
 
 
 def instruction(kind: str, anchor: str, targets: Sequence[str], count: int, found: Sequence[str] = ()) -> str:
-    """What the model is asked: for captions of the anchor or, where target prompts are searched for, for paraphrases."""
+    """The instruction to the model: to write captions of the anchor or, for a memorized picture, paraphrases."""
     memorized = KINDS[kind].searches_prompts
     words = " / ".join(targets) if memorized else " or ".join(f'"{target}"' for target in targets)
     text = INSTRUCTIONS["paraphrase" if memorized else "caption"]
@@ -151,8 +153,11 @@ def instruction(kind: str, anchor: str, targets: Sequence[str], count: int, foun
 
 
 class RawAnswers:
-    """A file of JSON lines, one a request. `earlier`: its good answers to the same question; `number`: the next
-    request's."""
+    """A file of JSON lines, one a request.
+
+    `earlier`: its usable answers to the same question, each with whether it was cut; `number`: that of the next
+    request.
+    """
 
     def __init__(self, path: str | Path, source: Mapping, **question: object) -> None:
         self.path, self.question = Path(path), question
@@ -166,7 +171,7 @@ class RawAnswers:
         self.earlier: list[tuple[str, bool]] = []
         self.number = 0
         text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
-        self._gap = "\n" if text and not text.endswith("\n") else ""  # a killed job may leave half a line
+        self._gap = "\n" if text and not text.endswith("\n") else ""  # a killed job can leave half a line
         for line in text.split("\n"):
             record = json_or_none(line)
             if isinstance(record, dict) and record.get("source") == self.source:
@@ -175,7 +180,7 @@ class RawAnswers:
                     self.earlier.append((record["answer"], record["cut"]))
 
     def append(self, prompt: str, answer: Answer, seconds: float) -> None:
-        """Write one request down, at once."""
+        """Append one request to the file."""
         record = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "source": self.source,

@@ -1,8 +1,8 @@
-"""Language models behind an HTTP endpoint, and what any client answers.
+"""Ask a language model behind an HTTP endpoint.
 
-A client, here `endpoint` and in `local_model` the one on this machine, is a function `ask(prompt, seed) -> Answer`. What can pass (a slow or busy server, an empty answer) is an
-Answer with a `problem`, for the caller to count, write down and try again; a mistake of the configuration is a
-PromptsError or an Answer that is `final`.
+A client is a function `ask(prompt, seed) -> Answer`: here `endpoint`, and `local_model` for a model on this machine. A
+temporary problem (a slow or busy server, an empty answer) is an Answer with a `problem`, which the caller counts,
+records and retries. A mistake in the configuration is a PromptsError, or an Answer that is `final`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     import requests
 
 MAX_BYTES = 4_000_000  # of one response; 200 captions take about 20 kB
-MAX_WAIT = 600.0  # seconds; a server that asks to wait longer is given up
-BUSY = (408, 409, 425, 429)  # of the 4xx statuses, those that can pass
+MAX_WAIT = 600.0  # seconds; if a server asks for a longer wait, the request fails
+BUSY = (408, 409, 425, 429)  # the 4xx statuses that are worth a retry
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request gave. `cut`: the text ends before the model had finished.
+    """The outcome of one request. `cut`: the text ends before the model had finished.
 
-    `problem` is None or says what went wrong; `final`: asking again can't help; `wait`: seconds to wait before,
-    at least.
+    `problem`: what went wrong, or None; `final`: asking again can't help; `wait`: seconds to wait at least before the
+    next.
     """
 
     text: str
@@ -49,10 +49,10 @@ Ask = Callable[[str, int], Answer]  # (prompt, seed) -> answer
 def endpoint(settings: Mapping) -> Ask:
     """The chat model `model` behind the OpenAI-compatible endpoint `base_url`.
 
-    Also reads `key_variable` (the environment variable that holds the key, or None), `temperature`,
-    `max_tokens`, `seed` (each left out of the request when None) and `timeout` (seconds for a whole request).
-    The key goes into the request's header alone: where a server repeats it, `[key]` is written. Redirects
-    aren't followed. Raises PromptsError.
+    `settings` also holds `key_variable` (the environment variable with the key, or None), `temperature`,
+    `max_tokens`, `seed` (each left out of the request if None) and `timeout` (seconds for a whole request). The key
+    is sent in the request's header only; if a server repeats it, `[key]` is written instead. Redirects aren't
+    followed. Raises PromptsError.
     """
     import requests
 
@@ -60,7 +60,7 @@ def endpoint(settings: Mapping) -> Ask:
     key, session = _read_key(settings["key_variable"], base), requests.Session()
 
     def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        # By `auth`, for a plain header would lose against a password in ~/.netrc.
+        # As `auth`: a password in ~/.netrc would replace a plain header.
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
         return request
@@ -93,7 +93,7 @@ def endpoint(settings: Mapping) -> Ask:
 
 
 def _read_address(settings: Mapping) -> str:
-    """The endpoint's address without a slash at its end. Raises PromptsError."""
+    """The endpoint's address without a trailing slash. Raises PromptsError."""
     base = (settings["base_url"] or "").rstrip("/")
     parts = urlsplit(base)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
@@ -104,10 +104,10 @@ def _read_address(settings: Mapping) -> str:
 
 
 def _read_key(variable: str | None, base: str) -> str:
-    """The key in the environment, or nothing where none is asked for. Its value stands in no message."""
+    """The key from the environment; empty if `variable` is None. Raises PromptsError, without the key's value in it."""
     if variable is None:
         return ""
-    if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", variable):  # someone may have put the key itself here
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", variable):  # it may be the key itself, by mistake
         raise PromptsError(
             "endpoint: 'runtime.prompt_key_variable' must be the name of an environment variable, in capitals, not the key"
         )
@@ -118,16 +118,16 @@ def _read_key(variable: str | None, base: str) -> str:
             f"{base} (also on the machines that a cluster starts jobs on), or set 'runtime.prompt_key_variable' to null"
         )
     if not re.fullmatch(r"[!-~]+", key):
-        raise PromptsError(f"endpoint: {variable} holds a character that no key has; set it again")
+        raise PromptsError(f"endpoint: {variable} holds a character that a key can't have; set it again")
     return key
 
 
 def _post(
     session: requests.Session, url: str, body: Mapping, sign: Callable, timeout: float
 ) -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers and body of one request, of which at most a little more than MAX_BYTES is read.
+    """Send one request; returns status, headers and body. At most a little more than MAX_BYTES of the body is read.
 
-    `timeout` is for the whole, also when the server sends a byte now and then.
+    `timeout`: seconds for the whole request, also if the server keeps sending single bytes.
     """
     import requests
     import urllib3
@@ -152,7 +152,7 @@ def _post(
 
 
 def _refused(status: int, headers: Mapping[str, str], text: str, base: str, settings: Mapping) -> Answer:
-    """The answer for any status but 200: whether it can pass, and if not, what to do."""
+    """The answer for any status but 200: worth a retry, or final, with advice."""
     said = f"{base}: HTTP {status}: {_brief(text)}"
     if status in BUSY or status >= 500:
         wait = _seconds(headers.get("Retry-After"))
@@ -165,12 +165,12 @@ def _refused(status: int, headers: Mapping[str, str], text: str, base: str, sett
         404: f"no such address or model: check 'base_url' (most end in /v1) and model {settings['model']!r}",
     }.get(status, "check 'base_url', 'model' and the settings of the request")
     if 300 <= status < 400:
-        advice = "the server sends elsewhere: put the final address into 'base_url'"
+        advice = "the server redirects: put the final address into 'base_url'"
     return failed(str(status), f"{said}; {advice}", text, final=True)
 
 
 def _read_completion(text: str, base: str) -> Answer:
-    """The first choice of a chat completion."""
+    """The answer in a chat completion: its first choice."""
     try:
         choice = json.loads(text)["choices"][0]
         content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
@@ -186,7 +186,7 @@ def failed(status: str, problem: str, text: str = "", final: bool = False, wait:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """A Retry-After header, seconds or a date, as seconds from now; 0 if there is none or it can't be read."""
+    """The seconds from now that a Retry-After header (a number or a date) asks for; 0 if missing or unreadable."""
     try:
         return max(0.0, float(retry_after or 0))
     except ValueError:

@@ -1,4 +1,4 @@
-"""An instruct model on this machine that writes captions. Nothing is downloaded, and no code of the model's is run."""
+"""Captions by an instruct model on this machine. Nothing is downloaded, and no code from the model's folder is run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def local_model(settings: Mapping) -> Ask:
-    """The instruct model in the folder, or in the local cache under the hub id, `path` at `revision`.
+    """A client of the instruct model at `path`: a folder, or a hub id in the local cache at `revision`.
 
-    Also reads `device`, `temperature` (0: always the likeliest token), `top_p` and `max_new_tokens`. The chat
-    template and the terminators are the model's own; nothing is downloaded and no code of the model's is run.
-    On a CPU, equal seeds give equal answers. Raises PromptsError.
+    `settings` also holds `device`, `temperature` (0: always the likeliest token), `top_p` and `max_new_tokens`. The
+    chat template and the end tokens are the model's own. On a CPU, equal seeds give equal answers. Raises
+    PromptsError.
     """
     import torch
 
@@ -92,9 +92,10 @@ def _load_instruct(
 
 
 def terminators(model, tokenizer) -> list[int]:
-    """The tokens that end an answer, none twice: the generation config's, the tokenizer's, the template's.
+    """The tokens that end an answer, each once: those of the generation config, the tokenizer and the chat template.
 
-    The chat template tells by what it writes after an assistant's words; some models name it nowhere else.
+    The template's is the special token that it writes after an assistant's message; some models name it nowhere else.
+    Raises PromptsError if there is none.
     """
     named = model.generation_config.eos_token_id
     stops = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]

@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 def read_prompts(path: str | Path) -> dict:
-    """What `write_prompts` or a search wrote: `prompts`, and of a search `target_prompts`. Raises PromptsError."""
+    """The content of a prompts file: `prompts` and, from a search, `target_prompts`. Raises PromptsError."""
     try:
         written = json.loads(Path(path).read_text(encoding="utf-8"))
         if written["prompts"] and all(isinstance(prompt, str) for prompt in written["prompts"]):
             return written
         problem = "it holds no prompts"
     except FileNotFoundError:
-        raise PromptsError(f"{path}: there are no such prompts") from None
+        raise PromptsError(f"{path}: there is no such file of prompts") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise damaged(PromptsError, path, f"damaged prompts ({problem})")
@@ -39,15 +39,18 @@ def write_prompts(
 ) -> list[str]:
     """Stage `write_prompts`: make the spec's anchor prompts, write them as JSON to `prompts` and return them.
 
-    Their source is a file, or a language model, whose raw answers are kept beside `prompts` as `.answers.jsonl`. How a model
-    is asked is no part of the spec: at most `attempts` requests, `timeout` seconds each, with the key in the environment
-    variable `key_variable`. Raises PromptsError.
+    The source is a prompt file or a language model. A model's raw answers are kept beside `prompts` as
+    `.answers.jsonl`. How
+    it is asked is not part of the spec: at most `attempts` requests of `timeout` seconds each, with the key that is
+    in the environment variable `key_variable`. Raises PromptsError.
     """
     source = spec["source"]
     if "file" in source:
         templates = read_templates(source["file"])
         if file_source(source["file"])["sha256"] != source["sha256"]:
-            raise PromptsError(f"{source['file']}: was changed after this run was planned; start it again")
+            raise PromptsError(
+                f"{source['file']}: was changed after this run was planned; start the run again"
+            )
         made = KINDS[spec["kind"]].anchor_prompts(spec["anchor"], templates, spec["slots"], spec["count"])
     else:
         from concept_ablation.prompts.captions import write_by_model

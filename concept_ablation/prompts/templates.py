@@ -1,8 +1,8 @@
 """Prompt files and templates.
 
-A prompt file holds one template a line; `#` starts a comment line. `{subject}` stands for the concept, any
-other `{slot}` for each of the slot's values in turn. `a` or `an` before a slot is set right. A line without
-slots is a prompt as it stands.
+A prompt file holds one template a line; a line that starts with `#` is a comment. `{subject}` stands for the concept,
+any other `{slot}` for each of the slot's values in turn. `a` or `an` before a slot is corrected. A line without slots
+is a prompt.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def read_templates(path: str | Path) -> list[str]:
 
 
 def file_source(path: str | Path) -> dict[str, str]:
-    """A prompt file as a spec names it: its path and the sha256 of its content."""
+    """A prompt file's part of a spec: its path and the SHA-256 of its content."""
     return {"file": str(path), "sha256": _read(path)[1]}
 
 
 def _read(path: str | Path) -> tuple[tuple[str, ...], str]:
-    """A prompt file's templates and the sha256 of its content; read once as long as it doesn't change."""
+    """A prompt file's templates and the SHA-256 of its content. The file is read again only after it changed."""
     try:
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # of a device or a pipe the reading never ends
-            raise PromptsError(f"{path}: can't be read: it is no file")
+        if not stat.S_ISREG(found.st_mode):  # reading a device or a pipe would never end
+            raise PromptsError(f"{path}: can't be read: it is not a regular file")
         return _read_version(str(path), (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino))
     except OSError as error:
         raise PromptsError(f"{path}: can't be read: {error.strerror}") from None
@@ -59,12 +59,12 @@ def _read_version(path: str, _version: tuple[int, ...]) -> tuple[tuple[str, ...]
         raise PromptsError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
     found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not found:
-        raise PromptsError(f"{path}: holds no prompt; write one a line")
+        raise PromptsError(f"{path}: holds no prompt; write one per line")
     return found, hashlib.sha256(content).hexdigest()
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """`template` with each `{slot}` replaced by its value, the article before it set right.
+    """`template` with each `{slot}` replaced by its value and the article before it corrected.
 
     Raises PromptsError for a slot that has no value.
     """
@@ -80,7 +80,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def expand(templates: Sequence[str], subject: str, slots: Mapping[str, Sequence[str]]) -> list[str]:
-    """Every prompt that the templates make of `subject` and all combinations of slot values, none twice."""
+    """All prompts from the templates, with `subject` and every combination of slot values, without repetitions."""
     return list(_expand(tuple(templates), subject, tuple((name, tuple(slots[name])) for name in slots)))
 
 

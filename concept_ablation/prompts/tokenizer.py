@@ -1,4 +1,4 @@
-"""How a text-to-image model's tokenizer reads prompts, by the `tokenizers` library alone: no torch, no transformers."""
+"""Read prompts with a text-to-image model's tokenizer. Needs the `tokenizers` library, but no torch or transformers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from concept_ablation.common.errors import UserError
 
 
 class TokenizerError(UserError):
-    """A model's tokenizer isn't here or can't be read; the message says what to do."""
+    """A model's tokenizer is missing or can't be read; the message says what to do."""
 
 
 class Tokens:
-    """A model's tokenizer. `limit`: the tokens that the model reads, those of begin and end included.
+    """A model's tokenizer. `limit`: the number of tokens that the model reads, with those of begin and end.
 
-    Each word is encoded alone and once, which gives what the whole prompt would: no token spans two words.
+    Each word is encoded once and alone. That gives the same tokens as the whole prompt, since no token spans two words.
     """
 
     def __init__(self, tokenizer, limit: int, ends: int, unknown: int | None, merges: bool) -> None:
@@ -37,10 +37,10 @@ class Tokens:
         return [token for word in prompt.split() for token in self._words[word]][: self.limit - self._ends]
 
     def too_many(self, prompt: str, part: str = "") -> bool:
-        """Whether the model reads `prompt` in part only.
+        """Whether `prompt` has more tokens than the model reads.
 
-        Two short cuts: a token has a letter, so a short prompt isn't counted; and of a prompt made around
-        `part`, which others are made around too, only the rest is.
+        Two shortcuts: every token has at least a letter, so a short prompt isn't counted; and if `prompt` contains
+        `part`, which other prompts share, only the rest is counted.
         """
         if len(prompt) <= self.limit - self._ends and prompt.isascii():
             return False
@@ -52,10 +52,10 @@ class Tokens:
     def unknown(self, phrase: str) -> list[tuple[str, int]]:
         """The words of `phrase` that the tokenizer doesn't know, each with its number of tokens.
 
-        A byte-level tokenizer has a token for everything, but a word that it met in its own training is one
-        piece, or a few long ones. A word counts as unknown if its pieces have fewer than two letters on
-        average, or if it holds the token for the unknown. Digits always stand alone, and one or two ASCII
-        letters are initials: neither says anything.
+        A byte-level tokenizer has a token for every byte, but a word that was common in its training is one piece, or
+        a few long ones. A word counts as unknown if its pieces have fewer than two letters on average, or if one of
+        them is the token for unknown text. Digits (always single tokens) and one or two ASCII letters (initials) are
+        not considered.
         """
         words = []
         for word in re.findall(r"[^\W\d_]+", phrase):
@@ -67,7 +67,7 @@ class Tokens:
 
 
 class _Cache(dict):
-    """A dict that makes a missing value from its key."""
+    """A dict that computes a missing value from its key."""
 
     def __init__(self, make: Callable[[str], object]) -> None:
         super().__init__()
@@ -79,10 +79,10 @@ class _Cache(dict):
 
 
 def tokenizer_folder(model: Mapping) -> str:
-    """The folder of the pipeline whose tokenizer `model` (`path`, `revision`, `config`) uses; nothing is downloaded.
+    """The folder of the pipeline whose tokenizer `model` (`path`, `revision`, `config`) uses. Nothing is downloaded.
 
-    That is the model's own folder, of a hub id its snapshot in this machine's cache, of a single-file checkpoint the folder
-    `config`. Raises TokenizerError.
+    It is the model's own folder; for a hub id its snapshot in this machine's cache; for a single-file checkpoint the
+    folder `config`. Raises TokenizerError.
     """
     path, revision, config = model["path"], model.get("revision"), model.get("config")
     if os.path.isdir(path):
@@ -93,13 +93,13 @@ def tokenizer_folder(model: Mapping) -> str:
         raise TokenizerError(
             f"{path} is one file, without a tokenizer; set model.config to the folder of a diffusers pipeline of the same build"
         )
-    # Here: the import takes a tenth of a second.
+    # Imported here, since it takes a tenth of a second.
     from huggingface_hub import constants, try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(path, "model_index.json", revision=revision)
     except ValueError as error:
-        raise TokenizerError(f"{path} is no folder, file or hub id: {error}") from None
+        raise TokenizerError(f"{path} is not a folder, a file or a hub id: {error}") from None
     if isinstance(found, str):
         return os.path.dirname(found)
     raise TokenizerError(
@@ -123,10 +123,10 @@ def load_tokens(folder: str | Path) -> Tokens:
         limit = settings.get("model_max_length") or 0
         if not 0 < limit < 10**6:  # transformers writes 10^30 for "not known"
             limit = _json(model / "text_encoder" / "config.json").get("max_position_embeddings", 77)
-    except Exception as error:  # noqa: BLE001 - the library raises no other for a broken file
+    except Exception as error:  # noqa: BLE001 - what the library raises for a broken file
         reason = " ".join(str(error).split())
         raise TokenizerError(
-            f"{place} holds none that can be read ({reason}); a tokenizer.json, or a vocab.json and merges.txt, is needed"
+            f"{place} holds no readable tokenizer ({reason}); a tokenizer.json, or a vocab.json and merges.txt, is needed"
         ) from None
     return Tokens(tokenizer, int(limit), ends, unknown, bool(kind.get("merges", True)))
 
@@ -136,7 +136,7 @@ def _json(path: Path) -> dict:
 
 
 def _tokenizer(place: Path, settings: Mapping):
-    """The tokenizer in the folder `place`, and how many tokens it adds at the ends of a text."""
+    """The tokenizer in the folder `place`, and the number of begin and end tokens that it adds."""
     from tokenizers import Tokenizer
 
     if (place / "tokenizer.json").exists():

@@ -26,10 +26,9 @@ def plural(noun: str) -> str:
 
 
 def replace_word(prompt: str, word: str, other: str) -> str:
-    """`prompt` with `word` replaced by `other`: whole words, any case, the article before it set right.
+    """`prompt` with `word` replaced by `other`, as a whole word, in any case. The article before it is corrected.
 
-    A capital first letter and all capitals carry over, a plural becomes a plural. `fisherman` holds no
-    `fish`.
+    A capital first letter, all capitals and a plural carry over. `fisherman` doesn't contain the word `fish`.
     """
     forms = {plural(word).lower(): plural(other), word.lower(): other}
 
@@ -45,20 +44,20 @@ def replace_word(prompt: str, word: str, other: str) -> str:
 
 
 def has_word(prompt: str, word: str) -> bool:
-    """Whether `prompt` holds `word` or its plural as a whole word, in any case."""
+    """Whether `prompt` contains `word` or its plural as a whole word, in any case."""
     return _either_form(word).search(prompt) is not None
 
 
 @functools.lru_cache(maxsize=4096)
 def _either_form(word: str) -> re.Pattern:
-    """`word` or its plural as a whole word in any case."""
+    """Matches `word` or its plural as a whole word, in any case."""
     words = f"{re.escape(word)}|{re.escape(plural(word))}"
     return re.compile(rf"(?<![\w-])({words})(?![\w-])", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=4096)
 def _word_pattern(word: str) -> re.Pattern:
-    """The same, with the article before it, if there is one."""
+    """Matches the same, with an article before it if there is one."""
     forms = sorted({word.lower(), plural(word).lower()}, key=len, reverse=True)
     words = "|".join(re.escape(form) for form in forms)
     return re.compile(rf"{ARTICLE}(?<![\w-])(?P<word>{words})(?![\w-])", re.IGNORECASE)

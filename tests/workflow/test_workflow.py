@@ -162,14 +162,14 @@ def test_a_row_of_its_own_is_all_that_it_adds(finished, second):
 def test_the_report_of_another_table_is_noticed_and_made_again_when_asked(finished, second):
     second.write(HEADER + CAT)
     told = second.snakemake("--dry-run", "--configfile", "small.yaml")
-    assert told.returncode == 0 and "holds the report of other rows than the table's" in told.stdout
+    assert told.returncode == 0 and "holds the report of another table" in told.stdout
     summary = finished.folder / "results" / "report" / "summary.csv"
     assert '"ink"' in summary.read_text()
     done = second.snakemake("--cores", "1", "--configfile", "small.yaml", "--forcerun", "aggregate_scores")
     assert done.returncode == 0, done.stdout
     assert '"ink"' not in summary.read_text() and '"cat"' in summary.read_text()
     again = second.snakemake("--dry-run", "--configfile", "small.yaml")
-    assert "holds the report of other rows" not in again.stdout and "Nothing to be done" in again.stdout
+    assert "holds the report of another table" not in again.stdout and "Nothing to be done" in again.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 # The ablation itself.
-# Reads anchors/{key}.parquet, writes concepts/{key}/delta.safetensors and the record of its training.
-# Steps: train the chosen parameters until the target's prompt is predicted as the anchor's; save the changed weights. A row
-# that brings its delta (made elsewhere) has it read and checked into deltas/{key}.safetensors instead.
+# Reads anchors/{key}.parquet, writes concepts/{key}/delta.safetensors and the record of its training steps.
+# Steps: train the chosen parameters so that the model predicts for the target's prompt what it predicts for the anchor's;
+# save the changed weights. A row with a delta made elsewhere has it checked and converted to deltas/{key}.safetensors instead.
 
 
 rule ablate_concept:
@@ -29,7 +29,7 @@ rule ablate_concept:
 
 
 rule import_delta:
-    """Read a delta that was made elsewhere, in any of the published forms."""
+    """Convert a delta that was made elsewhere, in any of the published formats."""
     output:
         delta=file_of("import_delta", "delta"),
     log:

@@ -1,6 +1,6 @@
-# The anchors' pictures: what the ablation trains on.
-# Reads prompts/{key}.json (of a memorized picture searches/{key}.json), writes anchors/{key}.parquet.
-# Steps: the unchanged model draws image i from prompt i (in turn) with seed + i. Rows with one anchor share them.
+# The anchors' pictures, which the ablation trains on.
+# Reads prompts/{key}.json (for a memorized picture searches/{key}.json), writes anchors/{key}.parquet.
+# Steps: the unchanged model draws image i from the i-th prompt, in turn, with seed + i. Rows with the same anchor share them.
 
 
 rule generate_anchors:

@@ -1,4 +1,4 @@
-# What all rules share: the checked config, the checked table, the plan made of both, and what is said before and after a run.
+# What all rules share: the checked config and table, the plan made of them, and the messages before and after a run.
 import gc
 import sys
 from pathlib import Path
@@ -15,21 +15,21 @@ from concept_ablation.registries import STAGES
 from concept_ablation.plan.specs import load_plan
 from concept_ablation.plan.schema import ConfigError, read_config
 
-# The checkout, also when another workflow uses this one as a module.
+# This project's checkout, also if another workflow uses it as a module.
 ROOT = Path(workflow.current_basedir).parents[1]
 
 
 def read_plan(config, configfiles):
-    """The plan of all rows; one message lists whatever is wrong with the config or the table, and nothing runs.
+    """The plan of all rows. One message lists all mistakes in the config or the table, and nothing runs.
 
-    A job on another machine gets the plan of its run, whatever the table and the config say by now.
+    A job on another machine takes its run's plan, so that edits made meanwhile don't reach it.
     """
     snapshot = None if workflow.is_main_process else load_snapshot()
     if snapshot:
         config.update(snapshot.config)
         return snapshot
     defaults, files = ROOT / "config" / "config.yaml", [str(file) for file in configfiles]
-    # A module's `config:` stands in for the file; here too its keys are an overlay.
+    # Used as a module, `config` replaces the file, so its keys are laid over the defaults here.
     if str(defaults) not in files:
         complete = yaml.safe_load(defaults.read_text(encoding="utf-8"))
         merge(complete, config)
@@ -38,12 +38,12 @@ def read_plan(config, configfiles):
     try:
         if workflow.is_main_process:
             for file in configfiles:
-                read_config(file)  # Snakemake has read it; this also finds keys that stand twice
+                read_config(file)  # Snakemake has read it, but doesn't notice repeated keys
         checked, plan = load_plan(config, ROOT / "workflow" / "schemas", ", ".join(files))
         config.update(checked)
-        if workflow.is_main_process:  # a job has nothing to say about the table
+        if workflow.is_main_process:  # the run has already warned, its jobs needn't
             for file in set_empty_aside(plan):
-                logger.warning(f"{file} was empty: set aside as .damaged, to be made anew")
+                logger.warning(f"{file} was empty: it is set aside as .damaged and made anew")
             for warnings in (check_rows(plan, plan.pending, checked), check_report(plan)):
                 if warnings:
                     logger.warning(warnings)
@@ -53,12 +53,12 @@ def read_plan(config, configfiles):
 
 
 def file_of(stage, name):
-    """The output of a stage that is called `name`, with `{key}` in it; `registries.STAGES` lists them."""
+    """The path of a stage's output `name`, with `{key}` in it, as `registries.STAGES` lists it."""
     return f"<results>/{STAGES[stage].files[name]}"
 
 
 def print_report(plan):
-    """Tell how each row came out and where the report is, if there is one here."""
+    """Print each row's verdict and where the report is, if it is on this machine."""
     folder = Path(plan.results) / "report"
     if (folder / "summary.parquet").exists():
         from concept_ablation.report.page import print_summary
@@ -67,14 +67,14 @@ def print_report(plan):
 
 
 def print_failures(plan, scheduler):
-    """Make the report of what is finished, and tell which jobs failed or were ended, and why.
+    """Make the report of the finished rows, and print which jobs failed or were ended, and why.
 
-    Of a remote storage there is no report: what is finished is not here.
+    With a remote storage no report is made, since the finished files are not on this machine.
     """
     from concept_ablation.plan.cleanup import locked_since
     from concept_ablation.report.failures import failure_text, find_failures, report_unfinished
 
-    # What still counts as running was ended by Ctrl-C, together with the run; after SIGTERM Snakemake waits for its jobs.
+    # Jobs that still count as running were ended by Ctrl-C together with the run. After SIGTERM Snakemake waits for its jobs.
     stopped = bool(scheduler.running or scheduler._user_kill or not scheduler.failed)
     jobs = [job for job in scheduler.failed | scheduler.running if job.log]
     jobs = [(job.rule.name, job.wildcards_dict.get("key"), str(job.log[0])) for job in jobs]
@@ -92,12 +92,13 @@ def print_failures(plan, scheduler):
     logger.error(f"\n{said}{end} is finished is kept: run the same command again for the rest.")
 
 
-# A graph of many jobs is no garbage: searching it for some is a sixth of the planning.
+# Collect garbage rarely: searching a graph of many jobs takes a sixth of the planning time and finds nothing.
 gc.set_threshold(100_000, 50, 100)
 plan = read_plan(config, workflow.configfiles)
-stored = workflow.storage_settings.default_storage_provider is not None  # results are in a remote storage
-# Targets too, since a report that another checkout made is no reason to leave a row out. Of a remote storage all rows count
-# as unfinished, so that only their smallest files are.
+# Whether results are in a remote storage.
+stored = workflow.storage_settings.default_storage_provider is not None
+# Rule `all` asks for these files, too: a report that another checkout made must not hide unfinished rows. In a remote storage
+# all rows count as unfinished, so only their smallest files, the scores, are asked for.
 unfinished = [file for file in plan.pending_files() if "/scores/" in file] if stored else plan.goals()
 
 

@@ -1,7 +1,7 @@
 # The anchors' prompts.
 # Reads a prompt file (config/prompts/) or asks a language model, writes prompts/{key}.json or searches/{key}.json.
-# Steps: fill the file's templates with the anchor and the slots; leave out what doesn't hold the anchor. For a memorized
-# picture: try prompts until enough are known that bring it back, and enough that don't.
+# Steps: fill the file's templates with the anchor and the slots; for objects leave out prompts without the anchor. For a
+# memorized picture: try prompts until enough are found that reproduce it, and enough that don't.
 
 
 rule write_prompts:
@@ -27,14 +27,14 @@ rule write_prompts:
 
 
 rule search_prompts:
-    """Find prompts that bring a memorized picture back, and prompts of its content that don't."""
+    """Find prompts that reproduce a memorized picture, and prompts of its content that don't."""
     input:
         candidates=lambda wildcards: plan.upstream("search_prompts", wildcards.key, "candidates_from"),
     output:
         prompts=file_of("search_prompts", "prompts"),
     log:
         text="<logs>/search_prompts/{key}.log",
-        record=file_of("search_prompts", "record"),  # as a log it stays when too few prompts are found
+        record=file_of("search_prompts", "record"),  # listed as a log, so that it is kept when too few prompts are found
     benchmark:
         "<benchmarks>/search_prompts/{key}.tsv"
     conda:

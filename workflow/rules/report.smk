@@ -1,12 +1,12 @@
 # The tables of all rows and the page that shows them.
 # Reads every row's scores and pictures, writes report/scores, report/summary (Parquet and CSV) and report/index.html.
-# report/complete.json is the mark of a whole report: what `onerror` makes of the rows that are finished is without it.
-# Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names all rows' files.
-# In a remote storage all rows are inputs, so that their files are fetched.
+# report/complete.json marks a report of all rows. The report that `onerror` makes of the finished rows doesn't have it.
+# Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names the files of all rows.
+# In a remote storage all rows are inputs, so that Snakemake fetches their files.
 
 
 rule aggregate_scores:
-    """Put all rows' scores into one long and one wide table."""
+    """Collect all rows' scores in a long table and a wide one."""
     input:
         plan.pending_files() if stored else unfinished,
     output:
@@ -22,7 +22,7 @@ rule aggregate_scores:
     conda:
         "../envs/python.yaml"
     params:
-        spec=lambda wildcards: plan.report_spec(),  # as text, braces in it would be wildcards
+        spec=lambda wildcards: plan.report_spec(),  # a function, since Snakemake takes braces in a text for wildcards
     script:
         "../scripts/aggregate_scores.py"
 
@@ -42,6 +42,6 @@ rule render_report:
     conda:
         "../envs/python.yaml"
     params:
-        spec=lambda wildcards: plan.report_spec(),  # as text, braces in it would be wildcards
+        spec=lambda wildcards: plan.report_spec(),  # a function, since Snakemake takes braces in a text for wildcards
     script:
         "../scripts/render_report.py"

@@ -1,5 +1,6 @@
-# The pictures that are judged: the same prompts and seeds with the unchanged model and with the ablated one.
-# Reads concepts/{key}/delta.safetensors (or deltas/{key}.safetensors), writes base/{key}.parquet (one probe, shared by rows) and samples/{key}.parquet.
+# The pictures that are judged. The unchanged and the ablated model draw the same prompts with the same seeds.
+# Reads concepts/{key}/delta.safetensors (or deltas/{key}.safetensors), writes base/{key}.parquet (a probe, shared by rows) and
+# samples/{key}.parquet (a row).
 
 
 rule sample_base:

@@ -1,10 +1,10 @@
 # The scores of one row.
 # Reads samples/{key}.parquet and base/{key}.parquet of each probe, writes scores/{key}.parquet.
-# Steps: CLIP scores and accuracy, recognition, distance to the base model's pictures, each with its interval.
+# Steps: CLIP scores and accuracy, recognition and the distance to the base model's pictures, each with its interval.
 
 
 rule score_concept:
-    """Score one row: is the target gone, are the neighbors intact."""
+    """Score one row: whether the target is gone and the neighbors are intact."""
     input:
         samples=lambda wildcards: plan.upstream("score_concept", wildcards.key, "samples"),
         base=lambda wildcards: plan.upstream("score_concept", wildcards.key, "base"),
