@@ -166,7 +166,7 @@ def _add_gc(gc: argparse.ArgumentParser) -> None:
         nargs="+",
         action="append",
         metavar="FILE",
-        help="overlays of the config, as for snakemake; repeat for each table that shares the results folder",
+        help="overlays of the config, as for snakemake; repeat for each table that shares the results folder, whose files stay",
     )
     gc.add_argument("--remove", action="store_true", help="remove the listed files")
 

@@ -1,5 +1,4 @@
-"""SHA-256 of files and models. These hashes are part of the results' keys. A file is read whole, but only after it
-changed.
+"""SHA-256 of files and models, for the results' keys. A file is read whole, but only after it changed.
 
 Snakemake reads the workflow for every command, and models have gigabytes. So hashes are cached in the working
 directory, under the file's real path, together with its size, times and inode. While these stay the same, the file
@@ -29,8 +28,7 @@ STEP = 2 * 10**9  # nanoseconds
 
 
 def fingerprint(path: str, keep: bool = False) -> str:
-    """12 hex digits that change with a model's content: with one file, or with the MODEL_FILES in a folder and their
-    names.
+    """12 hex digits that change with a model's content: one file, or a folder's MODEL_FILES and their names.
 
     `keep`: as for `file_hash`. Raises OSError if a file can't be read.
     """

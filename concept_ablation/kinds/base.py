@@ -50,8 +50,7 @@ class Kind:
         slots: Mapping[str, Sequence[str]],
         count: int | None = None,
     ) -> list[str]:
-        """The anchor's prompts: at most `count` (None: all), evenly spaced in the usable prompts that the templates
-        give.
+        """The anchor's prompts: at most `count` (None: all), evenly spaced in the usable ones of the templates.
 
         Raises PromptsError if no prompt is usable.
         """
@@ -83,8 +82,7 @@ class Kind:
         return expand(templates, subject, slots)
 
     def templates(self, wanted: str | Sequence[str]) -> list[str]:
-        """The templates of target prompts. `wanted`: the name of a published set, or a list, which is returned as it
-        is.
+        """The templates of target prompts. `wanted`: the name of a published set, or a list of templates.
 
         Raises PromptsError for an unknown name, and for a template without {prompt} or {target}.
         """
