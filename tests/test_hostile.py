@@ -292,7 +292,7 @@ def test_a_model_that_brings_code_is_refused(model, how):
         edit(model / "model_index.json", _class_name=["pipeline", "MyPipeline"])
     if how == "auto_map":
         edit(model / "text_encoder" / "config.json", auto_map={"AutoModel": "x.Y"})
-    with pytest.raises(ModelError, match="brings code of its own.*model.allow_custom_code"):
+    with pytest.raises(ModelError, match="brings code of its own.*model.trust_remote_code"):
         load_pipeline(model, device="cpu")
 
 
@@ -310,8 +310,8 @@ def test_the_plan_refuses_a_model_with_code(model, monkeypatch):
         (model.parent / name).symlink_to(ROOT / name)
     config["model"]["path"] = str(model)
     rows = [Concept("cat", "object", ("pouting cat",), "cat")]
-    with pytest.raises(PlanError, match="extra.py.*allow_custom_code"):
+    with pytest.raises(PlanError, match="extra.py.*trust_remote_code"):
         build_plan(rows, config)
-    config["model"]["allow_custom_code"] = True
+    config["model"]["trust_remote_code"] = True
     plan = build_plan(rows, config)
-    assert all(spec["model"]["allow_custom_code"] for spec in plan.specs["sample_base"].values())
+    assert all(spec["model"]["trust_remote_code"] for spec in plan.specs["sample_base"].values())

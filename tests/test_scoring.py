@@ -318,10 +318,10 @@ def stores(tmp_path):
     return tmp_path / "samples.parquet", bases
 
 
-def score(spec, stores, out, **runtime):
+def score(spec, stores, out, **options):
     """The stage, with the base stores in the order in which they were made."""
     samples, bases = stores
-    score_concept(spec, samples, list(bases.values()), out, runtime)
+    score_concept(spec, samples, list(bases.values()), out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
 
 def test_same_input_same_bytes(spec, stores, tmp_path):
     for name in ("one", "two"):
-        score(spec, stores, tmp_path / f"{name}.parquet", device="cpu", score_batch_size=3)
+        score(spec, stores, tmp_path / f"{name}.parquet", device="cpu", batch_size=3)
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
 
 
@@ -394,7 +394,7 @@ def test_never_more_than_a_batch_of_images_is_decoded(spec, stores, tmp_path, mo
                 self.model.encode_image = encode_image
 
     monkeypatch.setattr(scoring, "ClipScorer", CountingScorer)
-    score(spec, stores, tmp_path / "scores.parquet", score_batch_size=2)
+    score(spec, stores, tmp_path / "scores.parquet", batch_size=2)
     assert most == 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 REFUSED = (
     "brings code of its own ({code}), which could do anything on this machine. If you trust where it is from, set "
-    "model.allow_custom_code to true"
+    "model.trust_remote_code to true"
 )
 LIBRARIES = ("diffusers", "transformers")  # the libraries that parts of a pipeline may come from
 

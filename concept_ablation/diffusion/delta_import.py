@@ -89,7 +89,7 @@ def import_delta_stage(spec: Mapping, delta: str | Path) -> None:
         model["path"],
         revision=model["revision"],
         config=model.get("config"),
-        trust_remote_code=model.get("allow_custom_code", False),
+        trust_remote_code=model.get("trust_remote_code", False),
     )
     metadata |= {name: spec.get(name) for name in ("kind", "targets", "anchor", "stage", "version")}
     save_delta(delta, tensors, metadata)

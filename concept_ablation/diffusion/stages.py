@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def load_model(model: Mapping, device: str) -> DiffusionPipeline:
-    """The pipeline that a spec's `model` names: `path`, `revision` and, if set, `config`, `allow_custom_code`."""
+    """The pipeline that a spec's `model` names: `path`, `revision` and, if set, `config`, `trust_remote_code`."""
     return load_pipeline(
         model["path"],
         model["revision"],
         device,
         model.get("config"),
-        trust_remote_code=model.get("allow_custom_code", False),
+        trust_remote_code=model.get("trust_remote_code", False),
     )
 
 

@@ -16,7 +16,7 @@ def model_spec(model: Mapping, key: str) -> dict:
     `key`: the model's key in the config, for messages. Raises PlanError.
     """
     path, revision = model["path"], model.get("revision")
-    spec = {"path": path, "revision": revision, "allow_custom_code": bool(model.get("allow_custom_code"))}
+    spec = {"path": path, "revision": revision, "trust_remote_code": bool(model.get("trust_remote_code"))}
     if model.get("config"):
         spec["config"] = model["config"]
         if os.path.exists(model["config"]):

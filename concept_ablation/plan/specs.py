@@ -56,7 +56,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     try:
         model = model_spec(config["model"], "model.path")
         for folder in (model["path"], model.get("config")):
-            if not model.get("allow_custom_code") and folder and (code := find_code(folder)):
+            if not model.get("trust_remote_code") and folder and (code := find_code(folder)):
                 raise PlanError(f"model: {folder}: {REFUSED.format(code=code)}")
     except PlanError as error:
         raise PlanError(f"config: {error}") from None
