@@ -1,3 +1,5 @@
+import contextlib
+
 """A run that is killed, starved of disk or damaged ends, after reruns, with the tables of an undisturbed one, byte for byte.
 
 `make chaos`, as root (a small disk is mounted): about half an hour on 2 cores. CHAOS_KILLS and CHAOS_SEED change the number
@@ -83,9 +85,19 @@ def jobs_of(group: int) -> list[tuple[int, str]]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        scripts = [Path(word.decode()) for word in words if b".snakemake/scripts/" in word]
-        found += [(int(entry.name), script.stem.partition(".")[2] or script.stem) for script in scripts]
+        if any(b".snakemake/scripts/" in word for word in words):
+            found.append((int(entry.name), rule_of(entry)))
     return found
+
+
+def rule_of(process: Path) -> str:
+    """The rule of a job, by the log that its process (a folder of /proc) has open: all rules run the same script."""
+    with contextlib.suppress(OSError):
+        for file in (process / "fd").iterdir():
+            log = Path(os.readlink(file))
+            if log.suffix == ".log":
+                return log.parent.name if log.parent.name != "logs" else log.stem
+    return "(starting)"
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def end(checkout, name: str) -> str:
                 time.sleep(0.1)
             if name == "SIGKILL":
                 jobs = psutil.Process(run.pid).children(recursive=True)
-                (job,) = (job for job in jobs if job.cmdline()[-1].endswith("ablate_concept.py"))
+                (job,) = (job for job in jobs if job.cmdline()[-1].endswith("run_stage.py"))
                 job.kill()
             else:
                 os.killpg(run.pid, getattr(signal, name))
