@@ -107,11 +107,6 @@ def test_masks_are_never_empty_even_in_a_latent_of_four_cells():
         assert all(view.mask.sum() > 0 for view in views(form, image=picture(size=(32, 32))))
 
 
-def test_unknown_augmentation_is_refused():
-    with pytest.raises(DataError, match="'flip' is unknown .allowed: compvis, diffusers, none"):
-        augment(picture(), "flip", FACTOR, random.Random(0))
-
-
 def test_every_image_comes_once_before_any_comes_again():
     data = AnchorData([picture(i) for i in range(5)], ["a", "b", "c", "d", "e"])
     batches = data.batches(2, "none", 0.5, FACTOR, random.Random(1))

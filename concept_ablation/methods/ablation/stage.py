@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hardware import resolve_precision
 from concept_ablation.common.image_store import read_store
 from concept_ablation.common.logs import progress_bar
-from concept_ablation.diffusion.delta import METADATA_KEY, save_delta
+from concept_ablation.diffusion.delta import save_delta
 from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.diffusion.stages import load_model
 from concept_ablation.methods.ablation.checkpoints import load_checkpoint, save_checkpoint
@@ -25,6 +21,7 @@ from concept_ablation.methods.ablation.data import AnchorData
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import StepRecord, Training
+from concept_ablation.methods.records import describe, write_records
 from concept_ablation.registries import KINDS
 
 log = logging.getLogger(__name__)
@@ -62,7 +59,7 @@ def ablate_concept(
     if tokens:
         words = [tokenizers[encoder].convert_ids_to_tokens(ids) for encoder, ids in tokens.items()]
         metadata["tokens"] = list(itertools.chain(*words))
-    write_records(training_path, records, metadata)
+    write_records(training_path, [asdict(record) for record in records], metadata)
     save_delta(delta_path, training.parameters, metadata)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
@@ -103,14 +100,7 @@ def _train(
 def _describe(spec: Mapping, settings: TrainingSettings, device: torch.device) -> dict[str, object]:
     """A delta's metadata: what was removed from which model, and how."""
     return {
-        "base_model": spec["model"]["path"],
-        "base_revision": spec["model"]["revision"],
-        "base_fingerprint": spec["model"].get("fingerprint"),
-        "base_config": spec["model"].get("config"),
-        **{
-            name: spec.get(name)
-            for name in ("kind", "targets", "anchor", "anchors", "seed", "stage", "version")
-        },
+        **describe(spec),
         "group": settings.group,
         "settings": spec["training"],
         "scale_lr": settings.scale_lr,
@@ -118,12 +108,3 @@ def _describe(spec: Mapping, settings: TrainingSettings, device: torch.device) -
         "device": device.type,
         "precision": resolve_precision(settings.precision, device),
     }
-
-
-def write_records(path: str | Path, records: Sequence[StepRecord], metadata: Mapping[str, object]) -> None:
-    """Write one row a step to a Parquet file, `metadata` as JSON under `concept_ablation`."""
-    table = pa.Table.from_pylist([asdict(record) for record in records])
-    with atomic_output(path) as part:
-        pq.write_table(
-            table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)}), part
-        )
