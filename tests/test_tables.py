@@ -10,8 +10,8 @@ import pytest
 from concept_ablation.common.roles import is_pooled
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation import statistics as metrics
-from concept_ablation.methods.ablation.stage import write_records
 from concept_ablation.methods.ablation.training import StepRecord
+from concept_ablation.methods.records import write_records
 from concept_ablation.registries import KINDS
 from concept_ablation.report import verdict
 from concept_ablation.report.summary import summary_schema
@@ -220,7 +220,9 @@ def write_row(folder, concept, kind="object"):
     scores, training, delta = (folder / f"{concept}.{end}" for end in ("scores", "training", "delta"))
     pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), scores)
     write_records(
-        training, [StepRecord(i, 0.2, np.nan, 1e-4, 1.0, 0.5 / i, 6_000_000 * i) for i in (1, 2)], {}
+        training,
+        [asdict(StepRecord(i, 0.2, np.nan, 1e-4, 1.0, 0.5 / i, 6_000_000 * i)) for i in (1, 2)],
+        {},
     )
     delta.write_bytes(b"0" * 2_000_000)
     names = {
