@@ -1,6 +1,7 @@
 """The verdict rule, and the two tables made from rows' scores."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
