@@ -17,7 +17,7 @@ from typing import ClassVar
 from unittest import mock
 
 import torch
-from faithfulness import SETTINGS, Difference, Half, Step, compare
+from faithfulness_steps import SETTINGS, Difference, Half, Step, compare
 from torch import Tensor, nn
 
 CELLS, WIDTH, SCALE = 16, 32, 0.18215

@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from faithfulness import GRADIENT_LIMIT, LOSS_LIMIT, PROMPTS, SETTINGS, Difference, Half, Step, compare
+from faithfulness_steps import GRADIENT_LIMIT, LOSS_LIMIT, PROMPTS, SETTINGS, Difference, Half, Step, compare
 from PIL import Image
 from torch import Tensor
 
