@@ -185,6 +185,16 @@ def test_the_table_has_every_setting_of_the_anchors_pictures_and_the_ablation(co
     assert decided.keys() <= set(settings)
 
 
+def test_the_table_has_every_setting_that_a_preset_names(config):
+    named = set()
+    for preset in ("paper", "diffusers"):
+        own = config["presets"][preset]
+        for layer in (own, *own["kinds"].values()):
+            for section in ("prompts", "anchors", "method", "training"):
+                named |= flat(layer.get(section, {}), section).keys()
+    assert named and named <= {line.setting for line in PUBLISHED}
+
+
 def test_the_table_tells_each_difference_from_what_was_published():
     for line in PUBLISHED:
         differs = any(
