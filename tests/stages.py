@@ -1,6 +1,7 @@
 """Run a whole plan in this process, one stage after the other: what Snakemake does, without its jobs."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from concept_ablation.plan.graph import Plan
@@ -21,17 +22,26 @@ def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     from concept_ablation.report.page import render
     from concept_ablation.report.tables import aggregate_scores
 
+    run_stages(plan, device=device, batch_size=batch_size)
+    report = Path(plan.results) / "report"
+    tables = (report / "scores.parquet", report / "summary.parquet")
+    aggregate_scores(json.loads(plan.report_spec()), *tables)
+    render(json.loads(plan.report_spec()), *tables, report / "index.html")
+
+
+def run_stages(plan: Plan, but: Collection[str] = (), *, device: str = "cpu", batch_size: int = 16) -> None:
+    """Do the plan's work that isn't done, without the stages `but` and what needs them; no report."""
     for name, stage in STAGES.items():
         given = {"device": device, "batch_size": batch_size}
         options = {option: given[option] for option in stage.options if option in given}
-        for key in plan.specs[name]:
+        for key in plan.specs[name] if name not in but else ():
             outputs = {file: Path(plan.results) / path.format(key=key) for file, path in stage.files.items()}
             if next(iter(outputs.values())).exists():
                 continue
             sources = {file: plan.upstream(name, key, own) for file, own in INPUTS.get(name, {}).items()}
             inputs = {file: source for file, source in sources.items() if source}
-            stage.run(json.loads(plan.spec(name, key)), **inputs, **outputs, **options)
-    report = Path(plan.results) / "report"
-    tables = (report / "scores.parquet", report / "summary.parquet")
-    aggregate_scores(json.loads(plan.report_spec()), *tables)
-    render(json.loads(plan.report_spec()), *tables, report / "index.html")
+            needed = [
+                one for source in inputs.values() for one in ([source] if isinstance(source, str) else source)
+            ]
+            if all(Path(file).exists() for file in needed):
+                stage.run(json.loads(plan.spec(name, key)), **inputs, **outputs, **options)

@@ -1,17 +1,23 @@
 """A checkout of its own for tests that start Snakemake: the workflow's files, tiny models, a small config."""
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from concept_ablation.common.settings import merge
+from concept_ablation.plan.schema import read_config
+from concept_ablation.plan.specs import load_plan
 from tests.leftovers import end, processes_of
+from tests.stages import run_stages
 
 ROOT = Path(__file__).parents[2]
 HEADER = "concept,kind,target,anchor,neighbors,steps\n"
@@ -58,6 +64,18 @@ class Checkout:
     def write(self, table: str, name: str = "concepts.csv") -> None:
         """Write the table of concepts."""
         (self.folder / name).write_text(table, encoding="utf-8")
+
+    def prepare(self, table: str, but: Sequence[str], overlay: str = "small.yaml") -> None:
+        """Do the table's work in this process, which loads torch once, without the stages `but` and what needs them.
+
+        For what a test's own run need not show: a job of Snakemake's takes seconds to start.
+        """
+        with contextlib.chdir(self.folder):
+            config = read_config("config/config.yaml")
+            merge(config, read_config(overlay))
+            Path("prepared.csv").write_text(table, encoding="utf-8")
+            config["concepts"] = "prepared.csv"
+            run_stages(load_plan(config, Path("workflow/schemas"), overlay)[1], but, batch_size=4)
 
     def jobs(self, *configfiles: str) -> dict[str, int]:
         """Rule -> number of jobs that a run would start now, `all` aside."""

@@ -30,6 +30,7 @@ def failed(make_checkout):
 
     checkout = make_checkout()
     save_file({"x": np.zeros(2, np.float32)}, checkout.folder / BAD)
+    checkout.prepare(TABLE, but=("import_delta", "score_concept"))
     checkout.write(TABLE)
     done = checkout.snakemake(*RUN)
     assert done.returncode != 0
@@ -83,7 +84,9 @@ def test_an_unfinished_report_is_never_up_to_date(failed):
 
 
 def test_a_repaired_row_makes_the_report_whole(failed):
-    failed.write(TABLE.replace(BAD, ""))
+    repaired = TABLE.replace(BAD, "")
+    failed.prepare(repaired, but=("score_concept",))
+    failed.write(repaired)
     done = failed.snakemake(*RUN)
     assert done.returncode == 0, done.stdout
     assert concepts(failed) == ["cat", "owl"]
@@ -95,7 +98,9 @@ def test_a_repaired_row_makes_the_report_whole(failed):
 def test_without_any_finished_row_there_is_a_page_of_failures(make_checkout):
     checkout = make_checkout()
     (checkout.folder / "bad.bin").write_bytes(b"no delta")
-    checkout.write(HEADER + "owl,object,owl,bird,,bad.bin\n")
+    table = HEADER + "owl,object,owl,bird,,bad.bin\n"
+    checkout.prepare(table, but=("import_delta",))
+    checkout.write(table)
     done = checkout.snakemake(*RUN)
     assert done.returncode != 0 and "import_delta failed, for owl" in done.stdout, done.stdout
     page = (checkout.folder / "results" / "report" / "index.html").read_text()

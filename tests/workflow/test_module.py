@@ -1,5 +1,6 @@
 """Another workflow uses this one as a module, with a config, a table and a results folder of its own."""
 
+import contextlib
 import re
 import shutil
 
@@ -7,6 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from concept_ablation.common.settings import merge
+from concept_ablation.plan.schema import read_config
+from concept_ablation.plan.specs import load_plan
+from concept_ablation.registries import STAGES
+from tests.stages import run_stages
 from tests.workflow.conftest import HEADER, ROOT, SMALL, Checkout
 
 pytestmark = pytest.mark.workflow
@@ -77,6 +83,11 @@ def other(models, tmp_path_factory) -> Checkout:
     checkout = Checkout(folder)
     checkout.write(HEADER + CAT, "tables/cats.csv")
     write_config(checkout)
+    with contextlib.chdir(folder):  # the base model's pictures, in this process: a job takes seconds to start
+        config = read_config(module / "config" / "config.yaml")
+        merge(config, OWN)
+        plan = load_plan(config, module / "workflow" / "schemas", "the module's config")[1]
+        run_stages(plan, but=STAGES.keys() - {"sample_base"}, batch_size=4)
     return checkout
 
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import yaml
 
-from concept_ablation.plan.checks import check_report, check_rows
-from concept_ablation.plan.table import ConceptsError
-from concept_ablation.report.failures import set_empty_aside
-from concept_ablation.plan.snapshot import save_snapshot, load_snapshot, delete_snapshot
-from concept_ablation.plan.graph import PlanError
+from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import merge
-from concept_ablation.registries import STAGES
+from concept_ablation.plan.checks import check_report, check_rows
+from concept_ablation.plan.schema import read_config
+from concept_ablation.plan.snapshot import delete_snapshot, load_snapshot, save_snapshot
 from concept_ablation.plan.specs import load_plan
-from concept_ablation.plan.schema import ConfigError, read_config
+from concept_ablation.registries import STAGES
+from concept_ablation.report.failures import set_empty_aside
 
 # This project's checkout, also if another workflow uses it as a module.
 ROOT = Path(workflow.current_basedir).parents[1]
@@ -48,7 +47,7 @@ def read_plan(config, configfiles):
                 if warnings:
                     logger.warning(warnings)
         return plan
-    except (ConceptsError, ConfigError, PlanError) as error:
+    except UserError as error:
         sys.exit(f"\n{error}")
 
 
