@@ -87,7 +87,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _find_delta(results: Path, path: Path) -> Path:
-    """The summary's delta: there as written, or below `results`, should that have moved."""
+    """The delta that the summary names: at its own path or, if the results were moved, below `results`."""
     for found in (path, results / Path(*path.parts[-3:]), results / Path(*path.parts[-2:])):
         if found.is_file():
             return found

@@ -66,7 +66,7 @@ def find_failures(
 
 
 def set_empty_aside(plan: Plan) -> list[str]:
-    """Sets the empty files of unfinished rows aside, since Snakemake takes them for good ones; returns their paths."""
+    """Set the empty files of unfinished rows aside, which Snakemake would take for results; returns their paths."""
     keys = {key for row in plan.pending for key in plan.needed(row)}
     files = {plan.path(key) for key in keys} | {plan.training_record(row) for row in plan.pending} - {None}
     empty = sorted(file for file in files if os.path.exists(file) and not has_content(file))
@@ -98,7 +98,7 @@ def read_end(path: str | Path, stopped: bool, since: float | None = None) -> tup
 
 
 def how_ended(lines: Sequence[str]) -> str:
-    """How a job without a result ended, by the lines of its log: FAILED, KILLED, "was ended by SIGNAL", or `runtime.DONE`."""
+    """How a job without a result ended, by the lines of its log: FAILED, KILLED, "was ended by SIGNAL", or `logs.DONE`."""
     if any(" CRITICAL " in line or line.startswith(CRASH) for line in lines):
         return FAILED
     last = lines[-1] if lines else ""

@@ -1,4 +1,4 @@
-"""What the page shows of each row: its pictures, its scores, how it was made. Read when the page asks for it, a row at a time."""
+"""What the page shows of each row: its pictures, its scores, its settings. Rows are read one at a time, when the page asks."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""One row a concept: the wide table that a person sorts by. docs/report.md explains its columns."""
+"""The summary: a wide table with one row a concept, to be sorted and compared. docs/report.md explains its columns."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -106,7 +106,7 @@ def read_presence(row: Mapping, scores: pa.Table) -> list[Presence]:
 
 
 def training_record(row: Mapping) -> dict[str, list]:
-    """The columns of a row's training record, by name, a step a number; empty when there is none (an imported delta)."""
+    """The columns of a row's training record by name, each with one number a step. Empty without a record (an imported delta)."""
     path = row.get("training")
     try:
         return pq.read_table(path).to_pydict() if path and Path(path).is_file() else {}

@@ -66,7 +66,7 @@ def describe(spec: Mapping) -> dict:
 
 
 def mark_complete(spec: Mapping, path: str | Path) -> None:
-    """Writes the mark of a whole report, the JSON of `describe`: the last of a report's tables to be written."""
+    """Write the mark of a whole report, the JSON of `describe`. It is written last, after all tables."""
     with atomic_output(path) as part:
         part.write_text(json.dumps(describe(spec)) + "\n", encoding="utf-8")
 
@@ -107,7 +107,10 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
 
 
 def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema) -> int:
-    """Writes tables as one, as they come, to Parquet and, beside it, to CSV, each whole or not at all; returns its lines."""
+    """Write tables one after the other into one Parquet file and a CSV file beside it; returns the number of lines.
+
+    Each file is there whole or not at all.
+    """
     options, count = pa.csv.WriteOptions(quoting_style="needed"), 0
     with (
         atomic_output(path) as parquet,

@@ -203,7 +203,7 @@ def read_thresholds(spec: Mapping) -> Thresholds:
 
 
 def _deciding(decisions: Sequence[Decision]) -> Decision:
-    """One target that is still there is enough; where all are gone, the least certain one speaks for them."""
+    """The decision that speaks for the row: of a target that is still there, else of the least certain one."""
     beyond = [part for part in decisions if not part.within]
     if beyond:
         candidates = [part for part in beyond if part.settled] or beyond
@@ -224,7 +224,7 @@ def _words(
     anchor: Decision | None,
     half_width_max: float,
 ) -> str:
-    """What the decisions say; harm that was measured stands, whatever else is still undecided.
+    """The verdict that the decisions give. Measured harm stands, whatever else is still undecided.
 
     The worst neighbor was chosen for its loss: within its limit it raises no doubt, however wide its interval is.
     """

@@ -10,7 +10,7 @@ from concept_ablation.evaluation.row import Probe, Row
 
 
 class ClipAccuracy(FeatureMetric):
-    """The anchor against itself would say nothing, so its images are held against the targets' texts."""
+    """The anchor's own images are compared with the targets' texts: comparing the anchor with itself would say nothing."""
 
     name = "clip_accuracy"
     unit = SHARE

@@ -11,7 +11,7 @@ from concept_ablation.kinds.base import Kind
 
 
 class Content(FeatureMetric):
-    """An anchor that is true of every image ("picture"), as a style's is, can't be chosen among texts."""
+    """Styles have no `content`: their anchor ("picture") is true of every image, so texts can't tell it from the neighbors."""
 
     name = "content"
     unit = SHARE

@@ -17,7 +17,7 @@ AGAINST = "the memorized picture"
 
 
 class CopyRate(ImageMetric):
-    """The copy descriptor decides, by the threshold that belongs to it."""
+    """The copy descriptor decides, by its own threshold."""
 
     name = "copy_rate"
     unit = SHARE

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Detected(ImageMetric):
-    """What counts as flagged, and how sure the detector has to be, is the detector's own."""
+    """The detector decides what it flags, by its own threshold."""
 
     name = "detected"
     unit = SHARE

@@ -14,7 +14,7 @@ SAME_PROMPTS = "base model, same prompts"
 
 
 class Kid(FeatureMetric):
-    """A distance of sets has no number an image: its values are the features themselves."""
+    """KID compares sets of images and has no value for a single one, so `Values` holds the features themselves."""
 
     name = "kid_x1000"
     unit = "1e-3"
@@ -32,7 +32,7 @@ class Kid(FeatureMetric):
         return Values(probe.base, probe.ablated, against=SAME_PROMPTS)
 
     def estimates(self, members: Sequence[Values], bootstrap: Bootstrap) -> dict[str, Estimate]:
-        """Of several probes the mean of their KIDs, never that of a mixture."""
+        """The KID of several probes is the mean of theirs, weighted by images, never the KID of their mixture."""
         kid = kid_estimate([(member.ablated, member.base) for member in members], **asdict(bootstrap))
         return {"ablated": Estimate(1000 * kid.value, 1000 * kid.low, 1000 * kid.high, kid.n, kid.interval)}
 

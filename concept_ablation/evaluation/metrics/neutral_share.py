@@ -9,7 +9,7 @@ from concept_ablation.kinds.base import Kind
 
 
 class NeutralShare(RowMetric):
-    """The anchor's images count: a style can't be seen less often than in them, so its limit lies above this share."""
+    """The anchor's images are counted. No ablation can make a style rarer than it is in them, so its limit lies above this share."""
 
     name = "neutral_share"
     unit = SHARE

@@ -10,7 +10,7 @@ from concept_ablation.evaluation.row import Probe, Row
 
 
 class Recognition(FeatureMetric):
-    """The anchor is a wider word for the target and for most neighbors ("cat"), so it is no rival of theirs."""
+    """The anchor's text is left out: it is a wider word ("cat") that is true of the target and of most neighbors, too."""
 
     name = "recognition"
     unit = SHARE

@@ -13,7 +13,7 @@ from concept_ablation.evaluation.typicality import NearestNeighbors, typical_cha
 
 
 class Typical(FeatureMetric):
-    """The target should become the anchor, so it is held against the anchor's images; all else against its own."""
+    """A target is compared with the anchor's images, which it should become; every other subject with its own."""
 
     name = "typical"
     unit = SHARE
@@ -37,7 +37,7 @@ class Typical(FeatureMetric):
         return Values(*nearest.typical(), like.subject, "base model, other seeds", nearest)
 
     def estimates(self, members: Sequence[Values], bootstrap: Bootstrap) -> dict[str, Estimate]:
-        """As of any share, but the change's interval knows that the limit is estimated from the same images."""
+        """As for any share, but the interval of the change allows for a limit that is estimated from the same images."""
         change = typical_change([member.detail for member in members], **asdict(bootstrap))
         return super().estimates(members, bootstrap) | {"difference": change}
 
