@@ -97,6 +97,15 @@ KINDS = Registry(
 METHODS = Registry("method", {"ablation": "concept_ablation.methods.ablation.method:METHOD"})
 """The ways to remove a concept. An entry is a `concept_ablation.methods.base.Method`."""
 
+DEFAULT_METHOD = "ablation"
+"""The method of specs that name none, since they are older than the choice."""
+
+
+def method_of(spec: Mapping) -> Any:
+    """The method that a spec of `ablate_concept` names. Raises UnknownNameError."""
+    return METHODS[spec.get("method", DEFAULT_METHOD)]
+
+
 METRICS = Registry(
     "metric",
     {
@@ -151,7 +160,7 @@ STAGES = {
         files={"delta": "concepts/{key}/delta.safetensors", "training": "concepts/{key}/training.parquet"},
         function="concept_ablation.methods.stage:ablate_concept",
         options=("device", "checkpoint_steps"),
-        neutral={"model.trust_remote_code": False, "method": "ablation"},
+        neutral={"model.trust_remote_code": False, "method": DEFAULT_METHOD},
     ),
     "import_delta": Stage(
         version=1,

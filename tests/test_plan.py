@@ -195,6 +195,21 @@ def test_the_stage_version_is_part_of_the_key(config, monkeypatch):
     assert before.anchors == after.anchors and before.ablation != after.ablation
 
 
+def test_a_setting_that_came_later_renames_nothing_at_its_neutral_value(config, monkeypatch):
+    before = build_plan([CAT], config)
+    stage = STAGES["ablate_concept"]
+    neutral = {**stage.neutral, "training.later": 0}
+    monkeypatch.setitem(STAGES, "ablate_concept", dataclasses.replace(stage, neutral=neutral))
+    config["training"]["later"] = 0
+    assert build_plan([CAT], config).specs == before.specs
+    config["training"]["later"] = 1
+    after = build_plan([CAT], config)
+    assert (
+        after.rows[0].ablation != before.rows[0].ablation and after.rows[0].anchors == before.rows[0].anchors
+    )
+    assert after.specs["ablate_concept"][after.rows[0].ablation]["training"]["later"] == 1
+
+
 def test_a_prompt_files_content_is_part_of_the_key(config, tmp_path):
     own = tmp_path / "own.txt"
     row = Concept(**{**vars(CAT), "prompts": str(own)})

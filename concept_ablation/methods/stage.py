@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from concept_ablation.registries import METHODS
+from concept_ablation.registries import method_of
 
 
 def ablate_concept(
@@ -22,5 +22,4 @@ def ablate_concept(
     anchors: the image store of the anchor's pictures, for a method that reads them. `checkpoint_steps`: steps between
     checkpoints, 0: none. Raises UserError.
     """
-    method = METHODS[spec.get("method", "ablation")]
-    method.run(spec, anchors, delta, training, device=device, checkpoint_steps=checkpoint_steps)
+    method_of(spec).run(spec, anchors, delta, training, device=device, checkpoint_steps=checkpoint_steps)

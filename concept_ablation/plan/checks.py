@@ -18,7 +18,7 @@ from concept_ablation.plan.specs import load_plan
 from concept_ablation.prompts.templates import expand, read_templates, subsample_evenly
 from concept_ablation.prompts.tokenizer import TokenizerError, load_tokens, tokenizer_folder
 from concept_ablation.prompts.wording import has_word
-from concept_ablation.registries import KINDS, METHODS
+from concept_ablation.registries import KINDS, method_of
 
 ROOT = Path(__file__).parents[2]  # the checkout
 
@@ -95,7 +95,7 @@ def _lint_row(plan: Plan, row: Row) -> LintRow:
     if source and "file" in source["source"]:
         templates = read_templates(source["source"]["file"])
         anchors = subsample_evenly(expand(templates, concept.anchor, source["slots"]), source["count"])
-        kind, method = KINDS[concept.kind], METHODS[work.get("method", "ablation")]
+        kind, method = KINDS[concept.kind], method_of(work)
         words = (concept.targets, concept.anchor, method.templates(work))
         targets = [tuple(dict.fromkeys(made)) for made in kind.target_prompts(anchors, *words)]
         if kind.needs_anchor_word:  # training leaves prompts without the anchor out; the linter counts them

@@ -39,9 +39,8 @@ def load_schema(path: str | Path) -> dict:
 
     These forms in it are expanded:
 
-    - `{layer_of: [a, b], with: [c]}`: a group with any keys of the schema's properties a and b, none of them
-    required, and
-      property c as it is.
+    - `{layer_of: [a, b], with: [c]}`: a group with any keys of the schema's properties a and b, none of them required,
+      and property c as it is.
     - `{registry: kinds}`: one of the registry's names.
     - `{registry: kinds, each: s}`: a group with a key of schema s for each of the registry's names.
     - `{registry: method_settings}`: the config's `method`.
