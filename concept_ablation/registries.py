@@ -157,10 +157,19 @@ STAGES = {
     ),
     "ablate_concept": Stage(
         version=3,
-        files={"delta": "concepts/{key}/delta.safetensors", "training": "concepts/{key}/training.parquet"},
+        files={
+            "delta": "concepts/{key}/delta.safetensors",
+            "training": "concepts/{key}/training.parquet",
+            "strength": "concepts/{key}/strength.parquet",
+        },
         function="concept_ablation.methods.stage:ablate_concept",
         options=("device", "checkpoint_steps"),
-        neutral={"model.trust_remote_code": False, "method": DEFAULT_METHOD},
+        neutral={
+            "model.trust_remote_code": False,
+            "method": DEFAULT_METHOD,
+            "training.preserve": "none",
+            "training.strength": "fixed",
+        },
     ),
     "import_delta": Stage(
         version=1,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from concept_ablation.report.verdict import Thresholds
+from concept_ablation.verdict import Thresholds
 
 CONFIG = yaml.safe_load((Path(__file__).parents[1] / "config" / "config.yaml").read_text(encoding="utf-8"))
 

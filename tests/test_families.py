@@ -194,7 +194,7 @@ def test_another_familys_network_is_trained_by_its_own_names(toy, loss, teacher)
 def test_the_prior_aims_at_the_familys_own_target(toy):
     training, _ = train(toy, steps=0, prior_preservation=True)
     draws = training._draws.next_batch()
-    _, loss = training._objective.losses(draws)
+    _, loss = (loss for _, loss in training._objective.losses(draws))
     prior = draws.prior
     pixels = torch.stack([view.pixels for view in prior.batch.views])
     latents = (nn.functional.avg_pool2d(pixels, 8) + prior.posterior_noise - 0.1) * 2

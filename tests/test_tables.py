@@ -14,7 +14,7 @@ from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.methods.ablation.training import StepRecord
 from concept_ablation.methods.records import write_records
 from concept_ablation.registries import KINDS
-from concept_ablation.report import verdict
+from concept_ablation import verdict
 from concept_ablation.report.summary import summary_schema
 from concept_ablation.report.tables import (
     TableError,
@@ -23,7 +23,7 @@ from concept_ablation.report.tables import (
     missing_rows,
     relocate_paths,
 )
-from concept_ablation.report.verdict import Presence, decide, read_thresholds
+from concept_ablation.verdict import Presence, decide, read_thresholds
 from tests.shipped import CONFIG, report_spec, thresholds
 
 

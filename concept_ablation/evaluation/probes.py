@@ -7,7 +7,7 @@ A probe is the images of one subject, made twice with the same prompts and seeds
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,14 +24,20 @@ CHOOSES_WORST = "typical"
 """The metric by which the worst neighbor is chosen: `recognition` stays at its top while pictures change."""
 
 
-def score_probes(row: Row, bootstrap: Bootstrap) -> list[dict]:
+def score_probes(row: Row, bootstrap: Bootstrap, names: Container[str] | None = None) -> list[dict]:
     """The long table's rows, without the row's names: probe, role, pooled, model, metric, value, interval, n, text, against.
+
+    `names`: the metrics to take, of those that apply to the row's kind; None: all.
 
     Each probe has its rows, and so have, under the name and role that `POOLS` gives, all neighbors together, and all
     targets where there are several. The neighbor that lost most has rows of its own, see `_worst_neighbor`.
     """
     _warn_of_equal_texts(row.texts)
-    metrics = [metric for metric in METRICS.values() if metric.applies(row.kind)]
+    metrics = [
+        metric
+        for name, metric in METRICS.items()
+        if (names is None or name in names) and metric.applies(row.kind)
+    ]
     whole = [metric for metric in metrics if isinstance(metric, RowMetric)]
     single = [metric for metric in metrics if metric not in whole]
     values = [_values(probe, row, single) for probe in row.probes]
@@ -65,7 +71,7 @@ def _worst_neighbor(
     changes = {
         index: float(np.mean(values[index][CHOOSES_WORST].ablated - values[index][CHOOSES_WORST].base))
         for index, probe in enumerate(probes)
-        if probe.role == "neighbor"
+        if probe.role == "neighbor" and CHOOSES_WORST in values[index]
     }
     if not changes:
         return []

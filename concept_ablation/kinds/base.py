@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from concept_ablation.prompts.templates import SLOT, PromptsError, expand, fill, subsample_evenly
+from concept_ablation.prompts.wording import has_word, replace_word
 
 
 class Kind:
@@ -69,6 +70,13 @@ class Kind:
         """
         raise PromptsError(f"kind {self.name!r} doesn't make target prompts from anchor prompts")
 
+    def neighbor_prompts(
+        self, prompts: Sequence[str], neighbors: Sequence[str], anchor: str, templates: Sequence[str]
+    ) -> list[str]:
+        """Prompts that name the neighbors as training names the targets: each alone, and in place of the anchor's word."""
+        named = [prompt for prompt in prompts if has_word(prompt, anchor)]
+        return [*neighbors, *(replace_word(prompt, anchor, name) for name in neighbors for prompt in named)]
+
     def probe_prompts(
         self,
         role: str,
@@ -121,6 +129,15 @@ class AddedKind(Kind):
                 for template in templates
             )
             for prompt in prompts
+        ]
+
+    def neighbor_prompts(
+        self, prompts: Sequence[str], neighbors: Sequence[str], anchor: str, templates: Sequence[str]
+    ) -> list[str]:
+        if "neighbor" not in self.added_roles:
+            return super().neighbor_prompts(prompts, neighbors, anchor, templates)
+        return [
+            text for texts in self.target_prompts(prompts, neighbors, anchor, templates) for text in texts
         ]
 
     def probe_prompts(

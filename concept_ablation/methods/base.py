@@ -31,6 +31,14 @@ class Method:
     schema: ClassVar[Mapping[str, Mapping]] = {}
     """The JSON schema of each setting."""
 
+    def fields(self, settings: Mapping) -> tuple[str, ...]:
+        """The columns of the table that a row's work depends on, given its merged settings."""
+        return self.row_fields
+
+    def validates(self, settings: Mapping) -> bool:
+        """Whether it judges its strength on validation pictures: its spec then has `validation`."""
+        return False
+
     def work(self, settings: Mapping, templates: list[str]) -> dict:
         """What its spec holds besides the row's fields, the model and the anchors: all else that decides the delta.
 

@@ -52,6 +52,33 @@ def scoring_spec(concept: Concept, own: Mapping) -> dict:
     return scoring
 
 
+LOSSES = ("neighbor_loss_max", "worst_neighbor_loss_max", "anchor_loss_max")
+
+
+def validation_spec(concept: Concept, own: Mapping, limits: Mapping[str, float]) -> dict:
+    """What a search for a row's strength draws and how it judges: as the report will, but from other seeds and prompts.
+
+    `limits`: the config's `verdict`. Its limits decide here, so only those that can are part of the key.
+    """
+    search, words = own["training"]["search"], own["prompts"]
+    file = words["validation"] or words["evaluation"]
+    images = {role: count * search["batches"] for role, count in search["images"].items()}
+    asked = {
+        **own,
+        "prompts": {**words, "evaluation": file, "paraphrases": None},
+        "evaluation": {**own["evaluation"], "images": images, "seed": search["seed"]},
+    }
+    return {
+        "probes": probe_specs(concept, asked),
+        "sampler": own["evaluation"]["sampler"],
+        "batches": search["batches"],
+        "alpha": search["alpha"],
+        "limits": {name: limits[name] for name in (KINDS[concept.kind].limit, *LOSSES)},
+        **scoring_spec(concept, own),
+        **memory_spec(concept, own["evaluation"]),
+    }
+
+
 def _detector_spec(detector: Mapping, concept: Concept, texts: Mapping[str, str]) -> dict:
     if detector["type"] == "nudenet":
         return {name: detector[name] for name in ("type", "labels", "threshold")}

@@ -103,10 +103,10 @@ class Plan:
             + [self.path(key) for key in dict.fromkeys(row.base.values())]
         )
 
-    def training_record(self, row: Row) -> str | None:
-        """The table of training steps that `ablate_concept` writes beside its delta; None for an imported one."""
+    def training_record(self, row: Row, name: str = "training") -> str | None:
+        """A table that `ablate_concept` writes beside its delta, of steps or of looks; None for an imported delta."""
         trained = self.stages[row.ablation] == "ablate_concept"
-        record = STAGES["ablate_concept"].files["training"].format(key=row.ablation)
+        record = STAGES["ablate_concept"].files[name].format(key=row.ablation)
         return f"{self.results}/{record}" if trained else None
 
     @functools.cached_property
@@ -174,6 +174,7 @@ class Plan:
             "base": {subject: self.path(key) for subject, key in row.base.items()},
             "delta": self.path(row.ablation),
             "training": self.training_record(row),
+            "strength": self.training_record(row, "strength"),
         }
 
     def summary(self) -> str:

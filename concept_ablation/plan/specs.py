@@ -20,6 +20,7 @@ from concept_ablation.plan.evaluation_specs import (
     probe_specs,
     prompt_path,
     scoring_spec,
+    validation_spec,
 )
 from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.model_specs import fingerprint_of, model_spec, sha256_of
@@ -64,7 +65,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     for concept in concepts:
         try:
             own = with_own(settings(concept.kind, concept.preset), concept.overrides)
-            plan.rows.append(_plan_row(plan, concept, own, model))
+            plan.rows.append(_plan_row(plan, concept, own, model, config["verdict"]))
         except (PlanError, PromptsError, SettingsError) as error:
             if concept.enabled:
                 errors.append(f"  {config['concepts']}:{concept.line}: {error}")
@@ -76,12 +77,12 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     return plan
 
 
-def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row:
+def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping, limits: Mapping) -> Row:
     """Add one row's work to the plan, stage by stage."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
     pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
     memory = memory_spec(concept, own["evaluation"])
-    anchors, ablation = _plan_ablation(plan, concept, own, model, memory)
+    anchors, ablation = _plan_ablation(plan, concept, own, model, memory, limits)
     probes, settings = probe_specs(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
     samples = plan.add("sample_ablated", label, {**settings, "delta": ablation, "probes": probes})
     base = {}
@@ -102,7 +103,7 @@ def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping) -> Row
 
 
 def _plan_ablation(
-    plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping
+    plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping, limits: Mapping
 ) -> tuple[str | None, str]:
     """Add what makes a row's delta; returns the keys of the anchor's pictures (None if not needed) and of the delta."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
@@ -114,7 +115,9 @@ def _plan_ablation(
         pair = {name: row[name] for name in ("kind", "targets", "anchor")}
         return None, plan.add("import_delta", label, {**pair, **delta})
     method = METHODS[own["method"]["name"]]
-    work = {name: row[name] for name in method.row_fields} | {"model": model}
+    work = {name: row[name] for name in method.fields(own)} | {"model": model}
+    if method.validates(own):
+        work["validation"] = validation_spec(concept, own, limits)
     anchors = None
     if method.uses_anchors:
         anchors = work["anchors"] = _plan_anchors(plan, concept, own, model, memory)

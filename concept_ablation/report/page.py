@@ -18,16 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from concept_ablation import verdict
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.image_store import open_store
 from concept_ablation.common.roles import POOLS, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
-from concept_ablation.report import verdict
 from concept_ablation.report.figures import change_bar, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share
 from concept_ablation.report.sections import deciding_targets, previews, sections
+from concept_ablation.report.strength import curve, rung_text
 from concept_ablation.report.tables import missing_rows, report_rows
 
 log = logging.getLogger(__name__)
@@ -190,6 +191,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"share": share, "points": points, "metric": format_metric, "sparkline": sparkline}
+    made.filters |= {"curve": curve, "rung": rung_text}
     made.filters |= {
         "size": size_text,
         "target_bar": target_bar,

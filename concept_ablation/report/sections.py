@@ -13,6 +13,7 @@ from concept_ablation.common.image_store import ImageStore, open_picture, open_s
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.figures import thumbnail
 from concept_ablation.report.formatting import flat_settings
+from concept_ablation.report.strength import read_looks
 from concept_ablation.report.summary import training_record
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def sections(
             "memorized": _memorized(row),
             "metrics": metrics,
             "loss": record.get("loss", []),
+            "looks": read_looks(row),
             "settings": list(flat_settings(samples.metadata, UNLISTED)),
         }
 

@@ -12,7 +12,9 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import damaged
 from concept_ablation.common.roles import POOLS, WORST
 from concept_ablation.registries import KINDS, METRICS
-from concept_ablation.report.verdict import Presence, Thresholds, decide
+from concept_ablation.report.strength import COLUMNS as STRENGTH
+from concept_ablation.report.strength import strength_columns
+from concept_ablation.verdict import Thresholds, decide, presence_of
 
 
 class RecordError(UserError):
@@ -83,26 +85,13 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds) -> dict:
     for role in COUNTED:
         summary[f"{role}_images"] = found.get((role, IMAGES, "ablated"), {}).get("n")
     summary["worst_neighbor"] = found.get(("worst_neighbor", "typical", "difference"), {}).get("probe")
-    targets = read_presence(row, scores)
-    return summary | asdict(decide(row["kind"], targets, summary, thresholds)) | _cost(row)
-
-
-def read_presence(row: Mapping, scores: pa.Table) -> list[Presence]:
-    """Each target of a row, with the share of its images in which it is still there."""
-    lines = {
-        (line["probe"], line["metric"], line["model"]): line
-        for line in scores.to_pylist()
-        if line["role"] == "target"
-    }
-    measure, targets = KINDS[row["kind"]].measure, []
-    for target in row["targets"]:
-        before, after = (lines[target, measure, model] for model in ("base", "ablated"))
-        neutral = lines.get((target, "neutral_share", "base"), {}).get("value")
-        above = lines.get((target, "above_neutral", "ablated"))
-        above = above and (above["value"], above["ci_low"], above["ci_high"])
-        interval = after["ci_low"], after["ci_high"]
-        targets.append(Presence(target, before["value"], after["value"], *interval, neutral, above))
-    return targets
+    targets = presence_of(row, scores.to_pylist())
+    return (
+        summary
+        | asdict(decide(row["kind"], targets, summary, thresholds))
+        | _cost(row)
+        | strength_columns(row)
+    )
 
 
 def training_record(row: Mapping) -> dict[str, list]:
@@ -157,5 +146,6 @@ def summary_schema() -> pa.Schema:
         + [(name, pa.float64()) for name in [*target, *measured]]
         + [(name, pa.int64()) for name in [*(f"{role}_images" for role in COUNTED), "steps"]]
         + [(name, pa.float64()) for name in cost]
+        + list(STRENGTH.items())
         + [("delta", pa.string())]
     )

@@ -20,7 +20,7 @@ from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.report.summary import summarise, summary_schema
-from concept_ablation.report.verdict import read_thresholds
+from concept_ablation.verdict import read_thresholds
 
 log = logging.getLogger(__name__)
 LINES = 20_000  # of the long table, in memory at once
@@ -100,7 +100,8 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
     for row in spec["rows"]:
         old = str(Path(row["scores"]).parents[1])
         files = {
-            name: move(row.get(name), old) for name in ("scores", "samples", "base", "delta", "training")
+            name: move(row.get(name), old)
+            for name in ("scores", "samples", "base", "delta", "training", "strength")
         }
         rows.append({**row, **files, "delta_shown": row["delta"]})
     return {**spec, "rows": rows}

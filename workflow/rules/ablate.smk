@@ -1,5 +1,5 @@
 # The ablation itself.
-# Reads anchors/{key}.parquet, writes concepts/{key}/delta.safetensors and the record of its training steps.
+# Reads anchors/{key}.parquet, writes concepts/{key}/delta.safetensors and the records of its steps and of the looks at its strength.
 # Steps: train the chosen parameters so that the model predicts for the target's prompt what it predicts for the anchor's;
 # save the changed weights. A row with a delta made elsewhere has it checked and converted to deltas/{key}.safetensors instead.
 
@@ -11,6 +11,7 @@ rule ablate_concept:
     output:
         delta=file_of("ablate_concept", "delta"),
         training=file_of("ablate_concept", "training"),
+        strength=file_of("ablate_concept", "strength"),
     log:
         "<logs>/ablate_concept/{key}.log",
     benchmark:

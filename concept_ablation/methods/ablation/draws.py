@@ -34,10 +34,14 @@ class LossDraws:
 
 @dataclass(frozen=True)
 class BatchDraws:
-    """What one batch of a step is computed from: the ablation's loss and, with prior preservation, the prior's."""
+    """What one batch of a step is computed from: the ablation's loss and, with prior preservation, the prior's.
+
+    `preserved`: with distillation, the preserved prompt that each of the target's images is denoised under, too.
+    """
 
     target: LossDraws
     prior: LossDraws | None
+    preserved: list[str] | None = None
 
 
 class TrainingDraws:
@@ -51,12 +55,13 @@ class TrainingDraws:
     | for each image: its scale, its place on the canvas, its prefix | the added noise |
     | for each image: one of its target prompts | the timesteps |
     | the same for the prior's images, but for the target prompts | the same for the prior's images |
+    | with distillation, a preserved prompt for each image | |
 
     So a batch depends on the seed and on the batches before it, and on no device. A checkpoint must hold `state()`:
     the states of both generators, and the positions that each of the two streams of images still has to give before
     its next shuffle.
 
-    `targets[i]`: the target prompts of image i. `channels`: of the latents. `vae_factor`: a latent cell's side in pixels.
+    `targets[i]`: the target prompts of image i. `preserved`: the preserved prompts. `channels`: of the latents. `vae_factor`: a latent cell's side in pixels.
     """
 
     def __init__(
@@ -69,8 +74,10 @@ class TrainingDraws:
         *,
         channels: int,
         vae_factor: int,
+        preserved: Sequence[str] = (),
     ) -> None:
         self.data, self.targets, self.settings = data, targets, settings
+        self.preserved = list(preserved)
         self.schedule, self.channels = schedule, channels
         self.choices, self.noises = random.Random(seed), torch.Generator("cpu").manual_seed(seed)
         self.halved = settings.prior_form == "halved"
@@ -85,7 +92,10 @@ class TrainingDraws:
         prior = None
         if self.settings.prior_preservation:
             prior = self._draw(next(self.prior_batches), self._prior_prompt)
-        return BatchDraws(target, prior)
+        preserved = None
+        if self.settings.distills:
+            preserved = self.choices.choices(self.preserved, k=len(target.prompts))
+        return BatchDraws(target, prior, preserved)
 
     def _draw(self, batch: Batch, prompt: Callable[[int, View], str]) -> LossDraws:
         prompts = [prompt(i, view) for i, view in zip(batch.positions, batch.views, strict=True)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from concept_ablation.methods.base import Method
+from concept_ablation.prompts.templates import SLOT, expand, read_templates
 
 
 class Ablation(Method):
@@ -13,10 +14,29 @@ class Ablation(Method):
 
     name = "ablation"
 
+    def fields(self, settings: Mapping) -> tuple[str, ...]:
+        training = settings["training"]
+        needs_neighbors = self.validates(settings) or training["preserve"] != "none"
+        return (*self.row_fields, "neighbors") if needs_neighbors else self.row_fields
+
+    def validates(self, settings: Mapping) -> bool:
+        return settings["training"]["strength"] == "auto"
+
     def work(self, settings: Mapping, templates: list[str]) -> dict:
         training = {**settings["training"], "style_templates": templates}
         training["group"], seed = training.pop("parameter_group"), training.pop("seed")
-        return {"method": self.name, "training": training, "seed": seed}
+        search, general = training.pop("search"), training.pop("preserve_prompts")
+        work = {"method": self.name, "training": training, "seed": seed}
+        rungs = [{}]
+        if training["strength"] == "auto":  # batches and seeds of its pictures are in `validation`
+            rungs = search["ladder"]
+            work["search"] = {name: search[name] for name in ("looks", "scales", "ladder")}
+        ways = {rung.get("preserve", training["preserve"]) for rung in rungs}
+        if ways == {"none"}:
+            del training["preserve_weight"], training["preserve_tolerance"]
+        else:
+            work["preserve_prompts"] = general_prompts(general, settings["prompts"]["slots"])
+        return work
 
     def templates(self, spec: Mapping) -> list[str]:
         return spec["training"]["style_templates"]
@@ -45,6 +65,21 @@ class Ablation(Method):
             checkpoint_path=checkpoint,
             checkpoint_steps=checkpoint_steps,
         )
+
+
+def general_prompts(path: str | None, slots: Mapping[str, Sequence[str]]) -> list[str]:
+    """The preserved prompts of a file, without a row's own; none without a file. Raises PromptsError."""
+    return (
+        []
+        if path is None
+        else _expanded(path, tuple((name, tuple(values)) for name, values in slots.items()))
+    )
+
+
+def _expanded(path: str, slots: tuple[tuple[str, tuple[str, ...]], ...]) -> list[str]:
+    templates, known = read_templates(path), dict(slots)
+    used = set(SLOT.findall("\n".join(templates)))
+    return expand(templates, "", {name: list(values) for name, values in known.items() if name in used})
 
 
 METHOD = Ablation()

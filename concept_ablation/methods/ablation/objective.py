@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from concept_ablation.diffusion.families.base import Conditioning, Family, family_of
+from concept_ablation.diffusion.families.base import Conditioning, Family, ParameterGroup, family_of
 from concept_ablation.methods.ablation.conditioning import Encoder
 from concept_ablation.methods.ablation.draws import BatchDraws, LossDraws
 from concept_ablation.methods.ablation.losses import Predict, model_based_loss, noise_based_loss, prior_loss
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class AblationObjective:
-    """The ablation's loss and the prior's, as functions of a batch's draws and of the weights as they are now.
+    """The losses, as functions of a batch's draws and of the weights as they are now: the ablation's, the prior's, distillation's.
 
-    `embeddings`: the token embeddings that are trained, if they are. With a frozen teacher, that is the network as it
-    is when this object is made.
+    `embeddings`: the token embeddings that are trained, if they are. A frozen teacher, and what distillation holds
+    to, is the network as it is when this object is made.
     """
 
     def __init__(
@@ -38,16 +38,21 @@ class AblationObjective:
         self.settings = settings
         self.encoder = Encoder(pipeline, settings.precision, embeddings)
         self.schedule = family.noise_schedule(pipeline)
-        self.predict, self.teacher = _predictors(family, family.network(pipeline), settings, accelerator)
+        frozen = settings.teacher == "frozen"
+        network, needed = family.network(pipeline), frozen or settings.distills
+        self.predict, self.unchanged = _predictors(family, network, settings.group, accelerator, needed)
+        self.teacher = self.unchanged if frozen else self.predict
 
-    def losses(self, draws: BatchDraws) -> Iterator[Tensor]:
-        """The ablation's loss and, if it was drawn for, the prior's: fp32 scalars with gradient.
+    def losses(self, draws: BatchDraws) -> Iterator[tuple[str, Tensor]]:
+        """The losses that were drawn for, of `ablation`, `prior`, `preserve`: fp32 scalars with gradient, not yet weighted.
 
         Each is computed when it is asked for: after the backward pass of the one before, whose graph is gone by then.
         """
-        yield self._ablation_loss(draws.target)
+        yield "ablation", self._ablation_loss(draws.target)
         if draws.prior:
-            yield self._prior_loss(draws.prior)
+            yield "prior", self._prior_loss(draws.prior)
+        if draws.preserved:
+            yield "preserve", self._distillation_loss(draws.target, draws.preserved)
 
     def _ablation_loss(self, draws: LossDraws) -> Tensor:
         """Pull the target prompts' predictions to the anchor prompts' (model-based), or to the noise (noise-based)."""
@@ -78,6 +83,13 @@ class AblationObjective:
             return noise_based_loss(self.predict, noisy, timesteps, own, goal, mask)
         return prior_loss(self.predict, noisy, timesteps, own, goal)
 
+    def _distillation_loss(self, draws: LossDraws, prompts: list[str]) -> Tensor:
+        """Hold the predictions for preserved prompts to the unchanged network's, on the target's noisy latents."""
+        latents, noise, timesteps = self._latents(draws)
+        noisy, mask = self.schedule.add_noise(latents, noise, timesteps), draws.batch.mask.to(latents)
+        now, before = self.encoder.current_text(prompts), self.encoder.text(prompts)
+        return model_based_loss(self.predict, self.unchanged, noisy, timesteps, now, before, mask)
+
     def _latents(self, draws: LossDraws) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of the images, the noise for them and the timesteps, on the pipeline's device."""
         latents = self.encoder.latents(draws.batch, draws.posterior_noise)
@@ -96,9 +108,9 @@ class _Predictor(nn.Module):
 
 
 def _predictors(
-    family: Family, network: nn.Module, settings: TrainingSettings, accelerator: Accelerator
+    family: Family, network: nn.Module, group: ParameterGroup, accelerator: Accelerator, frozen: bool
 ) -> tuple[Predict, Predict]:
-    """The network's prediction and the teacher's: the same, or by the trained parameters as they are now."""
+    """The network's prediction, and, if `frozen`, that with a copy of its trained parameters as they are now; else the same."""
     predictor = _Predictor(family, network)
 
     def predict(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -106,13 +118,13 @@ def _predictors(
         with accelerator.autocast():
             return predictor(noisy, timesteps, conditioning)
 
-    if settings.teacher == "current":
+    if not frozen:
         return predict, predict
-    parameters = family.trainable_parameters(network, settings.group)
-    frozen = {f"network.{name}": value.detach().clone() for name, value in parameters.items()}
+    parameters = family.trainable_parameters(network, group)
+    copies = {f"network.{name}": value.detach().clone() for name, value in parameters.items()}
 
     def predict_frozen(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         with accelerator.autocast():
-            return torch.func.functional_call(predictor, frozen, (noisy, timesteps, conditioning))
+            return torch.func.functional_call(predictor, copies, (noisy, timesteps, conditioning))
 
     return predict, predict_frozen

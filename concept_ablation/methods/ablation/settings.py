@@ -49,6 +49,9 @@ class TrainingSettings:
     precision: Precision
     teacher: Literal["current", "frozen"]
     detach_bos: bool
+    preserve: Literal["none", "distill", "null-space", "both"] = "none"
+    preserve_weight: float = 1.0
+    preserve_tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.prior_preservation and self.prior_form == "halved" and self.batch_size % 2:
@@ -60,7 +63,22 @@ class TrainingSettings:
     @classmethod
     def from_spec(cls, settings: Mapping[str, object]) -> TrainingSettings:
         """The settings in a spec's `training`, which may hold other entries too."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+
+    @property
+    def preserves(self) -> bool:
+        """Whether anything keeps what preserved prompts give."""
+        return self.preserve != "none"
+
+    @property
+    def distills(self) -> bool:
+        """Whether a loss holds the predictions for preserved prompts."""
+        return self.preserve in ("distill", "both")
+
+    @property
+    def projects(self) -> bool:
+        """Whether the weights' changes are kept in the null space of preserved prompts."""
+        return self.preserve in ("null-space", "both")
 
     @property
     def images(self) -> int:
@@ -79,6 +97,11 @@ class TrainingSettings:
             return self.learning_rate
         doubled = 2 if self.scale_lr == "diffusers" and self.prior_preservation else 1
         return self.learning_rate * self.gradient_accumulation * self.batch_size * doubled
+
+
+def renamed(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings of the config's `training` by the names that a spec has for them."""
+    return {"group" if name == "parameter_group" else name: value for name, value in settings.items()}
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:

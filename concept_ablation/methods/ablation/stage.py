@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from concept_ablation.common.hardware import resolve_precision
 from concept_ablation.common.image_store import read_store
@@ -16,15 +18,20 @@ from concept_ablation.common.logs import progress_bar
 from concept_ablation.diffusion.delta import save_delta
 from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.diffusion.stages import load_model
+from concept_ablation.evaluation.validation import Spending, Validation
 from concept_ablation.methods.ablation.checkpoints import load_checkpoint, save_checkpoint
 from concept_ablation.methods.ablation.data import AnchorData
-from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings
+from concept_ablation.methods.ablation.preservation import preserved_prompts
+from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings, renamed
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
-from concept_ablation.methods.ablation.training import StepRecord, Training
+from concept_ablation.methods.ablation.training import Training
 from concept_ablation.methods.records import describe, write_records
+from concept_ablation.methods.strength import Change, Look, Search, look_at, write_looks
 from concept_ablation.registries import KINDS
 
 log = logging.getLogger(__name__)
+STRENGTH = "strength.parquet"
+"""The table of looks, beside the delta."""
 
 
 def ablate_concept(
@@ -37,33 +44,165 @@ def ablate_concept(
     checkpoint_path: str | Path | None = None,
     checkpoint_steps: int = 0,
 ) -> None:
-    """Stage `ablate_concept`: train on the anchor's images, write the delta and the table of steps.
+    """Stage `ablate_concept`: train on the anchor's images, write the delta and the tables of steps and of looks.
 
-    Every `checkpoint_steps` steps (0: never) a checkpoint is written to `checkpoint_path`, from which a killed
-    run goes on; it is removed at the end. Raises TrainingError, StoreError, ModelError, PromptsError.
+    Every `checkpoint_steps` steps (0: never), and after each look, a checkpoint is written to `checkpoint_path`, from which a
+    killed run goes on; it is removed at the end. Raises TrainingError, StoreError, ModelError, PromptsError, FeatureError.
     """
-    model = spec["model"]
-    pipeline = load_model(model, device)
-    settings, data = TrainingSettings.from_spec(spec["training"]), AnchorData.from_store(anchors_path)
-    targets, tokens = _target_prompts(spec, data, anchors_path), {}
-    tokenizers = family_of(pipeline).tokenizers(pipeline)
-    if settings.group == "embedding":
-        tokens = {
-            encoder: target_tokens(tokenizer, spec["targets"], spec["anchor"])
-            for encoder, tokenizer in tokenizers.items()
-        }
-    training = Training(pipeline, data, targets, settings, seed=spec["seed"], tokens=tokens)
     checkpoint = Path(checkpoint_path) if checkpoint_path is not None and checkpoint_steps else None
-    records = _train(training, spec, checkpoint, checkpoint_steps)
-    metadata = _describe(spec, settings, pipeline.device)
-    if tokens:
-        words = [tokenizers[encoder].convert_ids_to_tokens(ids) for encoder, ids in tokens.items()]
-        metadata["tokens"] = list(itertools.chain(*words))
-    write_records(training_path, [asdict(record) for record in records], metadata)
-    save_delta(delta_path, training.parameters, metadata)
+    run, more = _Run(spec, anchors_path, device, checkpoint, checkpoint_steps), {}
+    if "search" in spec:
+        parameters, chosen = run.search(), run.found.looks[run.found.chosen]
+        rung, more = json.loads(chosen.settings), {"strength": chosen.line() | {"reached": chosen.reached}}
+    else:
+        rung, parameters = {}, run.train(run.begin({}))
+    metadata = run.describe(rung) | more
+    write_records(training_path, run.records, metadata)
+    if "search" in spec:
+        write_looks(Path(delta_path).parent / STRENGTH, run.found, metadata)
+    save_delta(delta_path, parameters, metadata)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
-    log.info("trained %d tensors in %d steps: %s", len(training.parameters), len(records), delta_path)
+    log.info("trained %d tensors in %d steps: %s", len(parameters), len(run.records), delta_path)
+
+
+class _Run:
+    """The trainings of one row: one, or one a rung of the ladder. `records`: of the steps of all; `found`: the looks at them."""
+
+    def __init__(
+        self,
+        spec: Mapping,
+        anchors_path: str | Path,
+        device: str,
+        checkpoint: Path | None,
+        checkpoint_steps: int,
+    ) -> None:
+        self.spec, self.checkpoint, self.checkpoint_steps = spec, checkpoint, checkpoint_steps
+        self.pipeline = load_model(spec["model"], device)
+        self.tokenizers = family_of(self.pipeline).tokenizers(self.pipeline)
+        self.data = AnchorData.from_store(anchors_path)
+        self.targets = _target_prompts(spec, self.data, anchors_path)
+        self.records: list[dict] = []
+        self.found = Search()
+
+    def settings(self, rung: Mapping) -> TrainingSettings:
+        """The row's settings, with those of a rung of the ladder in their place."""
+        return TrainingSettings.from_spec({**self.spec["training"], **renamed(rung)})
+
+    def tokens(self, settings: TrainingSettings) -> dict[str, list[int]]:
+        """By text encoder, the ids of the tokens whose embeddings are trained, if they are."""
+        if settings.group != "embedding":
+            return {}
+        words = self.spec["targets"], self.spec["anchor"]
+        return {name: target_tokens(tokenizer, *words) for name, tokenizer in self.tokenizers.items()}
+
+    def begin(self, rung: Mapping) -> Training:
+        """A training of the pipeline as it is, with the row's settings and those of a rung."""
+        settings = self.settings(rung)
+        preserved = preserved_prompts(self.spec, self.data.prompts) if settings.preserves else ()
+        options = {"seed": self.spec["seed"], "tokens": self.tokens(settings), "preserved": preserved}
+        return Training(self.pipeline, self.data, self.targets, settings, **options)
+
+    def describe(self, rung: Mapping) -> dict[str, object]:
+        """A delta's metadata: what was removed from which model, and how."""
+        settings, device = self.settings(rung), self.pipeline.device
+        found = {
+            **describe(self.spec),
+            "group": settings.group,
+            "settings": {**self.spec["training"], **renamed(rung)},
+            "scale_lr": settings.scale_lr,
+            "scaled_learning_rate": settings.scaled_learning_rate,
+            "device": device.type,
+            "precision": resolve_precision(settings.precision, device),
+        }
+        if tokens := self.tokens(settings):
+            words = [self.tokenizers[encoder].convert_ids_to_tokens(ids) for encoder, ids in tokens.items()]
+            found["tokens"] = list(itertools.chain(*words))
+        return found
+
+    def train(self, training: Training) -> Mapping[str, Tensor]:
+        """All steps of a training of fixed strength."""
+        if state := self._load():
+            training.restore(state)
+        for _ in self._steps(training):
+            pass
+        return training.parameters
+
+    def search(self) -> Mapping[str, Tensor]:
+        """The trainings of the ladder up to the first that is strong enough; the best look's parameters."""
+        search, state = self.spec["search"], self._load()
+        validation = Validation(self.spec, self.pipeline)
+        self.found.spending = Spending(self.spec["validation"]["alpha"], state["tests"] if state else 0)
+        for number, rung in enumerate(search["ladder"]):
+            if state and number < state["rung"]:
+                continue
+            training = self.begin(rung)
+            change, place = Change(training), (number, json.dumps(rung, sort_keys=True))
+            validation.unchanged = functools.partial(change.at, 0.0)
+            if state:
+                training.restore(state)
+            if self._climb(training, change, validation, place, state):
+                break
+            change.undo()
+            state = None
+        return self.found.best
+
+    def _climb(
+        self,
+        training: Training,
+        change: Change,
+        validation: Validation,
+        place: tuple[int, str],
+        state: Mapping | None,
+    ) -> bool:
+        """The steps of one rung, with its looks; whether it got there."""
+        looks = {step for step in self.spec["search"]["looks"] if step < training.settings.steps}
+        looks.add(training.settings.steps)
+        scales = self.spec["search"]["scales"]
+        ended = bool(state and state["ended"])
+        if not ended and (0 in looks and not training.step):
+            ended = look_at(self.found, change, validation.look, (*place, 0), scales)
+        if not ended:
+            for step in self._steps(training, place[0]):
+                if step in looks:
+                    ended = look_at(self.found, change, validation.look, (*place, step), scales)
+                    self._save(training, place[0], ended)
+                if ended:
+                    break
+        return any(look.reached for look in self.found.looks)
+
+    def _steps(self, training: Training, rung: int = 0) -> Iterator[int]:
+        """Take the steps that are left, record them, and write checkpoints."""
+        label = f"{'; '.join(self.spec['targets'])} -> {self.spec['anchor']}"
+        steps = training.settings.steps
+        for record in progress_bar(training, desc=label, initial=training.step, total=steps, unit="step"):
+            line = asdict(record)
+            if not training.settings.distills:
+                del line["preserve_loss"]
+            self.records.append(line | ({"rung": rung} if "search" in self.spec else {}))
+            if self.checkpoint and record.step % self.checkpoint_steps == 0 and record.step < steps:
+                self._save(training, rung)
+            yield record.step
+
+    def _save(self, training: Training, rung: int, ended: bool = False) -> None:
+        if not self.checkpoint:
+            return
+        state = training.state() | {"records": self.records}
+        if "search" in self.spec:
+            looks = [look.line() for look in self.found.looks]
+            state |= {"rung": rung, "looks": looks, "best": self.found.best, "ended": ended}
+            state |= {"tests": self.found.spending.tests}
+        save_checkpoint(self.checkpoint, self.spec, state)
+
+    def _load(self) -> dict | None:
+        """The state of a killed run, whose records and looks are taken over."""
+        state = load_checkpoint(self.checkpoint, self.spec) if self.checkpoint else None
+        if state:
+            self.records = list(state["records"])
+            self.found.looks = [Look.of(line) for line in state.get("looks", [])]
+            self.found.best = dict(state.get("best", {}))
+            log.info("%s: going on after step %d", self.checkpoint, state["step"])
+        return state
 
 
 def _target_prompts(spec: Mapping, data: AnchorData, anchors_path: str | Path) -> list[tuple[str, ...]]:
@@ -76,35 +215,3 @@ def _target_prompts(spec: Mapping, data: AnchorData, anchors_path: str | Path) -
         return [tuple(searched)] * len(data.prompts)
     templates = spec["training"]["style_templates"]
     return kind.target_prompts(data.prompts, spec["targets"], spec["anchor"], templates)
-
-
-def _train(
-    training: Training, spec: Mapping, checkpoint: Path | None, checkpoint_steps: int
-) -> list[StepRecord]:
-    """All steps of a training, those before `checkpoint` among them."""
-    records: list[StepRecord] = []
-    state = load_checkpoint(checkpoint, spec) if checkpoint else None
-    if state:
-        records = [StepRecord(**record) for record in state["records"]]
-        training.restore(state)
-        log.info("%s: going on after step %d", checkpoint, training.step)
-    label, steps = f"{'; '.join(spec['targets'])} -> {spec['anchor']}", training.settings.steps
-    for record in progress_bar(training, desc=label, initial=training.step, total=steps, unit="step"):
-        records.append(record)
-        if checkpoint and record.step % checkpoint_steps == 0 and record.step < steps:
-            done = {"records": [asdict(record) for record in records]}
-            save_checkpoint(checkpoint, spec, training.state() | done)
-    return records
-
-
-def _describe(spec: Mapping, settings: TrainingSettings, device: torch.device) -> dict[str, object]:
-    """A delta's metadata: what was removed from which model, and how."""
-    return {
-        **describe(spec),
-        "group": settings.group,
-        "settings": spec["training"],
-        "scale_lr": settings.scale_lr,
-        "scaled_learning_rate": settings.scaled_learning_rate,
-        "device": device.type,
-        "precision": resolve_precision(settings.precision, device),
-    }

@@ -27,6 +27,7 @@ from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.methods.ablation.data import AnchorData
 from concept_ablation.methods.ablation.draws import TrainingDraws
 from concept_ablation.methods.ablation.objective import AblationObjective
+from concept_ablation.methods.ablation.preservation import NullSpace, null_space
 from concept_ablation.methods.ablation.settings import (
     TrainingError,
     TrainingSettings,
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 class StepRecord:
     """One optimizer step.
 
-    `loss` without the prior term, `prior_loss` before its weight (NaN if there is none), `grad_norm` before
+    `loss` without other terms; `prior_loss` and `preserve_loss` before their weights (NaN if there is none), `grad_norm` before
     clipping, `seconds` of this step, `peak_memory_bytes` so far.
     """
 
@@ -57,13 +58,14 @@ class StepRecord:
     grad_norm: float
     seconds: float
     peak_memory_bytes: int
+    preserve_loss: float = math.nan
 
 
 class Training:
     """The training of `pipeline` on `data`, in place: iterating it takes the steps that are left.
 
     `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. `tokens`: by text
-    encoder, the ids of the tokens that group `embedding` trains. `parameters`: what is trained, named as in a delta.
+    encoder, the ids of the tokens that group `embedding` trains. `preserved`: the preserved prompts, if any are. `parameters`: what is trained, named as in a delta.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Training:
         *,
         seed: int,
         tokens: Mapping[str, Sequence[int]] | None = None,
+        preserved: Sequence[str] = (),
     ) -> None:
         self.pipeline, self.settings, self.step = pipeline, settings, 0
         self.family = family_of(pipeline)
@@ -96,7 +99,9 @@ class Training:
             self._objective.schedule,
             channels=self.family.latent_channels(pipeline),
             vae_factor=pipeline.vae_scale_factor,
+            preserved=preserved,
         )
+        self.null_space = self._null_space(preserved) if settings.projects else None
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The parameters to train, by their names in a delta; the pipeline's others get no gradient. Raises TrainingError."""
@@ -113,6 +118,13 @@ class Training:
             parameter.requires_grad_(True)
         return parameters
 
+    def _null_space(self, preserved: Sequence[str]) -> NullSpace:
+        """What keeps the preserved prompts as they are. Raises TrainingError."""
+        prefix, projections = f"{self.family.network_name}.", self.family.text_projections(self.network)
+        own = {name.removeprefix(prefix): value for name, value in self.parameters.items()}
+        tolerance = self.settings.preserve_tolerance
+        return null_space(own, projections, self._objective.encoder, preserved, tolerance)
+
     def __iter__(self) -> Iterator[StepRecord]:
         """Take the steps up to `settings.steps`. Raises TrainingError if the loss is no number any more."""
         detached = self.family.detach_bos(self.network)
@@ -127,7 +139,8 @@ class Training:
 
     def _take_step(self) -> StepRecord:
         started, step = time.perf_counter(), self.step + 1
-        loss, prior = self._backward()
+        losses = self._backward()
+        loss = losses["ablation"]
         if not math.isfinite(loss):
             raise TrainingError(f"the loss is {loss} at step {step}: lower the learning rate, or use fp32")
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
@@ -136,26 +149,32 @@ class Training:
         self._optimizer.step()
         self._lr_scheduler.step()
         self._optimizer.zero_grad()
-        if self.embeddings is not None:
-            self.embeddings.write()
+        if self.null_space:
+            self.null_space.project()
+        self.write()
         self.step = step
         seconds = time.perf_counter() - started
         memory = peak_memory(self.pipeline.device)
-        return StepRecord(step, loss, prior, learning_rate, grad_norm, seconds, memory)
+        prior, preserve = (losses.get(name, math.nan) for name in ("prior", "preserve"))
+        return StepRecord(step, loss, prior, learning_rate, grad_norm, seconds, memory, preserve)
 
-    def _backward(self) -> tuple[float, float]:
-        """Gradients of one optimizer step; the means over its batches of the loss and the prior loss (NaN: none)."""
+    def _backward(self) -> dict[str, float]:
+        """Gradients of one optimizer step; the mean of each loss over its batches, without its weight."""
         settings = self.settings
-        weights = (1.0, settings.prior_weight) if settings.prior_preservation else (1.0,)
-        means = torch.zeros(len(weights))
+        weights = {"ablation": 1.0, "prior": settings.prior_weight, "preserve": settings.preserve_weight}
+        means: dict[str, torch.Tensor] = {}
         for _ in range(settings.gradient_accumulation):
             # Loss by loss, so that one graph is alive at a time; their gradients add up.
-            for number, loss in enumerate(self._objective.losses(self._draws.next_batch())):
+            for name, loss in self._objective.losses(self._draws.next_batch()):
                 share = loss / settings.gradient_accumulation
-                self._accelerator.backward(weights[number] * share)
-                means[number] += share.detach().cpu()
-        loss, prior = [*means.tolist(), math.nan][:2]
-        return loss, prior
+                self._accelerator.backward(weights[name] * share)
+                means[name] = means.get(name, torch.zeros(())) + share.detach().cpu()
+        return {name: float(value) for name, value in means.items()}
+
+    def write(self) -> None:
+        """Let the pipeline read `parameters`, whose values were set from outside."""
+        if self.embeddings is not None:
+            self.embeddings.write()
 
     def state(self) -> dict[str, object]:
         """All that the steps to come depend on, as a checkpoint must hold it: tensors, and what JSON can hold.
@@ -179,8 +198,7 @@ class Training:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
-        if self.embeddings is not None:
-            self.embeddings.write()
+        self.write()
         self._optimizer.load_state_dict(state["optimizer"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self._accelerator.scaler:

@@ -3,10 +3,11 @@
 Decided here and nowhere else. docs/report.md explains the verdicts to a reader.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from concept_ablation.common.roles import POOLS, WORST
 from concept_ablation.registries import KINDS
 
 KEPT = "removed, neighbors kept"
@@ -34,6 +35,13 @@ VERDICTS = (
     NOT_SHOWN,
 )
 
+
+CHANGES = {
+    "neighbor_recognition_change": (POOLS["neighbor"], "recognition"),
+    "worst_neighbor_typical_change": (WORST, "typical"),
+    "anchor_typical_change": ("anchor", "typical"),
+}
+"""What decides whether the neighbors and the anchor were kept: name -> role and metric of the long table."""
 
 ROUNDING = 1e-9
 """A loss of exactly 5 points is "at most 5 points", whatever floats make of it."""
@@ -174,6 +182,34 @@ def decide(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds:
         removed.low,
         removed.high,
     )
+
+
+def changes_of(lines: Iterable[Mapping]) -> dict[str, float]:
+    """What `decide` reads of the anchor and the neighbors, from lines of the long table; without those that aren't there."""
+    found = {}
+    places = {(role, metric): name for name, (role, metric) in CHANGES.items()}
+    for line in lines:
+        name = places.get((line["role"], line["metric"]))
+        if name and line["model"] == "difference":
+            found |= {name: line["value"], f"{name}_low": line["ci_low"], f"{name}_high": line["ci_high"]}
+    return found
+
+
+def presence_of(row: Mapping, lines: Iterable[Mapping]) -> list[Presence]:
+    """Each target of a row, with the share of its images in which it is still there, from lines of the long table."""
+    found = {
+        (line["probe"], line["metric"], line["model"]): line for line in lines if line["role"] == "target"
+    }
+    measure, targets = KINDS[row["kind"]].measure, []
+    for target in row["targets"]:
+        after = found[target, measure, "ablated"]
+        before = found.get((target, measure, "base"), after)
+        neutral = found.get((target, "neutral_share", "base"), {}).get("value")
+        above = found.get((target, "above_neutral", "ablated"))
+        above = above and (above["value"], above["ci_low"], above["ci_high"])
+        interval = after["ci_low"], after["ci_high"]
+        targets.append(Presence(target, before["value"], after["value"], *interval, neutral, above))
+    return targets
 
 
 def _presence_decision(kind: str, target: Presence, limit: float, thresholds: Thresholds) -> Decision:

@@ -1,0 +1,237 @@
+"""Validation: pictures from seeds and prompts that the report never uses, by which a training judges its own strength.
+
+A look draws as few pictures as will do. The targets come first, batch by batch, until their share is bounded below its limit or is
+seen to lie above it; the anchor and the neighbors are drawn only where the targets seem gone. What is judged, and by which limits,
+is what the report judges later: `concept_ablation.verdict`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from concept_ablation.common.roles import WORST
+from concept_ablation.diffusion.sampler import sample_images
+from concept_ablation.evaluation.clip import ClipScorer
+from concept_ablation.evaluation.image_models import ImageModels
+from concept_ablation.evaluation.metrics.base import ImageMetric
+from concept_ablation.evaluation.probes import score_probes
+from concept_ablation.evaluation.row import Probe, Row
+from concept_ablation.evaluation.statistics import Bootstrap
+from concept_ablation.registries import KINDS, METRICS
+from concept_ablation.verdict import ROUNDING, Thresholds, Verdict, changes_of, decide, presence_of
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from PIL.Image import Image
+
+KEEPING = ("recognition", "typical")
+"""The metrics by which the anchor and the neighbors are judged."""
+NEUTRAL = ("neutral_share", "above_neutral")
+LOSSES = {
+    "anchor_loss": "anchor_typical_change",
+    "neighbor_loss": "neighbor_recognition_change",
+    "worst_neighbor_loss": "worst_neighbor_typical_change",
+}
+"""A loss, whose limit in the config's `verdict` is called `<loss>_max` -> the change, by `verdict`'s name, of which it is the
+negative."""
+BOUNDED = ("anchor_loss", "worst_neighbor_loss")
+"""The losses whose upper bounds have to lie within the limits, too. Of the neighbors' recognition that would take more pictures
+than a look has: its limit is narrow."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a look saw, a share of pictures each. A loss is positive, `_high` its upper bound; None: not looked at.
+
+    gone: every target's upper bound lies below its limit. kept: the losses lie within their limits, and so do the bounds of those
+    in `BOUNDED`. excess: how far the value that is furthest beyond its limit lies beyond it; negative: all are within.
+    target: the one that decides; target_excess: its share less its limit.
+    """
+
+    gone: bool
+    kept: bool | None
+    excess: float
+    target: str
+    target_share: float
+    target_limit: float
+    target_excess: float
+    target_excess_high: float
+    anchor_loss: float | None
+    anchor_loss_high: float | None
+    neighbor_loss: float | None
+    neighbor_loss_high: float | None
+    worst_neighbor: str | None
+    worst_neighbor_loss: float | None
+    worst_neighbor_loss_high: float | None
+    pictures: int
+    seconds: float
+
+
+class Spending:
+    """The error that each test may make, so that all tests of a search together err with probability `total` at most.
+
+    Test j gets total / (j (j + 1)), whose sum over all j is `total`: so the number of tests needn't be known (an alpha-spending
+    sequence, as Foster and Stine's, 2008, for tests one after the other).
+    """
+
+    def __init__(self, total: float, tests: int = 0) -> None:
+        self.total, self.tests = total, tests
+
+    def next(self) -> float:
+        self.tests += 1
+        return self.total / (self.tests * (self.tests + 1))
+
+
+class Validation:
+    """The validation pictures of one row. `spec`: the row's ablation, whose `validation` holds what is drawn and how it is judged.
+
+    `unchanged`: a context in which the pipeline is the unchanged model. Its pictures are drawn when they are first needed.
+    Raises FeatureError, and as the row's kind needs them MemorizationError, DetectorError.
+    """
+
+    def __init__(self, spec: Mapping, pipeline: DiffusionPipeline, batch_size: int = 16) -> None:
+        self.asked, self.row, self.pipeline = spec["validation"], spec, pipeline
+        self.kind, self.batch_size = KINDS[spec["kind"]], batch_size
+        self.unchanged: Callable[[], AbstractContextManager] = nullcontext
+        unused = dict.fromkeys((field.name for field in fields(Thresholds)), 0.0)
+        self.limits = Thresholds(**{**unused, **self.asked["limits"]})
+        device = str(pipeline.device)
+        scorer = ClipScorer(self.asked["scorer"]["model"], self.asked["scorer"].get("pretrained"), device)
+        self.models = ImageModels(self.asked, scorer, device)
+        texts = self.asked["texts"]
+        self.texts = dict(zip(texts, scorer.text_features(list(texts.values())), strict=True))
+        self.bootstrap = Bootstrap(draws=self.asked["statistics"]["bootstrap"])
+        self.targets = [probe for probe in self.asked["probes"] if probe["role"] == "target"]
+        self.others = [probe for probe in self.asked["probes"] if probe["role"] != "target"]
+        self.base: dict[str, np.ndarray] = {}
+        self.drawn = 0
+
+    def look(self, spending: Spending) -> Finding:
+        """Judge the pipeline as it is now."""
+        started, before = time.perf_counter(), self.drawn
+        verdict, targets = self._look_at_targets(spending)
+        losses, kept = self._look_at_the_rest(targets) if verdict.removed else (no_losses(), None)
+        beyond = [losses[name] - self._limit(name) for name in LOSSES if losses[name] is not None]
+        return Finding(
+            gone=verdict.target_excess_high <= 0,
+            kept=kept,
+            excess=max(verdict.target_excess, *beyond) if beyond else verdict.target_excess,
+            target=verdict.deciding_target,
+            target_share=verdict.target_excess + verdict.target_limit,
+            target_limit=verdict.target_limit,
+            target_excess=verdict.target_excess,
+            target_excess_high=verdict.target_excess_high,
+            **losses,
+            pictures=self.drawn - before,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _look_at_targets(self, spending: Spending) -> tuple[Verdict, list[Probe]]:
+        """Draw the targets' pictures, batch by batch, until it is clear whether all are gone, or there are enough."""
+        images: list[list[Image]] = [[] for _ in self.targets]
+        anchors = [probe for probe in self.others if probe["role"] == "anchor"]
+        neutral = [self._unchanged_probe(probe) for probe in anchors if self.kind.limit_above_neutral]
+        for number in range(self.asked["batches"]):
+            for probe, own in zip(self.targets, images, strict=True):
+                own += self._draw(probe, number)
+            probes = [self._target_probe(*pair) for pair in zip(self.targets, images, strict=True)]
+            level = 1 - 2 * spending.next()
+            lines = self._lines([*probes, *neutral], {self.kind.measure, *NEUTRAL}, level)
+            verdict = decide(self.row["kind"], presence_of(self.row, lines), {}, self.limits)
+            if not verdict.removed or verdict.target_excess_high <= 0:
+                break
+        return verdict, probes
+
+    def _look_at_the_rest(self, targets: list[Probe]) -> tuple[dict, bool]:
+        """The losses of the anchor and the neighbors, and whether they are kept: batch by batch until that is clear."""
+        features: dict[str, np.ndarray] = {}
+        for number in range(self.asked["batches"]):
+            probes = list(targets)
+            for probe in self.others:
+                name = probe["subject"]
+                drawn = self.models.scorer.image_features(self._draw(probe, number))
+                features[name] = np.concatenate([features[name], drawn]) if number else drawn
+                base = self._base_features(probe, number + 1)
+                probes.append(Probe(probe["role"], name, base, features[name]))
+            losses = self._losses(probes)
+            within = all(self._within(losses[name], name) for name in LOSSES)
+            bounded = all(self._within(losses[f"{name}_high"], name) for name in BOUNDED)
+            if not within or bounded:
+                break
+        return losses, within and bounded
+
+    def _losses(self, probes: Sequence[Probe]) -> dict:
+        """What the anchor and the neighbors lost, by `Finding`'s names."""
+        lines = self._lines(probes, KEEPING, 1 - 2 * self.asked["alpha"])
+        changes, losses = changes_of(lines), no_losses()
+        for name, change in LOSSES.items():
+            if change in changes:
+                losses |= {name: -changes[change], f"{name}_high": -changes[f"{change}_low"]}
+        losses["worst_neighbor"] = next((line["probe"] for line in lines if line["role"] == WORST), None)
+        return losses
+
+    def _limit(self, loss: str) -> float:
+        return getattr(self.limits, f"{loss}_max")
+
+    def _within(self, value: float | None, loss: str) -> bool:
+        """Whether a loss is within its limit; true where it wasn't measured."""
+        return value is None or value <= self._limit(loss) + ROUNDING
+
+    def _lines(self, probes: Sequence[Probe], names: Container[str], confidence: float) -> list[dict]:
+        subjects = tuple(self.row["targets"]), self.row["anchor"], tuple(self.row["neighbors"])
+        row = Row(self.kind, *subjects, self.texts, tuple(probes))
+        return score_probes(row, replace(self.bootstrap, confidence=confidence), names)
+
+    def _unchanged_probe(self, probe: Mapping) -> Probe:
+        """The unchanged model's pictures of a probe, which stand for both models."""
+        base = self._base_features(probe, 1)
+        return Probe(probe["role"], probe["subject"], base, base)
+
+    def _base_features(self, probe: Mapping, batches: int) -> np.ndarray:
+        """Features of a probe's first batches by the unchanged model."""
+        size, name = self._batch(probe), probe["subject"]
+        have = self.base.get(name)
+        for number in range(0 if have is None else len(have) // size, batches):
+            with self.unchanged():
+                new = self.models.scorer.image_features(self._draw(probe, number))
+            have = self.base[name] = new if have is None else np.concatenate([have, new])
+        return have[: batches * size]
+
+    def _target_probe(self, probe: Mapping, images: list[Image]) -> Probe:
+        """A target's pictures by the changed model; those of the unchanged one aren't needed, so they stand for both."""
+        features, metric = self.models.scorer.image_features(images), METRICS[self.kind.measure]
+        measured = {}
+        if isinstance(metric, ImageMetric):
+            measured = {metric.name: (None, metric.read(_Drawn(images), self.models))}
+        return Probe("target", probe["subject"], features, features, measured=measured)
+
+    def _batch(self, probe: Mapping) -> int:
+        return probe["images"] // self.asked["batches"]
+
+    def _draw(self, probe: Mapping, batch: int) -> list[Image]:
+        """A batch of a probe's pictures, from 0: number i has prompt i, modulo their number, and seed + i."""
+        size = self._batch(probe)
+        numbers = range(batch * size, (batch + 1) * size)
+        prompts = [probe["prompts"][i % len(probe["prompts"])] for i in numbers]
+        seeds = [probe["seed"] + i for i in numbers]
+        self.drawn += size
+        options = {"sampler": self.asked["sampler"], "batch_size": self.batch_size}
+        return list(sample_images(self.pipeline, prompts, seeds, **options))
+
+
+def no_losses() -> dict[str, None]:
+    """A look's losses where none were looked at."""
+    return dict.fromkeys([*(name + end for name in LOSSES for end in ("", "_high")), "worst_neighbor"])
+
+
+class _Drawn(list):
+    """Pictures in memory, as far as a metric of pictures reads a store."""
+
+    def images(self) -> Iterator[Image]:
+        return iter(self)
