@@ -39,19 +39,19 @@ def finding(share, harm, limit=0.2):
     )  # fmt: skip
 
 
-def climb(erase, harm, scales=(0.5, 0.75, 2.0), steps=(10, 20, 40)):
+def climb(erase, harm, scales=(1.0, 2.0), steps=(10, 20, 40)):
     """Looks at a fake training whose target share and harm are functions of the strength."""
     training, search = FakeTraining(), Search(spending=Spending(0.05))
     change = Change(training)
 
     def judge(spending):
-        strength = float(training.parameters["w"]) - 10
+        strength = float(training.parameters["w"].detach()) - 10
         return finding(erase(strength), harm(strength))
 
     for step in steps:
         training.take(step - training.step)
         ended = look_at(search, change, judge, (0, "{}", step), scales)
-        assert float(training.parameters["w"]) == 10 + step  # the training goes on from where it stood
+        assert float(training.parameters["w"].detach()) == 10 + step  # the training goes on from where it stood
         if ended:
             break
     return search
@@ -62,7 +62,7 @@ def places(search):
 
 
 def test_it_stops_at_the_smallest_strength_that_serves():
-    search = climb(lambda s: 0.0 if s >= 20 else 0.9, lambda s: 0.0, scales=())
+    search = climb(lambda s: 0.0 if s >= 20 else 0.9, lambda s: 0.0, scales=(1.0,))
     assert places(search) == [(10, 1.0), (20, 1.0)]
     assert search.looks[search.chosen].reached and float(search.best["w"]) == 30
 
@@ -73,27 +73,30 @@ def test_a_larger_scale_saves_steps():
     assert float(search.best["w"]) == 30  # start + 2 x the change of 10 steps
 
 
-def test_where_it_harms_smaller_scales_are_tried():
+def test_where_it_harms_it_looks_between():
     search = climb(lambda s: 0.0 if s >= 6 else 0.9, lambda s: 0.6 if s > 8 else 0.1)
-    assert places(search) == [(10, 1.0), (10, 0.75)]
+    assert places(search) == [(10, 1.0), (10, 0.5), (10, 0.75)]
     assert search.looks[search.chosen].reached and float(search.best["w"]) == 17.5
+    search = climb(lambda s: 0.0 if s >= 12 else 0.9, lambda s: 0.6 if s > 15 else 0.1)
+    assert places(search) == [(10, 1.0), (10, 2.0), (10, 1.5)]
+    assert search.looks[search.chosen].reached
 
 
 def test_a_rung_ends_where_more_strength_would_only_harm_more():
     search = climb(lambda s: 0.0 if s >= 9 else 0.9, lambda s: 0.6 if s > 2 else 0.0)
-    assert places(search) == [(10, 1.0), (10, 0.75)]  # 0.5 is weaker still
+    assert places(search) == [(10, 1.0), (10, 0.5), (10, 0.75)]
     assert not search.looks[search.chosen].reached
 
 
 def test_when_nothing_serves_the_nearest_is_taken():
     search = climb(lambda s: 0.9 - s / 100, lambda s: 0.0)
     assert search.chosen == len(search.looks) - 1 and search.looks[-1].scale == 2.0
-    harmful = climb(lambda s: 0.0, lambda s: 0.55, scales=())
+    harmful = climb(lambda s: 0.0, lambda s: 0.55, scales=(1.0,))
     assert harmful.looks[harmful.chosen].finding.excess == pytest.approx(0.05)
 
 
 def test_a_first_look_that_serves_is_taken_even_if_a_later_one_has_more_room():
-    search = climb(lambda s: max(0.0, 0.3 - s / 50), lambda s: 0.0, scales=())
+    search = climb(lambda s: max(0.0, 0.3 - s / 50), lambda s: 0.0, scales=(1.0,))
     assert search.chosen == len(search.looks) - 1
     assert search.looks[search.chosen].step == 10
 

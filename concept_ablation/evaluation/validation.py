@@ -1,7 +1,7 @@
 """Validation: pictures from seeds and prompts that the report never uses, by which a training judges its own strength.
 
 A look draws as few pictures as will do. The targets come first, batch by batch, until their share is bounded below its limit or is
-seen to lie above it; the anchor and the neighbors are drawn only where the targets seem gone. What is judged, and by which limits,
+seen to lie above it; the anchor and the neighbors are drawn only where the targets are gone. What is judged, and by which limits,
 is what the report judges later: `concept_ablation.verdict`.
 """
 
@@ -50,7 +50,8 @@ class Finding:
     """What a look saw, a share of pictures each. A loss is positive, `_high` its upper bound; None: not looked at.
 
     gone: every target's upper bound lies below its limit. kept: the losses lie within their limits, and so do the bounds of those
-    in `BOUNDED`. excess: how far the value that is furthest beyond its limit lies beyond it; negative: all are within.
+    in `BOUNDED`. excess: how far the value that is furthest beyond its limit lies beyond it, negative where all are within; of a
+    target that isn't shown to be gone, its upper bound, since nothing else was looked at.
     target: the one that decides; target_excess: its share less its limit.
     """
 
@@ -116,12 +117,13 @@ class Validation:
         """Judge the pipeline as it is now."""
         started, before = time.perf_counter(), self.drawn
         verdict, targets = self._look_at_targets(spending)
-        losses, kept = self._look_at_the_rest(targets) if verdict.removed else (no_losses(), None)
+        gone = verdict.target_excess_high <= 0
+        losses, kept = self._look_at_the_rest(targets) if gone else (no_losses(), None)
         beyond = [losses[name] - self._limit(name) for name in LOSSES if losses[name] is not None]
         return Finding(
-            gone=verdict.target_excess_high <= 0,
+            gone=gone,
             kept=kept,
-            excess=max(verdict.target_excess, *beyond) if beyond else verdict.target_excess,
+            excess=max([verdict.target_excess, *beyond]) if gone else verdict.target_excess_high,
             target=verdict.deciding_target,
             target_share=verdict.target_excess + verdict.target_limit,
             target_limit=verdict.target_limit,
@@ -190,7 +192,7 @@ class Validation:
 
     def _unchanged_probe(self, probe: Mapping) -> Probe:
         """The unchanged model's pictures of a probe, which stand for both models."""
-        base = self._base_features(probe, 1)
+        base = self._base_features(probe, max(1, self.asked["batches"] // 2))
         return Probe(probe["role"], probe["subject"], base, base)
 
     def _base_features(self, probe: Mapping, batches: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Strength: how far a training has to go, found by looking at validation pictures instead of guessed.
 
 A training is looked at after some of its steps. It stops at the first look, so at the smallest strength, at which every target's
-upper bound lies below its limit and no neighbor and not the anchor is beyond theirs. Where a look finds the target gone and something
-harmed, smaller scales s of the change are tried, weights = base + s x change, which cost no training; where it finds the target
-still there, larger ones. A setting that doesn't get there is followed by the next one of a ladder. If none does, the look that comes
+upper bound lies below its limit and no neighbor and not the anchor is beyond theirs. At each of these steps it looks at growing scales
+s of the change, weights = base + s x change, which cost no training. Where something is harmed it looks at scales between that one
+and the last that removed too little. A setting that doesn't get there is followed by the next one of a ladder. If none does, the look that comes
 nearest is taken: the one whose furthest value beyond any limit is the least.
 """
 
@@ -27,6 +27,8 @@ from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.evaluation.validation import Finding, Spending
 
 log = logging.getLogger(__name__)
+HALVINGS = 2
+"""Looks between a scale that removes too little and one that harms."""
 
 
 class Trainable(Protocol):
@@ -122,7 +124,7 @@ def look_at(
 ) -> bool:
     """Look at a training where it stands; True if its rung is at its end: it got there, or more strength would only harm more.
 
-    place: the rung's number, its settings as JSON, the step.
+    place: the rung's number, its settings as JSON, the step. scales: of the change, in the order in which they are tried.
     """
 
     def look(scale: float) -> Look:
@@ -134,22 +136,29 @@ def look_at(
         log.info("%s", describe(found))
         return found
 
-    whole = look(1.0)
-    if whole.reached:
-        return True
-    if whole.finding.kept is False:
-        for scale in sorted((scale for scale in scales if scale < 1), reverse=True):
-            smaller = look(scale)
-            if smaller.reached or not smaller.finding.gone:
-                break
-        return True
-    for scale in sorted(scale for scale in scales if scale > 1):
-        larger = look(scale)
-        if larger.reached:
+    weak = 0.0
+    for scale in scales:
+        found = look(scale)
+        if found.reached:
             return True
-        if larger.finding.kept is not None:
-            break
+        if found.finding.kept is False:
+            _between(look, weak, scale)
+            return True
+        weak = scale
     return False
+
+
+def _between(look: Callable[[float], Look], weak: float, strong: float) -> None:
+    """Look halfway, twice at most, between a scale that removes too little and one that harms."""
+    for _ in range(HALVINGS):
+        scale = (weak + strong) / 2
+        found = look(scale)
+        if found.reached:
+            return
+        if found.finding.kept is False:
+            strong = scale
+        else:
+            weak = scale
 
 
 def describe(look: Look) -> str:

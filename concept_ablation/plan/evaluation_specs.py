@@ -70,7 +70,7 @@ def validation_spec(concept: Concept, own: Mapping, limits: Mapping[str, float])
     }
     return {
         "probes": probe_specs(concept, asked),
-        "sampler": own["evaluation"]["sampler"],
+        "sampler": search["sampler"] or own["evaluation"]["sampler"],
         "batches": search["batches"],
         "alpha": search["alpha"],
         "limits": {name: limits[name] for name in (KINDS[concept.kind].limit, *LOSSES)},

@@ -1,0 +1,218 @@
+"""Do rows that nobody tuned come out? Many concepts of the embedded world, one line each, with the defaults or with one way to preserve.
+
+    python bench/sweep.py                                   # make sweep: every row of bench/sweep.csv, defaults alone
+    python bench/sweep.py --way fixed --rows 20             # the published recipe's strength, the first 20 rows
+    python bench/sweep.py --embedded /tmp/other/embedded    # another set of weights
+
+Each row is trained, drawn and judged as in a run of the workflow, without its jobs: all stages in this process' workers, whose results
+are shared by the ways. Beside the report's verdict it measures what the row doesn't name: 24 pictures of twelve objects of other
+categories, recognised among all objects of the world. It prints a line a row and, at the end, how many came out, how often the
+verdict on the report's seeds agrees with that on the validation looks, and the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing as mp
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from concept_ablation.common.settings import merge  # noqa: E402
+from concept_ablation.plan.graph import Plan  # noqa: E402
+from concept_ablation.plan.schema import read_config  # noqa: E402
+from concept_ablation.plan.specs import load_plan  # noqa: E402
+from concept_ablation.registries import STAGES  # noqa: E402
+
+OWN = {"ladder": [{}]}
+WAYS = {
+    "default": {},
+    "fixed": {"preserve": "none", "strength": "fixed", "steps": 120, "learning_rate": 1e-4},
+    "none": {"preserve": "none", "learning_rate": 1e-4, "search": OWN},
+    "distill": {"preserve": "distill", "learning_rate": 3e-4, "search": OWN},
+    "null-space": {"preserve": "null-space", "search": OWN},
+    "both": {"preserve": "both", "search": OWN},
+}
+"""Changes to the config's `training`. `fixed` is the recipe of earlier versions, which knew no neighbors."""
+GOOD = "removed, neighbors kept"
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """The plan of the table's first rows under one way."""
+    config = read_config(ROOT / "config" / "config.yaml")
+    models = {"model.path": "emoji-diffusion", "scorer": "emoji-clip", "descriptor": "emoji-copy"}
+    config["model"]["path"] = str(options.embedded / models["model.path"])
+    for name in ("scorer", "descriptor"):
+        config["evaluation"][name]["model"] = str(options.embedded / models[name])
+    for kind in config["kinds"].values():  # a way comes after the kinds' own settings
+        merge(kind, {"training": WAYS[options.way]})
+    table = options.results / f"table-{options.way}.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    lines = [line for line in options.table.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    table.write_text("\n".join(lines[: options.rows + 1]) + "\n", encoding="utf-8")
+    config |= {"concepts": str(table), "results": str(options.results)}
+    return load_plan(config, ROOT / "workflow" / "schemas", "config/config.yaml")[1]
+
+
+def run_unit(unit: tuple[str, dict, dict, dict]) -> tuple[str, float]:
+    """One unit of work of a stage, whose output isn't there yet; its outputs' folder and its seconds."""
+    name, spec, inputs, outputs = unit
+    import torch
+
+    torch.set_num_threads(1)
+    started, options = time.perf_counter(), {}
+    if "device" in STAGES[name].options:
+        options["device"] = "auto"
+    STAGES[name].run(spec, **inputs, **outputs, **options)
+    return next(iter(outputs.values())), time.perf_counter() - started
+
+
+def run_all(plan: Plan, workers: int) -> None:
+    """All stages, one after the other, each stage's units side by side."""
+    from stages import INPUTS
+
+    with mp.get_context("spawn").Pool(workers) as pool:
+        for name, stage in STAGES.items():
+            units = []
+            for key in plan.specs[name]:
+                outputs = {file: f"{plan.results}/{path.format(key=key)}" for file, path in stage.files.items()}
+                found = {file: plan.upstream(name, key, own) for file, own in INPUTS.get(name, {}).items()}
+                if not Path(next(iter(outputs.values()))).exists():
+                    inputs = {file: source for file, source in found.items() if source}
+                    units.append((name, json.loads(plan.spec(name, key)), inputs, outputs))
+            for number, (path, seconds) in enumerate(pool.imap_unordered(run_unit, units), 1):
+                print(f"{name} {number}/{len(units)}: {Path(path).parent.name} {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+class Unnamed:
+    """Recognition of objects that a row doesn't name, among all objects of the world, and likeness to their twins."""
+
+    def __init__(self, embedded: Path) -> None:
+        from concept_ablation.evaluation.clip import ClipScorer
+        from embedded.build.world import OBJECTS, article
+
+        self.embedded, self.objects = embedded, OBJECTS
+        self.scorer = ClipScorer(str(embedded / "emoji-clip"))
+        self.texts = self.scorer.text_features([article(name) for name in OBJECTS])
+        self.base: dict[tuple[str, ...], object] = {}
+
+    def chosen(self, row: dict) -> tuple[str, ...]:
+        """Twelve objects of categories other than the row's, spread over the world; for a style all are such."""
+        from embedded.build.world import CATEGORIES, CATEGORY_OF
+
+        own = row["anchor"] if row["anchor"] in CATEGORIES else None
+        others = [name for name in self.objects if CATEGORY_OF[name] != own and name not in row["targets"]]
+        return tuple(others[i * len(others) // 12] for i in range(12))
+
+    def draw(self, names: tuple[str, ...], delta: str | None):
+        from concept_ablation import apply_delta, load_pipeline
+        from concept_ablation.diffusion.sampler import sample_images
+        from embedded.build.world import article
+
+        pipeline = load_pipeline(self.embedded / "emoji-diffusion", device="cpu")
+        if delta:
+            apply_delta(pipeline, delta)
+        prompts = [f"here is {article(name)}" for name in names for _ in range(2)]
+        seeds = [700_000_000 + i for i in range(len(prompts))]
+        sampler = {"scheduler": "dpmsolver++", "steps": 20, "guidance_scale": 3.0, "eta": 0.0, "precision": "auto"}
+        images = sample_images(
+            pipeline, prompts, seeds, sampler={**sampler, "height": None, "width": None}, batch_size=16
+        )
+        return self.scorer.image_features(images)
+
+    def measure(self, row: dict) -> tuple[float, float, float]:
+        """Recognised before and after, and the mean cosine of the pictures of a seed."""
+        import numpy as np
+
+        names = self.chosen(row)
+        if names not in self.base:
+            self.base[names] = self.draw(names, None)
+        before, after = self.base[names], self.draw(names, row["delta"])
+        own = np.repeat([self.objects.index(name) for name in names], 2)
+        hits = [float(((side @ self.texts.T).argmax(1) == own).mean()) for side in (before, after)]
+        return (*hits, float((before * after).sum(1).mean()))
+
+
+def report(plan: Plan, options: argparse.Namespace, seconds: float) -> None:
+    """Print a line a row, the summary of all, and write both beside the results."""
+    import pyarrow.parquet as pq
+
+    from concept_ablation.report.tables import aggregate_scores
+
+    folder = options.results / f"report-{options.way}"
+    spec = json.loads(plan.report_spec())
+    aggregate_scores(spec, folder / "scores.parquet", folder / "summary.parquet")
+    unnamed, lines = Unnamed(options.embedded), []
+    rows = {row["concept"]: row for row in spec["rows"]}
+    for line in pq.read_table(folder / "summary.parquet").to_pylist():
+        before, after, likeness = unnamed.measure(rows[line["concept"]])
+        good = line["verdict"] == GOOD
+        lines.append(
+            {
+                "concept": line["concept"],
+                "verdict": line["verdict"],
+                "firmness": line["firmness"],
+                "target": line["presence_ablated"],
+                "neighbors": line["neighbor_recognition_change"],
+                "neighbor_kid": line["neighbor_kid_x1000"],
+                "worst": line["worst_neighbor_typical_change"],
+                "worst_neighbor": line["worst_neighbor"],
+                "anchor": line["anchor_typical_change"],
+                "anchor_kid": line["anchor_kid_x1000"],
+                "unnamed": after - before,
+                "unnamed_likeness": likeness,
+                "found": line["strength_found"],
+                "agrees": None if line["strength_found"] is None else line["strength_found"] == good,
+                "settings": line["strength_settings"],
+                "step": line["strength_step"],
+                "scale": line["strength_scale"],
+                "steps": line["steps"],
+                "training_seconds": line["training_seconds"],
+                "validation_seconds": line["validation_seconds"],
+            }
+        )
+        print("  ".join(_short(value) for value in lines[-1].values()), flush=True)
+    with (options.results / f"sweep-{options.way}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    good = [line for line in lines if line["verdict"] == GOOD]
+    agree = [line["agrees"] for line in lines if line["agrees"] is not None]
+    print(f"\n{options.way}: {len(good)} of {len(lines)} ({len(good) / len(lines):.0%}) {GOOD}; {seconds / 60:.0f} min")
+    for name in ("target", "neighbors", "neighbor_kid", "worst", "anchor", "anchor_kid", "unnamed", "unnamed_likeness"):
+        print(f"  mean {name}: {statistics.mean(line[name] for line in lines if line[name] is not None):.3f}")
+    cost = [sum(line[f"{name}_seconds"] or 0 for line in lines) for name in ("training", "validation")]
+    print(f"  training {cost[0]:.0f} s, validation {cost[1]:.0f} s")
+    if agree:
+        print(f"  the report's verdict agrees with the validation looks in {sum(agree)} of {len(agree)} rows")
+
+
+def _short(value: object) -> str:
+    return f"{value:+.2f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=ROOT / "bench" / "sweep.csv")
+    parser.add_argument("--way", choices=WAYS, default="default")
+    parser.add_argument("--rows", type=int, default=1000, help="the first so many rows")
+    parser.add_argument("--embedded", type=Path, default=ROOT / "embedded", help="folder of the three models")
+    parser.add_argument("--results", type=Path, default=Path("results/sweep"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one thread each")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    started, plan = time.perf_counter(), make_plan(options)
+    run_all(plan, options.workers)
+    report(plan, options, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
