@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(options.run(options))
     except (UserError, OSError) as error:  # errors about files count as the user's
-        text = str(error) if options.run in (_check, _gc, _status) else " ".join(str(error).split())
+        text = str(error) if options.run in (_check, _compare, _gc, _status) else " ".join(str(error).split())
         print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
@@ -62,6 +62,12 @@ def _card(options: argparse.Namespace) -> str:
 
     folder = card_of_results(options.results, options.concept, options.out, options.base_model)
     return f"{folder}: pushed to {push(folder, options.push)}" if options.push else f"{folder}: written"
+
+
+def _compare(options: argparse.Namespace) -> str:
+    from concept_ablation.report.compare import compare_rows
+
+    return compare_rows(options.results)
 
 
 def _check(options: argparse.Namespace) -> str:
@@ -107,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(command(_export, "convert a delta to another program's format"))
     _add_import(command(_import, "convert a delta made elsewhere to this project's format"))
     _add_card(command(_card, "write the model card of a finished concept"))
+    compare = command(_compare, "show rows that remove the same target side by side, at equal erasure")
+    compare.add_argument("results", metavar="RESULTS", help="a run's results folder")
     _add_overlays(command(_check, "check the config, the table and every row's prompts; nothing is run"))
     _add_gc(
         command(
