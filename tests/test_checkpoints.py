@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_strength import finding
 from test_training import PICTURES, PROMPTS, spec
 from tiny import make_tiny_pipeline
 
@@ -233,3 +234,54 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         save_checkpoint(tmp_path / "checkpoint.pt", {}, {"weight": torch.zeros(100_000)})
     assert not list(tmp_path.iterdir())
+
+
+class Judge:
+    """Validation that sees how far the weights have moved: the further, the less of the target is left."""
+
+    def __init__(self, spec, pipeline):
+        self.network = pipeline.unet
+        self.start = [value.detach().clone() for value in self.network.parameters()]
+        self.unchanged = None
+
+    def look(self, spending):
+        spending.next()
+        moved = sum(
+            float((now.detach() - then).abs().sum())
+            for now, then in zip(self.network.parameters(), self.start, strict=True)
+        )
+        return finding(0.9 - moved / 1e4, 0.0)
+
+
+@pytest.mark.parametrize("kills", [("step", 1), ("step", 3), ("look", 2), ("look", 5)])
+def test_a_killed_search_ends_as_one_that_was_not(world, tmp_path, monkeypatch, kills):
+    """Two rungs of four steps, looked at after two and four, at two scales; none serves."""
+    monkeypatch.setattr(module, "Validation", Judge)
+    search = {"looks": [2], "scales": [1.0, 2.0], "ladder": [{"learning_rate": 1e-4}, {"learning_rate": 2e-4}]}
+    own = {**make_spec(world, preserve="none"), "search": search, "validation": {"alpha": 0.05}}
+    expected, looks = ablate(world, tmp_path / "whole", own), pq.read_table(tmp_path / "whole" / "strength.parquet")
+    assert [look["step"] for look in looks.to_pylist()] == [2, 2, 4, 4] * 2
+    assert [look["chosen"] for look in looks.to_pylist()].index(True) == 7
+    kind, number = kills
+    if kind == "step":
+        kill_at(monkeypatch, number, number)
+    else:
+        count, look = itertools.count(1), Judge.look
+
+        def killed(self, spending):
+            if next(count) == number:
+                raise Killed
+            return look(self, spending)
+
+        monkeypatch.setattr(Judge, "look", killed)
+    ends = 0
+    while True:
+        try:
+            found = ablate(world, tmp_path, own, steps=1)
+            break
+        except Killed:
+            ends += 1
+    assert ends
+    assert_equal(found, expected)
+    again = pq.read_table(tmp_path / "strength.parquet")
+    assert again.to_pylist() == looks.to_pylist()

@@ -159,16 +159,17 @@ class _Run:
         looks = {step for step in self.spec["search"]["looks"] if step < training.settings.steps}
         looks.add(training.settings.steps)
         scales = self.spec["search"]["scales"]
+
+        def ends_at(step: int) -> bool:
+            ended = look_at(self.found, change, validation.look, (*place, step), scales)
+            self._save(training, place[0], looked=True, ended=ended)
+            return ended
+
         ended = bool(state and state["ended"])
-        if not ended and (0 in looks and not training.step):
-            ended = look_at(self.found, change, validation.look, (*place, 0), scales)
+        if not ended and training.step in looks and not (state and state["looked"]):
+            ended = ends_at(training.step)  # at step 0, or at one after which the run was killed before it looked
         if not ended:
-            for step in self._steps(training, place[0]):
-                if step in looks:
-                    ended = look_at(self.found, change, validation.look, (*place, step), scales)
-                    self._save(training, place[0], ended)
-                if ended:
-                    break
+            any(step in looks and ends_at(step) for step in self._steps(training, place[0]))
         return any(look.reached for look in self.found.looks)
 
     def _steps(self, training: Training, rung: int = 0) -> Iterator[int]:
@@ -184,14 +185,14 @@ class _Run:
                 self._save(training, rung)
             yield record.step
 
-    def _save(self, training: Training, rung: int, ended: bool = False) -> None:
+    def _save(self, training: Training, rung: int, looked: bool = False, ended: bool = False) -> None:
         if not self.checkpoint:
             return
         state = training.state() | {"records": self.records}
         if "search" in self.spec:
             looks = [look.line() for look in self.found.looks]
-            state |= {"rung": rung, "looks": looks, "best": self.found.best, "ended": ended}
-            state |= {"tests": self.found.spending.tests}
+            state |= {"rung": rung, "looks": looks, "best": self.found.best}
+            state |= {"looked": looked, "ended": ended, "tests": self.found.spending.tests}
         save_checkpoint(self.checkpoint, self.spec, state)
 
     def _load(self) -> dict | None:
