@@ -441,6 +441,16 @@ def test_a_row_is_finished_when_all_its_files_exist(config):
     assert not set(again.pending_files()) & set(files)
 
 
+def test_the_looks_at_a_searched_strength_are_among_a_rows_files_and_no_others(config):
+    """So that a storage plugin fetches them for the report, and results without them, of fixed strengths, are whole."""
+    fixed = replace(CAT, name="fixed", overrides={"training.strength": "fixed"})
+    plan = build_plan([CAT, fixed, replace(INK, preset="paper")], config)
+    (looks,) = (file for row in plan.rows for file in plan.files(row) if "strength" in file)
+    assert looks == f"results/concepts/{plan.rows[0].ablation}/strength.parquet"
+    assert plan.rows[0].concept == CAT and looks in plan.pending_files()
+    assert json.loads(plan.report_spec())["rows"][0]["strength"] == looks
+
+
 MOON = Concept("moon", "memorization", ("The Poster",), "moon", ("sun",), image="moon.png", line=5)
 ANGRY = Concept("angry", "inappropriate", ("angry", "furious"), "face", ("robot",), line=6)
 
