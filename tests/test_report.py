@@ -26,7 +26,6 @@ from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import figures, formatting, sections
 from concept_ablation.report import page as report
 from concept_ablation.report.strength import COLUMNS as STRENGTH
-from concept_ablation.report.strength import LooksError
 from concept_ablation.report.tables import aggregate_scores
 from tests.shipped import report_spec
 
@@ -654,15 +653,6 @@ def test_a_fixed_strength_has_no_card(tmp_path, page):
         assert "<h3>Strength</h3>" not in text and "All looks" not in text and 'class="strength"' not in text
     (line,) = pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
     assert {line[name] for name in STRENGTH} == {None}
-
-
-def test_a_damaged_table_of_looks_is_named(tmp_path):
-    row = make_row(tmp_path, "searched")
-    write_made_up_looks(row)
-    with open(row["strength"], "r+b") as file:
-        file.truncate(50)
-    with pytest.raises(LooksError, match="a damaged table of looks"):
-        make_page(tmp_path, [row])
 
 
 def test_names_in_looks_stay_text(tmp_path):
