@@ -202,6 +202,7 @@ def changed_by(config, path, value):
 
 
 TRAINED = {"ablate_concept", "sample_ablated", "score_concept"}
+SAMPLED = {"sample_base", "sample_ablated", "score_concept"}
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ TRAINED = {"ablate_concept", "sample_ablated", "score_concept"}
     [
         ("anchors.images", 7, {"generate_anchors", *TRAINED}),
         ("training.steps", 7, TRAINED),
-        ("evaluation.sampler.steps", 7, {"sample_base", "sample_ablated", "score_concept"}),
+        ("evaluation.sampler.steps", 7, SAMPLED),
         ("evaluation.statistics.bootstrap", 7, {"score_concept"}),
         ("verdict.target_max", 0.5, set()),
     ],
@@ -226,6 +227,7 @@ SEARCHING = {
     "training.search.images": {"target": 8, "anchor": 8, "neighbor": 8},
     "training.search.batches": 2,
     "training.search.seed": 1,
+    "training.search.sampler": None,
     "prompts.validation": None,
 }
 PRESERVING = {
@@ -238,7 +240,7 @@ PRESERVING = {
 @pytest.mark.parametrize(
     ("path", "value", "stages"),
     [
-        ("evaluation.sampler.steps", 7, {"sample_base", *TRAINED}),
+        ("evaluation.sampler.steps", 7, SAMPLED),  # a search has a sampler of its own
         ("evaluation.statistics.bootstrap", 7, TRAINED),
         ("verdict.target_max", 0.5, TRAINED),
         ("verdict.anchor_loss_max", 0.4, TRAINED),
@@ -248,6 +250,11 @@ PRESERVING = {
 )
 def test_how_a_row_is_judged_decides_its_ablation_when_its_strength_is_searched(config, path, value, stages):
     assert changed_by(config, path, value) == (stages, True)
+
+
+def test_a_search_without_a_sampler_of_its_own_draws_with_the_evaluations(config):
+    config["training"]["search"]["sampler"] = None
+    assert changed_by(config, "evaluation.sampler.steps", 7) == ({"sample_base", *TRAINED}, True)
 
 
 @pytest.mark.parametrize(("path", "value"), (SEARCHING | PRESERVING).items())
@@ -305,7 +312,6 @@ def test_a_prompt_files_content_is_part_of_the_key(config, tmp_path):
     assert found[0] != found[1]
 
 
-SAMPLED = {"sample_base", "sample_ablated", "score_concept"}
 WITH_MODEL = {"generate_anchors", "ablate_concept", *SAMPLED}
 FIXED = {"training.strength": "fixed", "training.preserve": "none"}
 

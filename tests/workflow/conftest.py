@@ -27,10 +27,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PRO
 SAMPLER = {"scheduler": "ddim", "steps": 2, "guidance_scale": 2.0, "eta": 0.0, "precision": "fp32"}
 SEARCH = {  # of rows with strength auto
     "looks": [1],
-    "scales": [0.5],
+    "scales": [1.0, 2.0],
     "ladder": [{}, {"preserve": "distill"}],
     "images": {"target": 4, "anchor": 4, "neighbor": 4},
     "batches": 1,
+    "sampler": None,
 }
 SMALL = {
     "model": {"path": "models/pipeline", "revision": None},
