@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from concept_ablation.common.settings import merge  # noqa: E402
-from concept_ablation.plan.graph import Plan  # noqa: E402
-from concept_ablation.plan.schema import read_config  # noqa: E402
-from concept_ablation.plan.specs import load_plan  # noqa: E402
-from concept_ablation.registries import STAGES  # noqa: E402
+from concept_ablation.common.settings import merge
+from concept_ablation.plan.graph import Plan
+from concept_ablation.plan.schema import read_config
+from concept_ablation.plan.specs import load_plan
+from concept_ablation.registries import STAGES
 
 OWN = {"ladder": [{}]}
 WAYS = {
@@ -83,13 +83,19 @@ def run_all(plan: Plan, workers: int) -> None:
         for name, stage in STAGES.items():
             units = []
             for key in plan.specs[name]:
-                outputs = {file: f"{plan.results}/{path.format(key=key)}" for file, path in stage.files.items()}
+                outputs = {
+                    file: f"{plan.results}/{path.format(key=key)}" for file, path in stage.files.items()
+                }
                 found = {file: plan.upstream(name, key, own) for file, own in INPUTS.get(name, {}).items()}
                 if not Path(next(iter(outputs.values()))).exists():
                     inputs = {file: source for file, source in found.items() if source}
                     units.append((name, json.loads(plan.spec(name, key)), inputs, outputs))
             for number, (path, seconds) in enumerate(pool.imap_unordered(run_unit, units), 1):
-                print(f"{name} {number}/{len(units)}: {Path(path).parent.name} {seconds:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{name} {number}/{len(units)}: {Path(path).parent.name} {seconds:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 class Unnamed:
@@ -122,7 +128,13 @@ class Unnamed:
             apply_delta(pipeline, delta)
         prompts = [f"here is {article(name)}" for name in names for _ in range(2)]
         seeds = [700_000_000 + i for i in range(len(prompts))]
-        sampler = {"scheduler": "dpmsolver++", "steps": 20, "guidance_scale": 3.0, "eta": 0.0, "precision": "auto"}
+        sampler = {
+            "scheduler": "dpmsolver++",
+            "steps": 20,
+            "guidance_scale": 3.0,
+            "eta": 0.0,
+            "precision": "auto",
+        }
         images = sample_images(
             pipeline, prompts, seeds, sampler={**sampler, "height": None, "width": None}, batch_size=16
         )
@@ -186,8 +198,19 @@ def report(plan: Plan, options: argparse.Namespace, seconds: float) -> None:
         writer.writerows(lines)
     good = [line for line in lines if line["verdict"] == GOOD]
     agree = [line["agrees"] for line in lines if line["agrees"] is not None]
-    print(f"\n{options.way}: {len(good)} of {len(lines)} ({len(good) / len(lines):.0%}) {GOOD}; {seconds / 60:.0f} min")
-    for name in ("target", "neighbors", "neighbor_kid", "worst", "anchor", "anchor_kid", "unnamed", "unnamed_likeness"):
+    print(
+        f"\n{options.way}: {len(good)} of {len(lines)} ({len(good) / len(lines):.0%}) {GOOD}; {seconds / 60:.0f} min"
+    )
+    for name in (
+        "target",
+        "neighbors",
+        "neighbor_kid",
+        "worst",
+        "anchor",
+        "anchor_kid",
+        "unnamed",
+        "unnamed_likeness",
+    ):
         print(f"  mean {name}: {statistics.mean(line[name] for line in lines if line[name] is not None):.3f}")
     cost = [sum(line[f"{name}_seconds"] or 0 for line in lines) for name in ("training", "validation")]
     print(f"  training {cost[0]:.0f} s, validation {cost[1]:.0f} s")
@@ -200,7 +223,9 @@ def _short(value: object) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", type=Path, default=ROOT / "bench" / "sweep.csv")
     parser.add_argument("--way", choices=WAYS, default="default")
     parser.add_argument("--rows", type=int, default=1000, help="the first so many rows")

@@ -257,9 +257,16 @@ class Judge:
 def test_a_killed_search_ends_as_one_that_was_not(world, tmp_path, monkeypatch, kills):
     """Two rungs of four steps, looked at after two and four, at two scales; none serves."""
     monkeypatch.setattr(module, "Validation", Judge)
-    search = {"looks": [2], "scales": [1.0, 2.0], "ladder": [{"learning_rate": 1e-4}, {"learning_rate": 2e-4}]}
+    search = {
+        "looks": [2],
+        "scales": [1.0, 2.0],
+        "ladder": [{"learning_rate": 1e-4}, {"learning_rate": 2e-4}],
+    }
     own = {**make_spec(world, preserve="none"), "search": search, "validation": {"alpha": 0.05}}
-    expected, looks = ablate(world, tmp_path / "whole", own), pq.read_table(tmp_path / "whole" / "strength.parquet")
+    expected, looks = (
+        ablate(world, tmp_path / "whole", own),
+        pq.read_table(tmp_path / "whole" / "strength.parquet"),
+    )
     assert [look["step"] for look in looks.to_pylist()] == [2, 2, 4, 4] * 2
     assert [look["chosen"] for look in looks.to_pylist()].index(True) == 7
     kind, number = kills

@@ -99,7 +99,7 @@ def test_sizes_are_told_by_stage(table, tmp_path, capsys):
     make(files_of(read_table([table(ROWS[:3])])[1]))
     assert main(["gc", "--configfile", table(ROWS[:2])]) == 0
     said = capsys.readouterr().out
-    assert "anchors: 1, 100 B" in said and "base: 3, 300 B" in said and "concepts: 1, 200 B" in said
+    assert "anchors: 1, 100 B" in said and "base: 3, 300 B" in said and "concepts: 1, 300 B" in said
     assert (
         "--remove removes them" in said and str(tmp_path / "results" / "concepts" / "object-rocket.") in said
     )

@@ -13,9 +13,11 @@ from PIL import Image
 from concept_ablation.common.image_store import open_store, read_store, write_store
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.diffusion.delta import load_delta, save_delta
+from concept_ablation.methods.strength import Search, write_looks
 from concept_ablation.plan.graph import Plan
 from concept_ablation.prompts.stage import read_prompts
 from concept_ablation.report.failures import Failure, failure_text, find_failures, read_end, set_empty_aside
+from concept_ablation.report.strength import read_looks
 from concept_ablation.report.summary import training_record
 from concept_ablation.report.tables import _read as read_scores
 from tests.shipped import CONFIG
@@ -59,6 +61,10 @@ FILES = {
     "prompts.json": (write_prompts, read_prompts),
     "scores.parquet": (write_scores, read_scores),
     "training.parquet": (write_record, lambda path: training_record({"training": str(path)})),
+    "strength.parquet": (
+        lambda path: write_looks(path, Search(), {"kind": "object"}),
+        lambda path: read_looks({"strength": str(path)}),
+    ),
 }
 
 

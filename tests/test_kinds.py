@@ -1,6 +1,7 @@
 """Every kind of row, group, loss and preset goes through every stage; the tiny models' scores mean nothing here."""
 
 import copy
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,13 +17,14 @@ from tests.workflow.conftest import SMALL
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = ROOT / "workflow" / "schemas"
-TABLE = """concept,kind,target,anchor,neighbors,preset,parameter_group,training.loss,anchors.images,anchors.sampler.steps,steps,training.batch_size,training.prior_preservation
-two-styles,style,ink; pencil,picture,neon,,,,4,2,2,2,
-paper,style,ink,picture,neon,paper,,,4,2,2,2,yes
-diffusers,style,pencil,picture,neon,diffusers,,,4,2,2,2,yes
-unsafe,inappropriate,angry,face,robot; ghost,,,,4,2,2,2,
-all-weights,object,pouting cat,cat,weary cat,,full-weight,noise-based,4,2,2,2,
-tokens,object,pouting cat,cat,weary cat,,embedding,,4,2,2,2,
+TABLE = """concept,kind,target,anchor,neighbors,preset,parameter_group,training.loss,anchors.images,anchors.sampler.steps,steps,training.batch_size,training.prior_preservation,training.strength
+two-styles,style,ink; pencil,picture,neon,,,,4,2,2,2,,
+paper,style,ink,picture,neon,paper,,,4,2,2,2,yes,
+diffusers,style,pencil,picture,neon,diffusers,,,4,2,2,2,yes,
+unsafe,inappropriate,angry,face,robot; ghost,,attn,,4,2,2,2,,
+all-weights,object,pouting cat,cat,weary cat,,full-weight,noise-based,4,2,2,2,,
+tokens,object,pouting cat,cat,weary cat,,embedding,,4,2,2,2,,
+searched,inappropriate,angry,face,robot; ghost,,attn,,4,2,2,2,,auto
 """
 
 
@@ -101,6 +103,20 @@ def test_a_presets_settings_are_in_the_delta_and_a_column_replaces_them():
     ):
         _, metadata = load_delta(summary[name]["delta"])
         assert metadata["settings"].items() >= wanted.items(), name
+
+
+def test_a_searched_strength_is_in_the_tables_and_on_the_page():
+    summary = summary_of("results")
+    assert summary["unsafe"]["strength_looks"] is None and summary["unsafe"]["strength_found"] is None
+    line = summary["searched"]
+    (plan,) = (spec for spec in plan_of(TABLE).specs["ablate_concept"].values() if "search" in spec)
+    looks = pq.read_table(Path(line["delta"]).with_name("strength.parquet")).to_pylist()
+    assert line["strength_looks"] == len(looks) >= 1
+    assert line["validation_pictures"] == sum(look["pictures"] for look in looks) >= 4 * len(looks)
+    (chosen,) = (look for look in looks if look["chosen"])
+    assert (line["strength_step"], line["strength_scale"]) == (chosen["step"], chosen["scale"])
+    assert json.loads(line["strength_settings"]) in plan["search"]["ladder"]
+    assert Path("results/report/index.html").read_text().count("<h3>Strength</h3>") == 1
 
 
 def test_the_groups_change_what_they_say_and_nothing_else():

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from concept_ablation.common.score_table import COLUMNS
-from tests.test_report import make_page, make_row
+from tests.test_report import make_page, make_row, write_made_up_looks
 
 pytestmark = pytest.mark.browser
 HEADS = [
@@ -74,6 +74,7 @@ def pages(tmp_path_factory):
 def make_mixed(folder):
     kept, harmed, wide = (make_row(folder, name) for name in ("kept", "harmed", "wide"))
     several = make_row(folder, "several", target="pouting cat; weary cat")
+    write_made_up_looks(kept)
     set_score(harmed, "neighbors", "difference", -0.3, ("recognition",))
     set_score(wide, "target", "ablated", 0.15, half_width=0.3)
     failure = {"stage": "score_concept", "how": "failed", "concepts": ["lost"]}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -36,6 +37,13 @@ def config(tmp_path, monkeypatch):
         (tmp_path / "embedded" / name / "weights.safetensors").write_bytes(bytes(1000))
     monkeypatch.chdir(tmp_path)
     return yaml.safe_load((ROOT / "config/config.yaml").read_text())
+
+
+@pytest.fixture
+def fixed(config):
+    """The config with trainings of fixed strength that preserve nothing, which no picture judges: as in the paper."""
+    config["training"] |= {"strength": "fixed", "preserve": "none"}
+    return config
 
 
 def keys(plan):
@@ -159,32 +167,116 @@ def test_an_edited_row_changes_its_own_keys_only(config, change):
     assert not set(before["cat-1"][1:]) & set(after["cat-1"][1:])
 
 
-def test_neighbors_change_the_evaluation_and_not_the_ablation(config):
-    before = build_plan([CAT], config).rows[0]
-    after = build_plan([Concept(**{**vars(CAT), "neighbors": ("wry cat",)})], config).rows[0]
+def with_other_neighbors(config):
+    """The row CAT before and after its neighbors change."""
+    other = Concept(**{**vars(CAT), "neighbors": ("wry cat",)})
+    return build_plan([CAT], config).rows[0], build_plan([other], config).rows[0]
+
+
+def test_neighbors_change_the_evaluation_and_not_an_ablation_that_never_looks_at_them(fixed):
+    before, after = with_other_neighbors(fixed)
     assert before.ablation == after.ablation and before.samples != after.samples
 
 
 @pytest.mark.parametrize(
-    ("path", "stages"),
-    [
-        (("anchors", "images"), {"generate_anchors", "ablate_concept", "sample_ablated", "score_concept"}),
-        (("training", "steps"), {"ablate_concept", "sample_ablated", "score_concept"}),
-        (("evaluation", "sampler", "steps"), {"sample_base", "sample_ablated", "score_concept"}),
-        (("evaluation", "statistics", "bootstrap"), {"score_concept"}),
-        (("verdict", "target_max"), set()),
-    ],
+    "training",
+    [{}, {"preserve": "none"}, {"strength": "fixed"}, {"strength": "fixed", "preserve": "distill"}],
 )
-def test_a_setting_changes_the_keys_from_its_stage_on(config, path, stages):
+def test_neighbors_change_an_ablation_that_preserves_them_or_is_judged_by_them(config, training):
+    config["training"] |= training
+    before, after = with_other_neighbors(config)
+    assert before.anchors == after.anchors and before.ablation != after.ablation
+
+
+def changed_by(config, path, value):
+    """The stages of CAT whose keys change when a setting gets this value, and whether the report's do."""
     before = build_plan([CAT], config)
-    *groups, last = path
+    *groups, last = path.split(".")
     part = config
     for group in groups:
         part = part[group]
-    part[last] = part[last] * 2 if last != "target_max" else 0.5
+    part[last] = value
     after = build_plan([CAT], config)
-    assert {stage for stage in STAGES if before.specs[stage].keys() != after.specs[stage].keys()} == stages
-    assert before.report_spec() != after.report_spec()
+    stages = {stage for stage in STAGES if before.specs[stage].keys() != after.specs[stage].keys()}
+    return stages, before.report_spec() != after.report_spec()
+
+
+TRAINED = {"ablate_concept", "sample_ablated", "score_concept"}
+SAMPLED = {"sample_base", "sample_ablated", "score_concept"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "stages"),
+    [
+        ("anchors.images", 7, {"generate_anchors", *TRAINED}),
+        ("training.steps", 7, TRAINED),
+        ("evaluation.sampler.steps", 7, SAMPLED),
+        ("evaluation.statistics.bootstrap", 7, {"score_concept"}),
+        ("verdict.target_max", 0.5, set()),
+    ],
+)
+def test_a_setting_changes_the_keys_from_its_stage_on(fixed, path, value, stages):
+    assert changed_by(fixed, path, value) == (stages, True)
+
+
+SEARCHING = {
+    "training.search.looks": [10],
+    "training.search.scales": [0.5],
+    "training.search.ladder": [{}],
+    "training.search.alpha": 0.01,
+    "training.search.images": {"target": 8, "anchor": 8, "neighbor": 8},
+    "training.search.batches": 2,
+    "training.search.seed": 1,
+    "training.search.sampler": None,
+    "prompts.validation": None,
+}
+PRESERVING = {
+    "training.preserve_weight": 2.0,
+    "training.preserve_tolerance": 0.5,
+    "training.preserve_prompts": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "stages"),
+    [
+        ("evaluation.sampler.steps", 7, SAMPLED),  # a search has a sampler of its own
+        ("evaluation.statistics.bootstrap", 7, TRAINED),
+        ("verdict.target_max", 0.5, TRAINED),
+        ("verdict.anchor_loss_max", 0.4, TRAINED),
+        ("verdict.copy_max", 0.5, set()),  # of another kind
+        ("verdict.half_width_max", 0.5, set()),  # the search has its own test
+    ],
+)
+def test_how_a_row_is_judged_decides_its_ablation_when_its_strength_is_searched(config, path, value, stages):
+    assert changed_by(config, path, value) == (stages, True)
+
+
+def test_a_search_without_a_sampler_of_its_own_draws_with_the_evaluations(config):
+    config["training"]["search"]["sampler"] = None
+    assert changed_by(config, "evaluation.sampler.steps", 7) == ({"sample_base", *TRAINED}, True)
+
+
+@pytest.mark.parametrize(("path", "value"), (SEARCHING | PRESERVING).items())
+def test_every_setting_of_search_and_preservation_changes_the_ablation(config, path, value):
+    assert changed_by(config, path, value) == (TRAINED, True)
+
+
+@pytest.mark.parametrize(("path", "value"), (SEARCHING | PRESERVING).items())
+def test_no_setting_of_search_and_preservation_names_an_ablation_that_does_neither(fixed, path, value):
+    assert changed_by(fixed, path, value) == (set(), False)
+
+
+def test_an_ablation_that_neither_searches_nor_preserves_is_named_as_before_these_settings(fixed):
+    (spec,) = build_plan([CAT], fixed).specs["ablate_concept"].values()
+    assert not spec.keys() & {"neighbors", "validation", "search", "preserve_prompts"}
+    assert not [name for name in spec["training"] if name.startswith(("preserve", "strength", "search"))]
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_search_that_is_not_made_names_no_ablation_that_preserves(config, name):
+    config["training"]["strength"] = "fixed"
+    assert changed_by(config, name, SEARCHING[name]) == (set(), False)
 
 
 def test_the_stage_version_is_part_of_the_key(config, monkeypatch):
@@ -220,8 +312,8 @@ def test_a_prompt_files_content_is_part_of_the_key(config, tmp_path):
     assert found[0] != found[1]
 
 
-SAMPLED = {"sample_base", "sample_ablated", "score_concept"}
 WITH_MODEL = {"generate_anchors", "ablate_concept", *SAMPLED}
+FIXED = {"training.strength": "fixed", "training.preserve": "none"}
 
 
 @pytest.mark.parametrize(
@@ -231,10 +323,17 @@ WITH_MODEL = {"generate_anchors", "ablate_concept", *SAMPLED}
         ({}, {"model.path": "one.ckpt"}, "one.ckpt", WITH_MODEL),
         ({}, {"model.path": "one.ckpt", "model.config": "like"}, "like/vocab.json", WITH_MODEL),
         ({}, {"model.path": "one.ckpt", "model.config": "v1.yaml"}, "v1.yaml", WITH_MODEL),
-        ({}, {}, "embedded/emoji-clip/weights.safetensors", {"score_concept"}),
+        ({}, {}, "embedded/emoji-clip/weights.safetensors", TRAINED),
+        ({}, FIXED, "embedded/emoji-clip/weights.safetensors", {"score_concept"}),
         (
             {},
             {"evaluation.scorer.model": "ViT-B-32", "evaluation.scorer.pretrained": "w.pt"},
+            "w.pt",
+            TRAINED,
+        ),
+        (
+            {},
+            {"evaluation.scorer.model": "ViT-B-32", "evaluation.scorer.pretrained": "w.pt", **FIXED},
             "w.pt",
             {"score_concept"},
         ),
@@ -242,7 +341,7 @@ WITH_MODEL = {"generate_anchors", "ablate_concept", *SAMPLED}
             {"kind": "inappropriate"},
             {"kinds.inappropriate.evaluation.detector.scorer": {"model": "clip", "pretrained": None}},
             "clip/w.bin",
-            {"score_concept"},
+            TRAINED,
         ),
         (
             {},
@@ -348,6 +447,16 @@ def test_a_row_is_finished_when_all_its_files_exist(config):
     assert not set(again.pending_files()) & set(files)
 
 
+def test_the_looks_at_a_searched_strength_are_among_a_rows_files_and_no_others(config):
+    """So that a storage plugin fetches them for the report, and results without them, of fixed strengths, are whole."""
+    fixed = replace(CAT, name="fixed", overrides={"training.strength": "fixed"})
+    plan = build_plan([CAT, fixed, replace(INK, preset="paper")], config)
+    (looks,) = (file for row in plan.rows for file in plan.files(row) if "strength" in file)
+    assert looks == f"results/concepts/{plan.rows[0].ablation}/strength.parquet"
+    assert plan.rows[0].concept == CAT and looks in plan.pending_files()
+    assert json.loads(plan.report_spec())["rows"][0]["strength"] == looks
+
+
 MOON = Concept("moon", "memorization", ("The Poster",), "moon", ("sun",), image="moon.png", line=5)
 ANGRY = Concept("angry", "inappropriate", ("angry", "furious"), "face", ("robot",), line=6)
 
@@ -390,7 +499,11 @@ def test_unsafe_terms_are_the_anchors_negative_prompt_and_have_a_detector(config
         plan.specs[stage].values() for stage in ("generate_anchors", "ablate_concept", "score_concept")
     )
     assert anchors["negative_prompt"] == "angry, furious"
-    assert ablation["training"]["group"] == "attn" and ablation["training"]["prior_preservation"]
+    assert ablation["validation"]["detector"] == scores["detector"], "the search judges as the report does"
+    assert ablation["validation"]["limits"].keys() >= {"detected_max", "anchor_loss_max"}
+    (published,) = build_plan([replace(ANGRY, preset="paper")], config).specs["ablate_concept"].values()
+    assert published["training"]["group"] == "attn" and published["training"]["prior_preservation"]
+    assert "validation" not in published
     assert scores["detector"] == {
         "type": "zero-shot",
         "scorer": None,
@@ -486,10 +599,70 @@ def test_problems_name_the_row_and_the_file(config):
     with pytest.raises(PlanError) as caught:
         build_plan(rows, config)
     assert "concepts.csv:2: none.txt: can't be read" in str(caught.value)
-    assert "concepts.csv:4: config/prompts/sculpture.txt: can't be read" in str(caught.value)
+    assert "concepts.csv:4: config/prompts/sculpture.txt: can't be read" in str(caught.value), "before others"
     config["model"] = {"path": "nobody/nothing", "revision": None, "config": None}
     with pytest.raises(PlanError, match="model.path: there is no folder or file 'nobody/nothing' here"):
         build_plan([CAT], config)
+
+
+def test_a_missing_file_of_validation_prompts_is_told_with_what_to_do(config):
+    for folder in ("", "eval/"):
+        file = Path(f"own/{folder}sculpture.txt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a sculpture\n")
+    config["kinds"]["style"]["prompts"] |= {
+        "training": "own/{anchor}.txt",
+        "evaluation": "own/eval/{anchor}.txt",
+        "validation": "own/validation/{anchor}.txt",
+    }
+    row = replace(INK, anchor="sculpture")
+    with pytest.raises(PlanError) as caught:
+        build_plan([row], config)
+    assert "concepts.csv:4: prompts.validation: there is no file own/validation/sculpture.txt" in str(
+        caught.value
+    )
+    assert "write it, or set prompts.validation to null" in str(caught.value)
+    config["kinds"]["style"]["prompts"]["validation"] = None
+    (spec,) = build_plan([row], config).specs["ablate_concept"].values()
+    (samples,) = build_plan([row], config).specs["sample_ablated"].values()
+    for looked, drawn in zip(spec["validation"]["probes"], samples["probes"], strict=True):
+        assert looked["prompts"][0] == drawn["prompts"][0] and looked["seed"] != drawn["seed"]
+    config["kinds"]["style"]["prompts"]["validation"] = "own/validation/{anchor}.txt"
+    config["training"]["strength"] = "fixed"
+    assert build_plan([row], config).rows, "nobody reads it"
+
+
+@pytest.mark.parametrize("group", ["attn", "full-weight", "embedding"])
+def test_a_null_space_is_refused_where_not_only_keys_and_values_of_the_text_are_trained(config, group):
+    def plan(ladder=({},), **training):
+        config["training"] |= training
+        config["training"]["search"]["ladder"] = list(ladder)
+        return build_plan([replace(CAT, overrides={"training.parameter_group": group})], config)
+
+    for strength, preserve in itertools.product(("auto", "fixed"), ("null-space", "both")):
+        with pytest.raises(PlanError) as caught:
+            plan(strength=strength, preserve=preserve)
+        said = f"concepts.csv:2: training.preserve {preserve} needs training.parameter_group cross-attn, not {group}"
+        assert said in str(caught.value) and f"(allowed with {group}: none, distill)" in str(caught.value)
+    for strength, preserve in itertools.product(("auto", "fixed"), ("none", "distill")):
+        assert plan(strength=strength, preserve=preserve).rows
+    ladder = [{}, {"preserve": "both"}]
+    with pytest.raises(
+        PlanError, match=r"concepts.csv:2: training.search.ladder, rung 2: training.preserve both needs"
+    ):
+        plan(ladder, strength="auto", preserve="none")
+    assert plan(ladder, strength="fixed", preserve="none").rows, "which climbs no ladder"
+    assert plan([{"parameter_group": "cross-attn"}], strength="auto", preserve="both").rows
+
+
+def test_a_rung_of_the_ladder_may_not_leave_the_null_space_behind(config):
+    config["training"]["search"]["ladder"] = [{}, {"parameter_group": "full-weight"}]
+    with pytest.raises(
+        PlanError, match="rung 2: training.preserve null-space needs .* cross-attn, not full-weight"
+    ):
+        build_plan([CAT], config)
+    config["training"]["search"]["ladder"][1]["preserve"] = "distill"
+    assert build_plan([CAT], config).rows
 
 
 def test_an_edited_prompt_file_is_read_again_though_its_size_and_time_stay(config):

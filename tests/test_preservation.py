@@ -108,7 +108,7 @@ def test_projection_equals_least_squares():
 def test_distillation_is_drawn_last_and_held_to_the_unchanged_network(pipeline):
     """A training whose preserved prompts are its targets' can't move these: both losses pull at the same predictions."""
     _, plain = train(pipeline, steps=1, preserve="none")
-    training, records = train(load_pipeline(pipeline.name_or_path, device="cpu"), steps=1, preserve="distill")
+    _, records = train(load_pipeline(pipeline.name_or_path, device="cpu"), steps=1, preserve="distill")
     assert records[0].loss == plain[0].loss  # no draw of the other loss has changed
     assert records[0].preserve_loss == 0  # before the first step nothing has moved
     _, records = train(load_pipeline(pipeline.name_or_path, device="cpu"), preserve="distill")

@@ -2,12 +2,14 @@
 
 import base64
 import hashlib
+import html
 import io
 import re
 import subprocess
 import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +21,11 @@ from concept_ablation.common.image_store import StoreError, write_store
 from concept_ablation.common.roles import is_pooled, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.statistics import Estimate
+from concept_ablation.methods.strength import COLUMNS as LOOKS
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import figures, formatting, sections
 from concept_ablation.report import page as report
+from concept_ablation.report.strength import COLUMNS as STRENGTH
 from concept_ablation.report.tables import aggregate_scores
 from tests.shipped import report_spec
 
@@ -121,6 +125,48 @@ def make_row(
     }
     pq.write_table(pa.table({name: list(values) for name, values in record.items()}), row["training"])
     return row
+
+
+FOUND = (
+    {"step": 20, "target_share": 0.5, "excess": 0.3, "gone": False, "kept": None, "pictures": 24},
+    {"step": 20, "scale": 2.0, "excess": 0.1, "gone": True, "kept": False, "worst_neighbor_loss": 0.6},
+    {"step": 40, "settings": '{"learning_rate": 0.01}', "target_share": 0.04, "chosen": True},
+)
+"""Looks at a training, as far as they differ from one that finds the target gone and the rest kept."""
+
+
+def write_made_up_looks(row, looks=FOUND):
+    """Give a row a table of looks, as a search for its strength leaves it."""
+    row["strength"] = str(Path(row["training"]).with_name("strength.parquet"))
+    lines = []
+    for look in looks:
+        own = {
+            "rung": 0,
+            "settings": "{}",
+            "step": 20,
+            "scale": 1.0,
+            "gone": True,
+            "kept": True,
+            "excess": -0.1,
+        }
+        own |= {
+            "target": row["targets"][0],
+            "target_share": 0.1,
+            "target_limit": 0.2,
+            "pictures": 96,
+            "seconds": 1.5,
+        }
+        own |= {"target_excess_high": -0.02, "chosen": False}
+        if look.get("kept", True) is not None:
+            own |= {
+                "anchor_loss": 0.11,
+                "anchor_loss_high": 0.2,
+                "neighbor_loss": 0.02,
+                "neighbor_loss_high": 0.1,
+            }
+            own |= {"worst_neighbor": "duck", "worst_neighbor_loss": 0.25, "worst_neighbor_loss_high": 0.4}
+        lines.append(own | look)
+    pq.write_table(pa.Table.from_pylist(lines, schema=LOOKS), row["strength"])
 
 
 def make_page(folder, rows, failures=(), waiting=(), **page):
@@ -531,6 +577,89 @@ def test_an_imported_delta_without_a_training_record(tmp_path):
     (line,) = pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
     assert line["training_seconds"] is None and line["steps"] is None and line["delta_mb"] > 0
     assert re.search(r'data-sort="">.*–.*<small>[\d.]+ (kB|MB)</small>', page)
+
+
+def strength_card(text):
+    """What the card about a row's strength says, without its tags."""
+    (card,) = re.findall(r"<h3>Strength</h3>(.*?)</div>", text, re.DOTALL)
+    return " ".join(re.sub("<[^>]+>", " ", card.partition("</svg>")[2]).split())
+
+
+def test_how_a_strength_was_found_is_on_the_page_and_in_the_summary(tmp_path):
+    row, fixed = make_row(tmp_path, "searched"), make_row(tmp_path, "fixed")
+    write_made_up_looks(row)
+    text = make_page(tmp_path, [fixed, row])
+    elements = Elements(text)
+    assert strength_card(text) == (
+        "Found: step 40, learning rate 0.01. On its validation pictures: target in 4%, most lost by a neighbor 25% (duck), "
+        "by the anchor 11%. 3 looks, 216 pictures, 4 s"
+    )
+    points = [
+        circle["class"] for circle in elements.of("circle") if circle["class"] in ("look", "taken", "unseen")
+    ]
+    assert points == ["unseen", "look", "taken"]
+    lines = {
+        line["concept"]: line for line in pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
+    }
+    assert {name: lines["searched"][name] for name in STRENGTH} == {
+        "strength_found": True,
+        "strength_settings": '{"learning_rate": 0.01}',
+        "strength_step": 40,
+        "strength_scale": 1.0,
+        "strength_looks": 3,
+        "validation_pictures": 216,
+        "validation_seconds": 4.5,
+    }
+    assert {lines["fixed"][name] for name in STRENGTH} == {None}
+
+
+def test_all_looks_at_a_training_are_in_a_table(tmp_path):
+    row = make_row(tmp_path, "searched")
+    write_made_up_looks(row)
+    (table,) = re.findall(
+        r"All looks at this row's training</summary>(.*?)</table>", make_page(tmp_path, [row]), re.DOTALL
+    )
+    head, *lines = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    cells = [
+        [
+            " ".join(html.unescape(re.sub("<[^>]+>", " ", cell)).split())
+            for cell in re.findall(r"<t[hd].*?</t[hd]>", line, re.DOTALL)
+        ]
+        for line in lines
+    ]
+    assert head.count("<th") == len(cells[0]) == 11
+    assert cells == [
+        ["the row's own", "20", "1", "50% at most 18%", "20%", "–", "–", "", "–", "24", "not shown to be gone"],
+        ["the row's own", "20", "2", "10% at most 18%", "20%", "11% at most 20%", "2%", "duck", "60% at most 40%", "96", "gone, something harmed"],
+        ["learning rate 0.01", "40", "1", "4% at most 18%", "20%", "11% at most 20%", "2%", "duck", "25% at most 40%", "96", "taken gone, kept"],
+    ]  # fmt: skip
+
+
+def test_a_strength_that_was_not_found_is_said_to_be_the_nearest(tmp_path):
+    row = make_row(tmp_path, "searched")
+    write_made_up_looks(row, [FOUND[0], FOUND[1] | {"chosen": True}])
+    said = strength_card(make_page(tmp_path, [row]))
+    assert said.startswith(
+        "None found that removes the target and keeps the rest ; the nearest is step 20, its change × 2. On its"
+    )
+    (line,) = pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
+    assert line["strength_found"] is False and line["strength_scale"] == 2.0
+
+
+def test_a_fixed_strength_has_no_card(tmp_path, page):
+    row = make_row(tmp_path, "fixed")
+    write_made_up_looks(row, [])  # as the stage leaves it
+    for text in (page, make_page(tmp_path, [row])):
+        assert "<h3>Strength</h3>" not in text and "All looks" not in text and 'class="strength"' not in text
+    (line,) = pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
+    assert {line[name] for name in STRENGTH} == {None}
+
+
+def test_names_in_looks_stay_text(tmp_path):
+    row = make_row(tmp_path, "searched")
+    write_made_up_looks(row, [{"worst_neighbor": HOSTILE, "settings": '{"preserve": "<b>"}', "chosen": True}])
+    text = make_page(tmp_path, [row])
+    assert len(Elements(text).of("script")) == 1 and "preserve &lt;b&gt;" in text
 
 
 def test_the_report_needs_no_torch():

@@ -51,7 +51,9 @@ def climb(erase, harm, scales=(1.0, 2.0), steps=(10, 20, 40)):
     for step in steps:
         training.take(step - training.step)
         ended = look_at(search, change, judge, (0, "{}", step), scales)
-        assert float(training.parameters["w"].detach()) == 10 + step  # the training goes on from where it stood
+        assert (
+            float(training.parameters["w"].detach()) == 10 + step
+        )  # the training goes on from where it stood
         if ended:
             break
     return search

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from concept_ablation import verdict
 from concept_ablation.common.roles import is_pooled
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.methods.ablation.training import StepRecord
 from concept_ablation.methods.records import write_records
 from concept_ablation.registries import KINDS
-from concept_ablation import verdict
 from concept_ablation.report.summary import summary_schema
 from concept_ablation.report.tables import (
     TableError,

@@ -39,6 +39,10 @@ class Method:
         """Whether it judges its strength on validation pictures: its spec then has `validation`."""
         return False
 
+    def mistake(self, settings: Mapping) -> str | None:
+        """What is wrong with a row's merged settings that no schema can tell, and what is allowed; None: nothing."""
+        return None
+
     def work(self, settings: Mapping, templates: list[str]) -> dict:
         """What its spec holds besides the row's fields, the model and the anchors: all else that decides the delta.
 

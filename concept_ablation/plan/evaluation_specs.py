@@ -58,10 +58,10 @@ LOSSES = ("neighbor_loss_max", "worst_neighbor_loss_max", "anchor_loss_max")
 def validation_spec(concept: Concept, own: Mapping, limits: Mapping[str, float]) -> dict:
     """What a search for a row's strength draws and how it judges: as the report will, but from other seeds and prompts.
 
-    `limits`: the config's `verdict`. Its limits decide here, so only those that can are part of the key.
+    `limits`: the config's `verdict`. Its limits decide here, so only those that can are part of the key. Raises PlanError.
     """
     search, words = own["training"]["search"], own["prompts"]
-    file = words["validation"] or words["evaluation"]
+    file = _validation_file(concept, words)
     images = {role: count * search["batches"] for role, count in search["images"].items()}
     asked = {
         **own,
@@ -77,6 +77,19 @@ def validation_spec(concept: Concept, own: Mapping, limits: Mapping[str, float])
         **scoring_spec(concept, own),
         **memory_spec(concept, own["evaluation"]),
     }
+
+
+def _validation_file(concept: Concept, words: Mapping) -> str:
+    """The file of a row's validation prompts. Raises PlanError if the config names one that isn't there."""
+    if words["validation"] is None:
+        return words["evaluation"]
+    path = prompt_path(words["validation"], concept.anchor)
+    if not os.path.exists(path):
+        raise PlanError(
+            f"prompts.validation: there is no file {path} here. By its prompts the training judges its strength: write it, or "
+            "set prompts.validation to null; then the prompts of prompts.evaluation are used, with other seeds"
+        )
+    return path
 
 
 def _detector_spec(detector: Mapping, concept: Concept, texts: Mapping[str, str]) -> dict:

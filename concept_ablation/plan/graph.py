@@ -96,10 +96,12 @@ class Plan:
     def files(self, row: Row) -> list[str]:
         """All files of a row that the report reads."""
         files = [self.path(key) for key in (row.ablation, row.samples, row.scores)]
-        record = self.training_record(row)
+        # Where no strength was searched, the table of looks is empty, and results of before it was written lack it.
+        searched = "search" in self.specs[self.stages[row.ablation]][row.ablation]
+        records = [self.training_record(row, name) for name in ("training", *["strength"] * searched)]
         return (
             files
-            + ([record] if record else [])
+            + [record for record in records if record]
             + [self.path(key) for key in dict.fromkeys(row.base.values())]
         )
 

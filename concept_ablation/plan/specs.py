@@ -115,12 +115,14 @@ def _plan_ablation(
         pair = {name: row[name] for name in ("kind", "targets", "anchor")}
         return None, plan.add("import_delta", label, {**pair, **delta})
     method = METHODS[own["method"]["name"]]
+    if wrong := method.mistake(own):
+        raise PlanError(wrong)
     work = {name: row[name] for name in method.fields(own)} | {"model": model}
-    if method.validates(own):
-        work["validation"] = validation_spec(concept, own, limits)
     anchors = None
     if method.uses_anchors:
         anchors = work["anchors"] = _plan_anchors(plan, concept, own, model, memory)
+    if method.validates(own):
+        work["validation"] = validation_spec(concept, own, limits)
     return anchors, plan.add("ablate_concept", label, work | method.work(own, templates))
 
 

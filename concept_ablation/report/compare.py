@@ -29,7 +29,9 @@ def compare_rows(results: str | os.PathLike) -> str:
     """The table, one block a target that several finished rows remove. Raises CompareError."""
     path = Path(results) / SUMMARY
     if not path.is_file():
-        raise CompareError(f"{path}: there is no such table; run the workflow first, or name its results folder")
+        raise CompareError(
+            f"{path}: there is no such table; run the workflow first, or name its results folder"
+        )
     groups: dict[tuple, list[Mapping]] = defaultdict(list)
     for line in pq.read_table(path).to_pylist():
         groups[line["kind"], line["target"], line["anchor"]].append(line)
@@ -39,7 +41,9 @@ def compare_rows(results: str | os.PathLike) -> str:
             f"{path}: no target is removed by two rows. Name it in several rows of the table, each with its own column 'concept' "
             "and the settings, preset or method to compare"
         )
-    blocks = [_block(place, sorted(lines, key=lambda line: line["concept"])) for place, lines in several.items()]
+    blocks = [
+        _block(place, sorted(lines, key=lambda line: line["concept"])) for place, lines in several.items()
+    ]
     note = "* not at equal erasure: the strength was fixed, or no strength got there. Changes in points; KID x 1000."
     return "\n\n".join([*blocks, note])
 

@@ -38,7 +38,13 @@ SAMPLER = {"steps": 2, "precision": "fp32"}
 SMALL = {
     "prompts": {"count": 4},
     "anchors": {"images": 4, "sampler": SAMPLER},
-    "training": {"steps": 2, "batch_size": 2, "precision": "fp32"},
+    "training": {
+        "steps": 2,
+        "batch_size": 2,
+        "precision": "fp32",
+        "preserve": "none",
+        "strength": "fixed",
+    },
     "evaluation": {
         "images": {"target": 4, "anchor": 4, "neighbor": 4},
         "sampler": SAMPLER,

@@ -22,16 +22,28 @@ class Ablation(Method):
     def validates(self, settings: Mapping) -> bool:
         return settings["training"]["strength"] == "auto"
 
+    def mistake(self, settings: Mapping) -> str | None:
+        """The null space is that of keys and values of the text, so no other parameters can be kept in it."""
+        training = settings["training"]
+        for number, rung in enumerate(_rungs(training), 1):
+            preserve, group = (rung.get(name, training[name]) for name in ("preserve", "parameter_group"))
+            if preserve in ("null-space", "both") and group != "cross-attn":
+                where = f"training.search.ladder, rung {number}: " if rung else ""
+                more = "; training.strength fixed climbs no ladder" if rung else ""
+                return (
+                    f"{where}training.preserve {preserve} needs training.parameter_group cross-attn, not {group}, since it keeps "
+                    f"keys and values of the text (allowed with {group}: none, distill{more})"
+                )
+        return None
+
     def work(self, settings: Mapping, templates: list[str]) -> dict:
         training = {**settings["training"], "style_templates": templates}
         training["group"], seed = training.pop("parameter_group"), training.pop("seed")
         search, general = training.pop("search"), training.pop("preserve_prompts")
         work = {"method": self.name, "training": training, "seed": seed}
-        rungs = [{}]
-        if training["strength"] == "auto":  # batches and seeds of its pictures are in `validation`
-            rungs = search["ladder"]
+        if self.validates(settings):  # batches and seeds of its pictures are in `validation`
             work["search"] = {name: search[name] for name in ("looks", "scales", "ladder")}
-        ways = {rung.get("preserve", training["preserve"]) for rung in rungs}
+        ways = {rung.get("preserve", training["preserve"]) for rung in _rungs(settings["training"])}
         if ways == {"none"}:
             del training["preserve_weight"], training["preserve_tolerance"]
         else:
@@ -65,6 +77,11 @@ class Ablation(Method):
             checkpoint_path=checkpoint,
             checkpoint_steps=checkpoint_steps,
         )
+
+
+def _rungs(training: Mapping) -> Sequence[Mapping]:
+    """What replaces a row's settings in each of its trainings: the ladder's rungs, or once nothing."""
+    return training["search"]["ladder"] if training["strength"] == "auto" else [{}]
 
 
 def general_prompts(path: str | None, slots: Mapping[str, Sequence[str]]) -> list[str]:

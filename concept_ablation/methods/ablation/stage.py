@@ -167,7 +167,9 @@ class _Run:
 
         ended = bool(state and state["ended"])
         if not ended and training.step in looks and not (state and state["looked"]):
-            ended = ends_at(training.step)  # at step 0, or at one after which the run was killed before it looked
+            ended = ends_at(
+                training.step
+            )  # at step 0, or at one after which the run was killed before it looked
         if not ended:
             any(step in looks and ends_at(step) for step in self._steps(training, place[0]))
         return any(look.reached for look in self.found.looks)
