@@ -10,9 +10,24 @@ from concept_ablation.report.summary import summary_schema
 
 
 def write(folder, *lines):
-    plain = {"kind": "object", "target": "owl", "anchor": "bird", "presence_base": 1.0, "presence_ablated": 0.04}
-    plain |= {"neighbor_recognition_change": -0.01, "worst_neighbor_typical_change": -0.25, "worst_neighbor": "duck"}
-    plain |= {"anchor_typical_change": 0.0, "neighbor_kid_x1000": 1.4, "anchor_kid_x1000": 12.0, "strength_found": True}
+    plain = {
+        "kind": "object",
+        "target": "owl",
+        "anchor": "bird",
+        "presence_base": 1.0,
+        "presence_ablated": 0.04,
+    }
+    plain |= {
+        "neighbor_recognition_change": -0.01,
+        "worst_neighbor_typical_change": -0.25,
+        "worst_neighbor": "duck",
+    }
+    plain |= {
+        "anchor_typical_change": 0.0,
+        "neighbor_kid_x1000": 1.4,
+        "anchor_kid_x1000": 12.0,
+        "strength_found": True,
+    }
     plain |= {"training_seconds": 13.0, "validation_seconds": 12.0}
     (folder / "report").mkdir(parents=True)
     table = pa.Table.from_pylist([plain | line for line in lines], schema=summary_schema())

@@ -13,7 +13,7 @@ from concept_ablation.plan.schema import read_config
 from concept_ablation.plan.specs import load_plan
 
 ROOT = Path(__file__).parents[1]
-FEW = {"images": {"target": 16, "anchor": 6, "neighbor": 6}, "batches": 2}
+FEW = {"images": {"target": 16, "anchor": 6, "neighbor": 6}, "batches": 3}
 
 
 @pytest.fixture(scope="module")

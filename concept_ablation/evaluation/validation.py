@@ -1,8 +1,8 @@
 """Validation: pictures from seeds and prompts that the report never uses, by which a training judges its own strength.
 
-A look draws as few pictures as will do. The targets come first, batch by batch, until their share is bounded below its limit or is
-seen to lie above it; the anchor and the neighbors are drawn only where the targets are gone. What is judged, and by which limits,
-is what the report judges later: `concept_ablation.verdict`.
+A look draws as few pictures as will do. A first batch of the targets' says whether they seem gone; other pictures prove it, so that a
+strength isn't proven by the pictures that chose it. The anchor and the neighbors are drawn only where the targets are gone. What is
+judged, and by which limits, is what the report judges later: `concept_ablation.verdict`.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Finding:
 
 
 class Spending:
-    """The error that each test may make, so that all tests of a search together err with probability `total` at most.
+    """The error that each proof may make, so that all of a search together err with probability `total` at most.
 
-    Test j gets total / (j (j + 1)), whose sum over all j is `total`: so the number of tests needn't be known (an alpha-spending
+    Proof j gets total / (j (j + 1)), whose sum over all j is `total`: so the number of proofs needn't be known (an alpha-spending
     sequence, as Foster and Stine's, 2008, for tests one after the other).
     """
 
@@ -135,20 +135,47 @@ class Validation:
         )
 
     def _look_at_targets(self, spending: Spending) -> tuple[Verdict, list[Probe]]:
-        """Draw the targets' pictures, batch by batch, until it is clear whether all are gone, or there are enough."""
-        images: list[list[Image]] = [[] for _ in self.targets]
-        anchors = [probe for probe in self.others if probe["role"] == "anchor"]
-        neutral = [self._unchanged_probe(probe) for probe in anchors if self.kind.limit_above_neutral]
-        for number in range(self.asked["batches"]):
+        """Whether all targets are gone. A first batch of pictures says whether it seems so; only others prove it."""
+        neutral = [self._unchanged_probe(probe) for probe in self.others if self._is_neutral(probe)]
+        images: list[list[Image]] = [self._draw(probe, 0) for probe in self.targets]
+        seems, probes = self._verdict(images, neutral, self.asked["alpha"])
+        if not seems.removed:
+            return seems, probes
+        images, error = [[] for _ in self.targets], None
+        for number in range(1, self.asked["batches"]):
             for probe, own in zip(self.targets, images, strict=True):
                 own += self._draw(probe, number)
-            probes = [self._target_probe(*pair) for pair in zip(self.targets, images, strict=True)]
-            level = 1 - 2 * spending.next()
-            lines = self._lines([*probes, *neutral], {self.kind.measure, *NEUTRAL}, level)
-            verdict = decide(self.row["kind"], presence_of(self.row, lines), {}, self.limits)
+            error = spending.next() if error is None else error
+            if self._best_case(len(images[0]), neutral, error) > 0 and number + 1 < self.asked["batches"]:
+                continue  # no number of pictures of the target, not even none, would prove anything yet
+            verdict, probes = self._verdict(images, neutral, error)
             if not verdict.removed or verdict.target_excess_high <= 0:
                 break
+            error = None
         return verdict, probes
+
+    def _is_neutral(self, probe: Mapping) -> bool:
+        return probe["role"] == "anchor" and self.kind.limit_above_neutral
+
+    def _verdict(
+        self, images: Sequence[Sequence[Image]], neutral: Sequence[Probe], error: float
+    ) -> tuple[Verdict, list[Probe]]:
+        """What these pictures of the targets say, with a bound that errs in a share of `error`."""
+        probes = [self._target_probe(probe, own) for probe, own in zip(self.targets, images, strict=True)]
+        return self._decide([*probes, *neutral], error), probes
+
+    def _best_case(self, count: int, neutral: Sequence[Probe], error: float) -> float:
+        """The bound's excess if none of `count` pictures showed its target."""
+        nothing = np.repeat(self.texts[self.row["anchor"]][None], count, axis=0)
+        measured = {self.kind.measure: (None, np.zeros(count))}
+        probes = [
+            Probe("target", probe["subject"], nothing, nothing, measured=measured) for probe in self.targets
+        ]
+        return self._decide([*probes, *neutral], error).target_excess_high
+
+    def _decide(self, probes: Sequence[Probe], error: float) -> Verdict:
+        lines = self._lines(probes, {self.kind.measure, *NEUTRAL}, 1 - 2 * error)
+        return decide(self.row["kind"], presence_of(self.row, lines), {}, self.limits)
 
     def _look_at_the_rest(self, targets: list[Probe]) -> tuple[dict, bool]:
         """The losses of the anchor and the neighbors, and whether they are kept: batch by batch until that is clear."""
