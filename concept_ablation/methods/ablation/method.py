@@ -86,17 +86,11 @@ def _rungs(training: Mapping) -> Sequence[Mapping]:
 
 def general_prompts(path: str | None, slots: Mapping[str, Sequence[str]]) -> list[str]:
     """The preserved prompts of a file, without a row's own; none without a file. Raises PromptsError."""
-    return (
-        []
-        if path is None
-        else _expanded(path, tuple((name, tuple(values)) for name, values in slots.items()))
-    )
-
-
-def _expanded(path: str, slots: tuple[tuple[str, tuple[str, ...]], ...]) -> list[str]:
-    templates, known = read_templates(path), dict(slots)
+    if path is None:
+        return []
+    templates = read_templates(path)
     used = set(SLOT.findall("\n".join(templates)))
-    return expand(templates, "", {name: list(values) for name, values in known.items() if name in used})
+    return expand(templates, "", {name: values for name, values in slots.items() if name in used})
 
 
 METHOD = Ablation()
