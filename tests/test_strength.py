@@ -33,7 +33,8 @@ def finding(share, harm, limit=0.2):
     excess = max(share - limit, *([harm - 0.5] if looked else []), -1)
     return Finding(
         gone=share + 0.1 <= limit, kept=harm + 0.1 <= 0.5 if looked else None, excess=excess, target="owl", target_share=share,
-        target_limit=limit, target_excess=share - limit, target_excess_high=share + 0.1 - limit, anchor_loss=loss,
+        target_limit=limit, target_excess=share - limit, target_excess_high=share + 0.1 - limit,
+        target_typical=None, anchor_loss=loss,
         anchor_loss_high=loss and loss + 0.1, neighbor_loss=None, neighbor_loss_high=None, worst_neighbor=None,
         worst_neighbor_loss=None, worst_neighbor_loss_high=None, pictures=1, seconds=0.0,
     )  # fmt: skip

@@ -52,7 +52,8 @@ class Finding:
     gone: every target's upper bound lies below its limit. kept: the losses lie within their limits, and so do the bounds of those
     in `BOUNDED`. excess: how far the value that is furthest beyond its limit lies beyond it, negative where all are within; of a
     target that isn't shown to be gone, its upper bound, since nothing else was looked at.
-    target: the one that decides; target_excess: its share less its limit.
+    target: the one that decides; target_excess: its share less its limit. target_typical: of the targets' pictures, how many could be
+    the anchor's; it decides nothing.
     """
 
     gone: bool
@@ -63,6 +64,7 @@ class Finding:
     target_limit: float
     target_excess: float
     target_excess_high: float
+    target_typical: float | None
     anchor_loss: float | None
     anchor_loss_high: float | None
     neighbor_loss: float | None
@@ -203,6 +205,12 @@ class Validation:
             if change in changes:
                 losses |= {name: -changes[change], f"{name}_high": -changes[f"{change}_low"]}
         losses["worst_neighbor"] = next((line["probe"] for line in lines if line["role"] == WORST), None)
+        like_anchor = [
+            line["value"]
+            for line in lines
+            if (line["role"], line["metric"], line["model"]) == ("target", "typical", "ablated")
+        ]
+        losses["target_typical"] = float(np.mean(like_anchor)) if like_anchor else None
         return losses
 
     def _limit(self, loss: str) -> float:
@@ -256,7 +264,8 @@ class Validation:
 
 def no_losses() -> dict[str, None]:
     """A look's losses where none were looked at."""
-    return dict.fromkeys([*(name + end for name in LOSSES for end in ("", "_high")), "worst_neighbor"])
+    names = [name + end for name in LOSSES for end in ("", "_high")]
+    return dict.fromkeys([*names, "worst_neighbor", "target_typical"])
 
 
 class _Drawn(list):

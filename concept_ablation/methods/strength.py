@@ -171,32 +171,15 @@ def describe(look: Look) -> str:
     )
 
 
+TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+PLACE = {"rung": "int", "settings": "str", "step": "int", "scale": "float"}
 COLUMNS = pa.schema(
     [
-        ("rung", pa.int64()),
-        ("settings", pa.string()),
-        ("step", pa.int64()),
-        ("scale", pa.float64()),
-        ("gone", pa.bool_()),
-        ("kept", pa.bool_()),
-        ("excess", pa.float64()),
-        ("target", pa.string()),
-        *(
-            (name, pa.float64())
-            for name in ("target_share", "target_limit", "target_excess", "target_excess_high")
-        ),
-        *(
-            (name, pa.float64())
-            for name in ("anchor_loss", "anchor_loss_high", "neighbor_loss", "neighbor_loss_high")
-        ),
-        ("worst_neighbor", pa.string()),
-        ("worst_neighbor_loss", pa.float64()),
-        ("worst_neighbor_loss_high", pa.float64()),
-        ("pictures", pa.int64()),
-        ("seconds", pa.float64()),
-        ("chosen", pa.bool_()),
+        (name, TYPES[kind.partition(" ")[0]])
+        for name, kind in (PLACE | Finding.__annotations__ | {"chosen": "bool"}).items()
     ]
 )
+"""Where a look was made, what it found, and whether its weights were taken."""
 
 
 def write_looks(path: str | Path, search: Search, metadata: Mapping[str, object]) -> None:
