@@ -161,7 +161,9 @@ class _Run:
         scales = self.spec["search"]["scales"]
 
         def ends_at(step: int) -> bool:
-            ended = look_at(self.found, change, validation.look, (*place, step), scales)
+            # Further steps make the target's pictures like the anchor's; a larger change only pushes them away.
+            tried = scales if step == training.settings.steps else [scale for scale in scales if scale <= 1]
+            ended = look_at(self.found, change, validation.look, (*place, step), tried)
             self._save(training, place[0], looked=True, ended=ended)
             return ended
 
