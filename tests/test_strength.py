@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from concept_ablation.evaluation.validation import Finding, Spending
-from concept_ablation.methods.strength import Change, Look, Search, look_at
+from concept_ablation.methods.strength import Change, Look, Search, look_at, most_looks
 
 
 class FakeTraining:
@@ -42,7 +42,7 @@ def finding(share, harm, limit=0.2):
 
 def climb(erase, harm, scales=(1.0, 2.0), steps=(10, 20, 40)):
     """Looks at a fake training whose target share and harm are functions of the strength."""
-    training, search = FakeTraining(), Search(spending=Spending(0.05))
+    training, search = FakeTraining(), Search(spending=Spending(0.05, 20))
     change = Change(training)
 
     def judge(spending):
@@ -110,13 +110,21 @@ def test_looks_survive_a_checkpoint():
 
 
 def test_no_more_is_spent_than_there_is():
-    spending = Spending(0.05)
-    spent = [spending.next() for _ in range(10_000)]
-    assert sum(spent) == pytest.approx(0.05, rel=1e-3) and sum(spent) < 0.05
-    assert spent[0] == pytest.approx(0.025) and spent == sorted(spent, reverse=True)
+    spending = Spending(0.05, 15)
+    spent = [spending.next() for _ in range(15)]
+    assert sum(spent) == pytest.approx(0.05) and spent[0] == pytest.approx(0.025)
+    assert len(set(spent[1:])) == 1
     assert (
-        Spending(0.05, tests=9).next() == spent[9]
+        Spending(0.05, 15, used=9).next() == spent[9]
     )  # a search that was stopped goes on spending where it was
+    assert Spending(0.05, 1).next() == pytest.approx(0.025)
+
+
+def test_there_are_no_more_looks_than_are_counted():
+    scales = (1.0, 1.5, 2.0, 4.0)
+    longest = climb(lambda s: 0.9, lambda s: 0.0, scales=scales, steps=(10, 20, 40))
+    assert len(longest.looks) <= 3 * most_looks((), scales)
+    assert most_looks((20,), scales) == 1 + 4 + 2
 
 
 def test_a_target_that_is_there_is_seldom_taken_for_gone():
@@ -125,16 +133,10 @@ def test_a_target_that_is_there_is_seldom_taken_for_gone():
 
     random, wrong, runs = np.random.default_rng(0), 0, 2000
     for _ in range(runs):
-        spending, gone = Spending(0.05), False
+        spending, gone = Spending(0.05, 20), False
         for _ in range(20):
-            if gone or (random.random(24) < 0.2).mean() > 0.2:
-                continue
-            shown = np.zeros(0)
-            while len(shown) < 96:
-                shown = np.concatenate([shown, random.random(24) < 0.2])
-                bound = proportion(shown, confidence=1 - 2 * spending.next())
-                gone = bound.high <= 0.2
-                if bound.value > 0.2 or gone:
-                    break
+            if not gone and (random.random(24) < 0.2).mean() <= 0.2:
+                error = spending.next()
+                gone = proportion(random.random(48) < 0.2, confidence=1 - 2 * error).high <= 0.2
         wrong += gone
     assert wrong / runs < 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)

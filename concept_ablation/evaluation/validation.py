@@ -77,18 +77,18 @@ class Finding:
 
 
 class Spending:
-    """The error that each proof may make, so that all of a search together err with probability `total` at most.
+    """The error that each proof of a search may make, so that all together err with probability `total` at most.
 
-    Proof j gets total / (j (j + 1)), whose sum over all j is `total`: so the number of proofs needn't be known (an alpha-spending
-    sequence, as Foster and Stine's, 2008, for tests one after the other).
+    The first proof, which most rows need alone, gets half of it; the others share the rest equally (Bonferroni). most: how many
+    proofs there can be; used: how many there were.
     """
 
-    def __init__(self, total: float, tests: int = 0) -> None:
-        self.total, self.tests = total, tests
+    def __init__(self, total: float, most: int, used: int = 0) -> None:
+        self.total, self.most, self.used = total, most, used
 
     def next(self) -> float:
-        self.tests += 1
-        return self.total / (self.tests * (self.tests + 1))
+        self.used += 1
+        return self.total / 2 if self.used == 1 else self.total / 2 / max(1, self.most - 1)
 
 
 class Validation:
@@ -137,24 +137,23 @@ class Validation:
         )
 
     def _look_at_targets(self, spending: Spending) -> tuple[Verdict, list[Probe]]:
-        """Whether all targets are gone. A first batch of pictures says whether it seems so; only others prove it."""
+        """Whether all targets are gone. A first batch of pictures says whether it seems so; others prove it, in one test.
+
+        There are so many of these that one which shows the target doesn't spoil the proof.
+        """
         neutral = [self._unchanged_probe(probe) for probe in self.others if self._is_neutral(probe)]
         images: list[list[Image]] = [self._draw(probe, 0) for probe in self.targets]
         seems, probes = self._verdict(images, neutral, self.asked["alpha"])
         if not seems.removed:
             return seems, probes
-        images, error = [[] for _ in self.targets], None
-        for number in range(1, self.asked["batches"]):
+        error, last = spending.next(), self.asked["batches"] - 1
+        images = [[] for _ in self.targets]
+        for number in range(1, last + 1):
             for probe, own in zip(self.targets, images, strict=True):
                 own += self._draw(probe, number)
-            error = spending.next() if error is None else error
-            if self._best_case(len(images[0]), neutral, error) > 0 and number + 1 < self.asked["batches"]:
-                continue  # no number of pictures of the target, not even none, would prove anything yet
-            verdict, probes = self._verdict(images, neutral, error)
-            if not verdict.removed or verdict.target_excess_high <= 0:
+            if number == last or self._can_prove(len(images[0]), neutral, error):
                 break
-            error = None
-        return verdict, probes
+        return self._verdict(images, neutral, error)
 
     def _is_neutral(self, probe: Mapping) -> bool:
         return probe["role"] == "anchor" and self.kind.limit_above_neutral
@@ -166,14 +165,15 @@ class Validation:
         probes = [self._target_probe(probe, own) for probe, own in zip(self.targets, images, strict=True)]
         return self._decide([*probes, *neutral], error), probes
 
-    def _best_case(self, count: int, neutral: Sequence[Probe], error: float) -> float:
-        """The bound's excess if none of `count` pictures showed its target."""
-        nothing = np.repeat(self.texts[self.row["anchor"]][None], count, axis=0)
-        measured = {self.kind.measure: (None, np.zeros(count))}
-        probes = [
-            Probe("target", probe["subject"], nothing, nothing, measured=measured) for probe in self.targets
-        ]
-        return self._decide([*probes, *neutral], error).target_excess_high
+    def _can_prove(self, count: int, neutral: Sequence[Probe], error: float) -> bool:
+        """Whether `count` pictures of each target would prove it gone, one of which shows it."""
+        shown = np.arange(count) == 0
+        probes = []
+        for probe in self.targets:
+            features = np.where(shown[:, None], self.texts[probe["subject"]], self.texts[self.row["anchor"]])
+            measured = {self.kind.measure: (None, shown.astype(float))}
+            probes.append(Probe("target", probe["subject"], features, features, measured=measured))
+        return self._decide([*probes, *neutral], error).target_excess_high <= 0
 
     def _decide(self, probes: Sequence[Probe], error: float) -> Verdict:
         lines = self._lines(probes, {self.kind.measure, *NEUTRAL}, 1 - 2 * error)

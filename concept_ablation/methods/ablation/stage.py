@@ -26,7 +26,7 @@ from concept_ablation.methods.ablation.settings import TrainingError, TrainingSe
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import Training
 from concept_ablation.methods.records import describe, write_records
-from concept_ablation.methods.strength import Change, Look, Search, look_at, write_looks
+from concept_ablation.methods.strength import Change, Look, Search, look_at, most_looks, write_looks
 from concept_ablation.registries import KINDS
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,10 @@ class _Run:
         """The trainings of the ladder up to the first that is strong enough; the best look's parameters."""
         search, state = self.spec["search"], self._load()
         validation = Validation(self.spec, self.pipeline)
-        self.found.spending = Spending(self.spec["validation"]["alpha"], state["tests"] if state else 0)
+        proofs = most_looks(search["looks"], search["scales"]) * len(search["ladder"])
+        self.found.spending = Spending(
+            self.spec["validation"]["alpha"], proofs, state["tests"] if state else 0
+        )
         for number, rung in enumerate(search["ladder"]):
             if state and number < state["rung"]:
                 continue
@@ -196,7 +199,7 @@ class _Run:
         if "search" in self.spec:
             looks = [look.line() for look in self.found.looks]
             state |= {"rung": rung, "looks": looks, "best": self.found.best}
-            state |= {"looked": looked, "ended": ended, "tests": self.found.spending.tests}
+            state |= {"looked": looked, "ended": ended, "tests": self.found.spending.used}
         save_checkpoint(self.checkpoint, self.spec, state)
 
     def _load(self) -> dict | None:
