@@ -627,11 +627,11 @@ def test_all_looks_at_a_training_are_in_a_table(tmp_path):
         ]
         for line in lines
     ]
-    assert head.count("<th") == len(cells[0]) == 11
+    assert head.count("<th") == len(cells[0]) == 12
     assert cells == [
-        ["the row's own", "20", "1", "50% at most 18%", "20%", "–", "–", "", "–", "24", "not shown to be gone"],
-        ["the row's own", "20", "2", "10% at most 18%", "20%", "11% at most 20%", "2%", "duck", "60% at most 40%", "96", "gone, something harmed"],
-        ["learning rate 0.01", "40", "1", "4% at most 18%", "20%", "11% at most 20%", "2%", "duck", "25% at most 40%", "96", "taken gone, kept"],
+        ["the row's own", "20", "1", "50% at most 18%", "20%", "–", "–", "–", "", "–", "24", "not shown to be gone"],
+        ["the row's own", "20", "2", "10% at most 18%", "20%", "–", "11% at most 20%", "2%", "duck", "60% at most 40%", "96", "gone, something harmed"],
+        ["learning rate 0.01", "40", "1", "4% at most 18%", "20%", "–", "11% at most 20%", "2%", "duck", "25% at most 40%", "96", "taken gone, kept"],
     ]  # fmt: skip
 
 

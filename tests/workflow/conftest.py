@@ -30,7 +30,7 @@ SEARCH = {  # of rows with strength auto
     "scales": [1.0, 2.0],
     "ladder": [{}, {"preserve": "distill"}],
     "images": {"target": 4, "anchor": 4, "neighbor": 4},
-    "batches": 1,
+    "batches": 2,
     "sampler": None,
 }
 SMALL = {
