@@ -2,7 +2,7 @@
 
     python bench/sweep.py                                   # make sweep: every row of bench/sweep.csv, defaults alone
     python bench/sweep.py --way fixed --rows 20             # the published recipe's strength, the first 20 rows
-    python bench/sweep.py --embedded /tmp/other/embedded    # another set of weights
+    python bench/sweep.py --embedded path/to/embedded     # another set of weights
 
 Each row is trained, drawn and judged as in a run of the workflow, without its jobs: all stages in this process' workers, whose results
 are shared by the ways. Beside the report's verdict it measures what the row doesn't name: 24 pictures of twelve objects of other
