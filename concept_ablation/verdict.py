@@ -43,6 +43,13 @@ CHANGES = {
 }
 """What decides whether the neighbors and the anchor were kept: name -> role and metric of the long table."""
 
+LOSSES = {
+    "anchor_loss": "anchor_typical_change",
+    "neighbor_loss": "neighbor_recognition_change",
+    "worst_neighbor_loss": "worst_neighbor_typical_change",
+}
+"""A loss, whose limit among the thresholds is called `<loss>_max` -> the change of which it is the negative."""
+
 ROUNDING = 1e-9
 """A loss of exactly 5 points is "at most 5 points", whatever floats make of it."""
 

@@ -241,7 +241,7 @@ PRESERVING = {
     ("path", "value", "stages"),
     [
         ("evaluation.sampler.steps", 7, SAMPLED),  # a search has a sampler of its own
-        ("evaluation.statistics.bootstrap", 7, TRAINED),
+        ("evaluation.statistics.bootstrap", 7, {"score_concept"}),
         ("verdict.target_max", 0.5, TRAINED),
         ("verdict.anchor_loss_max", 0.4, TRAINED),
         ("verdict.copy_max", 0.5, set()),  # of another kind

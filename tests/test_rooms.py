@@ -14,7 +14,7 @@ ALLOWED = {
     "registries": {"common"},
     "prompts": {"common", "registries"},
     "kinds": {"common", "registries", "prompts"},
-    "plan": {"common", "registries", "prompts"},
+    "plan": {"common", "registries", "prompts", "verdict"},
     "diffusion": {"common", "registries"},
     "verdict": {"common", "registries"},
     "evaluation": {"common", "registries", "kinds", "diffusion", "verdict"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,7 @@ from concept_ablation.evaluation.probes import score_probes
 from concept_ablation.evaluation.row import Probe, Row
 from concept_ablation.evaluation.statistics import Bootstrap
 from concept_ablation.registries import KINDS, METRICS
-from concept_ablation.verdict import ROUNDING, Thresholds, Verdict, changes_of, decide, presence_of
+from concept_ablation.verdict import LOSSES, ROUNDING, Thresholds, Verdict, changes_of, decide, presence_of
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
 KEEPING = ("recognition", "typical")
 """The metrics by which the anchor and the neighbors are judged."""
 NEUTRAL = ("neutral_share", "above_neutral")
-LOSSES = {
-    "anchor_loss": "anchor_typical_change",
-    "neighbor_loss": "neighbor_recognition_change",
-    "worst_neighbor_loss": "worst_neighbor_typical_change",
-}
-"""A loss, whose limit in the config's `verdict` is called `<loss>_max` -> the change, by `verdict`'s name, of which it is the
-negative."""
 BOUNDED = ("anchor_loss", "worst_neighbor_loss")
 """The losses whose upper bounds have to lie within the limits, too. Of the neighbors' recognition that would take more pictures
 than a look has: its limit is narrow."""
@@ -109,7 +102,6 @@ class Validation:
         self.models = ImageModels(self.asked, scorer, device)
         texts = self.asked["texts"]
         self.texts = dict(zip(texts, scorer.text_features(list(texts.values())), strict=True))
-        self.bootstrap = Bootstrap(draws=self.asked["statistics"]["bootstrap"])
         self.targets = [probe for probe in self.asked["probes"] if probe["role"] == "target"]
         self.others = [probe for probe in self.asked["probes"] if probe["role"] != "target"]
         self.base: dict[str, np.ndarray] = {}
@@ -223,7 +215,7 @@ class Validation:
     def _lines(self, probes: Sequence[Probe], names: Container[str], confidence: float) -> list[dict]:
         subjects = tuple(self.row["targets"]), self.row["anchor"], tuple(self.row["neighbors"])
         row = Row(self.kind, *subjects, self.texts, tuple(probes))
-        return score_probes(row, replace(self.bootstrap, confidence=confidence), names)
+        return score_probes(row, Bootstrap(confidence), names)
 
     def _unchanged_probe(self, probe: Mapping) -> Probe:
         """The unchanged model's pictures of a probe, which stand for both models."""

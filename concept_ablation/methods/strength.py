@@ -60,6 +60,7 @@ class Look:
         return self.finding.gone and bool(self.finding.kept)
 
     def line(self) -> dict:
+        """The look as a line of the table, but for `chosen`."""
         own = asdict(self)
         return own | own.pop("finding")
 

@@ -13,6 +13,7 @@ from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_of
 from concept_ablation.prompts.templates import PromptsError, fill, read_templates
 from concept_ablation.registries import KINDS
+from concept_ablation.verdict import LOSSES
 
 Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, hashable for a cache
 
@@ -52,9 +53,6 @@ def scoring_spec(concept: Concept, own: Mapping) -> dict:
     return scoring
 
 
-LOSSES = ("neighbor_loss_max", "worst_neighbor_loss_max", "anchor_loss_max")
-
-
 def validation_spec(concept: Concept, own: Mapping, limits: Mapping[str, float]) -> dict:
     """What a search for a row's strength draws and how it judges: as the report will, but from other seeds and prompts.
 
@@ -68,13 +66,16 @@ def validation_spec(concept: Concept, own: Mapping, limits: Mapping[str, float])
         "prompts": {**words, "evaluation": file, "paraphrases": None},
         "evaluation": {**own["evaluation"], "images": images, "seed": search["seed"]},
     }
+    judging = scoring_spec(concept, own)
+    del judging["statistics"]  # the report's, which decide no look
+    names = (KINDS[concept.kind].limit, *(f"{loss}_max" for loss in LOSSES))
     return {
         "probes": probe_specs(concept, asked),
         "sampler": search["sampler"] or own["evaluation"]["sampler"],
         "batches": search["batches"],
         "alpha": search["alpha"],
-        "limits": {name: limits[name] for name in (KINDS[concept.kind].limit, *LOSSES)},
-        **scoring_spec(concept, own),
+        "limits": {name: limits[name] for name in names},
+        **judging,
         **memory_spec(concept, own["evaluation"]),
     }
 

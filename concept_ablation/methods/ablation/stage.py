@@ -27,11 +27,9 @@ from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import Training
 from concept_ablation.methods.records import describe, write_records
 from concept_ablation.methods.strength import Change, Look, Search, look_at, most_looks, write_looks
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, STAGES
 
 log = logging.getLogger(__name__)
-STRENGTH = "strength.parquet"
-"""The table of looks, beside the delta."""
 
 
 def ablate_concept(
@@ -59,7 +57,8 @@ def ablate_concept(
     metadata = run.describe(rung) | more
     write_records(training_path, run.records, metadata)
     if "search" in spec:
-        write_looks(Path(delta_path).parent / STRENGTH, run.found, metadata)
+        looks = Path(delta_path).with_name(Path(STAGES["ablate_concept"].files["strength"]).name)
+        write_looks(looks, run.found, metadata)
     save_delta(delta_path, parameters, metadata)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
@@ -172,9 +171,8 @@ class _Run:
 
         ended = bool(state and state["ended"])
         if not ended and training.step in looks and not (state and state["looked"]):
-            ended = ends_at(
-                training.step
-            )  # at step 0, or at one after which the run was killed before it looked
+            # At step 0, or at one after which the run was killed before it looked.
+            ended = ends_at(training.step)
         if not ended:
             any(step in looks and ends_at(step) for step in self._steps(training, place[0]))
         return any(look.reached for look in self.found.looks)

@@ -65,7 +65,8 @@ class Training:
     """The training of `pipeline` on `data`, in place: iterating it takes the steps that are left.
 
     `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. `tokens`: by text
-    encoder, the ids of the tokens that group `embedding` trains. `preserved`: the preserved prompts, if any are. `parameters`: what is trained, named as in a delta.
+    encoder, the ids of the tokens that group `embedding` trains. `preserved`: the preserved prompts, if any are.
+    `parameters`: what is trained, named as in a delta.
     """
 
     def __init__(
