@@ -1,10 +1,10 @@
 """Strength: how far a training has to go, found by looking at validation pictures instead of guessed.
 
 A training is looked at after some of its steps. It stops at the first look, so at the smallest strength, at which every target's
-upper bound lies below its limit and no neighbor and not the anchor is beyond theirs. At each of these steps it looks at growing scales
-s of the change, weights = base + s x change, which cost no training. Where something is harmed it looks at scales between that one
-and the last that removed too little. A setting that doesn't get there is followed by the next one of a ladder. If none does, the look that comes
-nearest is taken: the one whose furthest value beyond any limit is the least.
+upper bound lies below its limit and no neighbor and not the anchor is beyond theirs. After the last step it also looks at larger
+scales s of the change, weights = base + s x change, which cost no training. Where something is harmed it looks at scales between
+that one and the last that removed too little. A setting that doesn't get there is followed by the next one of a ladder. If none
+does, the look that comes nearest is taken: the one whose furthest value beyond any limit is the least.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Look:
 
     @classmethod
     def of(cls, line: Mapping) -> Look:
+        """The look that `line()` gave."""
         found = Finding(**{name: line[name] for name in Finding.__annotations__})
         return cls(line["rung"], line["settings"], line["step"], line["scale"], found)
 
