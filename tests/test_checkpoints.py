@@ -268,6 +268,7 @@ def test_a_killed_search_ends_as_one_that_was_not(world, tmp_path, monkeypatch, 
         pq.read_table(tmp_path / "whole" / "strength.parquet"),
     )
     assert [look["step"] for look in looks.to_pylist()] == [2, 4, 4] * 2
+    assert [look["scale"] for look in looks.to_pylist()] == [1, 1, 2] * 2
     assert [look["chosen"] for look in looks.to_pylist()].index(True) == 5
     kind, number = kills
     if kind == "step":

@@ -120,11 +120,13 @@ def test_no_more_is_spent_than_there_is():
     assert Spending(0.05, 1).next() == pytest.approx(0.025)
 
 
-def test_there_are_no_more_looks_than_are_counted():
+def test_the_longest_rung_has_as_many_looks_as_are_counted():
+    """It harms at its largest scale, then once removes too little and once harms between."""
     scales = (1.0, 1.5, 2.0, 4.0)
-    longest = climb(lambda s: 0.9, lambda s: 0.0, scales=scales, steps=(10, 20, 40))
-    assert len(longest.looks) <= 3 * most_looks((), scales)
-    assert most_looks((20,), scales) == 1 + 4 + 2
+    found = climb(lambda s: 0.0 if s >= 35 else 0.9, lambda s: 0.6 if s > 30 else 0.1, scales=scales)
+    assert places(found) == [(10, scale) for scale in (*scales, 3.0, 3.5)]
+    assert len(found.looks) == most_looks((), scales)
+    assert most_looks((20,), scales) == 1 + 4 + 2  # at step 20 the scale 1 alone
 
 
 def test_a_target_that_is_there_is_seldom_taken_for_gone():
