@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from concept_ablation.common.gpu_locks import ClaimError, claim_device, lock_folder, visible_devices
-from concept_ablation.common.jobs import start_job
+from concept_ablation.jobs.job import start_job
 
 ROOT = Path(__file__).parents[1]
 JOB = """
@@ -163,7 +163,7 @@ def test_a_job_claims_if_it_asks_for_a_gpu_and_may_use_cuda(resources, claims, m
             return getattr(self, name, default)
 
     asked = []
-    monkeypatch.setattr("concept_ablation.common.jobs.claim_device", asked.append)
+    monkeypatch.setattr("concept_ablation.jobs.job.claim_device", asked.append)
     monkeypatch.setattr("concept_ablation.common.logs.setup_logging", lambda path, results: None)
     monkeypatch.setattr("concept_ablation.common.logs.tell_end", lambda path: None)
     config = {"results": str(tmp_path), "runtime": {"gpu_jobs_per_device": 3}}

@@ -21,6 +21,7 @@ ALLOWED = {
     "methods": {"common", "registries", "prompts", "diffusion", "evaluation"},
     "report": {"common", "registries", "plan", "verdict"},
     "models": {"diffusion"},
+    "jobs": {"common", "registries"},
     "__init__": set(),
     "__main__": {"common", "plan", "report", "diffusion"},
 }

@@ -78,5 +78,10 @@ def peak_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """The most memory that this process has had resident so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

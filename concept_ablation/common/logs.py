@@ -10,12 +10,14 @@ import os
 import platform
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import CURE, set_aside
+from concept_ablation.common.hardware import peak_resident
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -83,6 +85,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _log_done() -> None:
+    log.info("took %.1f CPU s, and %.0f MB of memory at most", time.process_time(), peak_resident() / 1e6)
     log.info(DONE)
 
 

@@ -7,6 +7,7 @@ import yaml
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import merge
+from concept_ablation.jobs import warm
 from concept_ablation.plan.checks import check_report, check_rows
 from concept_ablation.plan.schema import read_config
 from concept_ablation.plan.snapshot import delete_snapshot, load_snapshot, save_snapshot
@@ -54,6 +55,14 @@ def read_plan(config, configfiles):
 def file_of(stage, name):
     """The path of a stage's output `name`, with `{key}` in it, as `registries.STAGES` lists it."""
     return f"<results>/{STAGES[stage].files[name]}"
+
+
+def start_warm(plan, workflow):
+    """Start the process that imports torch once for all jobs, where it can serve them: see concept_ablation/jobs/warm.py."""
+    runtime, elsewhere = config["runtime"], workflow.deployment_settings.deployment_method
+    if runtime["warm_start"] and plan.goals() and workflow.local_exec and not elsewhere:
+        if warm.serves(runtime["device"]):
+            warm.start(runtime["threads"], Path(plan.results) / "logs" / "warm_start.log")
 
 
 def print_report(plan):
@@ -115,13 +124,16 @@ onstart:
     if not workflow.local_exec:
         save_snapshot(plan, config, Path(".snakemake") / "plans")
     logger.info(plan.summary())
+    start_warm(plan, workflow)
 
 
 onsuccess:
+    warm.stop()
     delete_snapshot()
     print_report(plan)
 
 
 onerror:
+    warm.stop()
     delete_snapshot()
     print_failures(plan, workflow.scheduler)

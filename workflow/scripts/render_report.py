@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from concept_ablation.common.jobs import start_job
+from concept_ablation.jobs.job import start_job
 
 start_job(snakemake)
 

@@ -1,11 +1,13 @@
 """Any rule whose work the plan names: its stage's function gets the spec, and the rule's files and options by name."""
 
-import json
+import sys
 
-from concept_ablation.common.jobs import files_of, start_job
-from concept_ablation.registries import STAGES
+from concept_ablation.jobs.job import describe, run
+from concept_ablation.jobs.warm import hand_over
 
-start_job(snakemake)
-spec = json.loads(snakemake.params.spec)
-stage = STAGES[spec["stage"]]
-stage.run(spec, **files_of(snakemake), **{name: snakemake.resources[name] for name in stage.options})
+job = describe(snakemake)
+code = hand_over(job)
+if code is None:  # no warm process: this one does the work
+    run(job)
+else:
+    sys.exit(code)
