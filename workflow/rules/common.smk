@@ -60,9 +60,12 @@ def file_of(stage, name):
 def start_warm(plan, workflow):
     """Start the process that imports torch once for all jobs, where it can serve them: see concept_ablation/jobs/warm.py."""
     runtime, elsewhere = config["runtime"], workflow.deployment_settings.deployment_method
-    if runtime["warm_start"] and plan.goals() and workflow.local_exec and not elsewhere:
-        if warm.serves(runtime["device"]):
+    here = workflow.local_exec and not elsewhere and warm.serves(runtime["device"])
+    if runtime["warm_start"] and here and plan.goals():
+        try:
             warm.start(runtime["threads"], Path(plan.results) / "logs" / "warm_start.log")
+        except OSError as error:
+            logger.warning(f"Jobs can't start warm, so each takes some seconds more: {error}")
 
 
 def print_report(plan):
