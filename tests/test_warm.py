@@ -13,12 +13,16 @@ import pytest
 
 from concept_ablation.jobs import warm
 
+# As in a terminal, whatever started the tests: a background job's SIGINT and SIGHUP may be ignored.
 SCRIPT = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from concept_ablation.jobs.warm import hand_over
 code = hand_over(json.loads(sys.argv[1]))
 sys.exit(99 if code is None else code)
 """
+STARTED: list[subprocess.Popen] = []
 ROOT = str(Path(__file__).parents[1])
 
 
@@ -31,6 +35,11 @@ def running(tmp_path, monkeypatch):
     warm.start(1, tmp_path / "logs" / "warm.log", "tests.warm_jobs")
     yield tmp_path
     warm.stop()
+    for job in STARTED:
+        if job.poll() is None:
+            job.kill()
+            job.communicate()
+    STARTED.clear()
     assert (tmp_path / "logs" / "warm.log").read_text() == ""
 
 
@@ -38,7 +47,7 @@ def script(folder: Path, then: str = "end", **settings) -> subprocess.Popen:
     """Start a job's script, in `folder`."""
     job = json.dumps({"log": "job.log", "then": then})
     environment = {**os.environ, "MARK": "of the script", **settings}
-    return subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, job],
         cwd=folder,
         env=environment,
@@ -46,6 +55,8 @@ def script(folder: Path, then: str = "end", **settings) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(started)
+    return started
 
 
 def wait_for_log(folder: Path) -> psutil.Process:

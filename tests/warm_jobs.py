@@ -26,6 +26,9 @@ def work(job):
 
 
 if __name__ == "__main__":
+    # As in a terminal, whatever started the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     job = serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
     if job is not None:
         do(job, work)
