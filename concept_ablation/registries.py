@@ -156,7 +156,7 @@ STAGES = {
         neutral={"model.trust_remote_code": False},
     ),
     "ablate_concept": Stage(
-        version=3,
+        version=4,
         files={
             "delta": "concepts/{key}/delta.safetensors",
             "training": "concepts/{key}/training.parquet",

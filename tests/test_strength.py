@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from concept_ablation.evaluation.validation import Finding, Spending
-from concept_ablation.methods.strength import Change, Look, Search, look_at, most_looks
+from concept_ablation.methods.strength import Change, Look, Search, look_at
 
 
 class FakeTraining:
@@ -42,7 +42,7 @@ def finding(share, harm, limit=0.2):
 
 def climb(erase, harm, scales=(1.0, 2.0), steps=(10, 20, 40)):
     """Looks at a fake training whose target share and harm are functions of the strength."""
-    training, search = FakeTraining(), Search(spending=Spending(0.05, 20))
+    training, search = FakeTraining(), Search(spending=Spending(0.05))
     change = Change(training)
 
     def judge(spending):
@@ -110,23 +110,18 @@ def test_looks_survive_a_checkpoint():
 
 
 def test_no_more_is_spent_than_there_is():
-    spending = Spending(0.05, 15)
-    spent = [spending.next() for _ in range(15)]
-    assert sum(spent) == pytest.approx(0.05) and spent[0] == pytest.approx(0.025)
-    assert len(set(spent[1:])) == 1
+    spending = Spending(0.05)
+    spent = [spending.next() for _ in range(20)]
+    assert sum(spent) < 0.05 and spent[:3] == [0.025, 0.0125, 0.00625]
     assert (
-        Spending(0.05, 15, used=9).next() == spent[9]
+        Spending(0.05, used=9).next() == spent[9]
     )  # a search that was stopped goes on spending where it was
-    assert Spending(0.05, 1).next() == pytest.approx(0.025)
 
 
-def test_the_longest_rung_has_as_many_looks_as_are_counted():
-    """It harms at its largest scale, then once removes too little and once harms between."""
+def test_where_it_harms_at_the_largest_scale_it_looks_twice_between():
     scales = (1.0, 1.5, 2.0, 4.0)
     found = climb(lambda s: 0.0 if s >= 35 else 0.9, lambda s: 0.6 if s > 30 else 0.1, scales=scales)
     assert places(found) == [(10, scale) for scale in (*scales, 3.0, 3.5)]
-    assert len(found.looks) == most_looks((), scales)
-    assert most_looks((20,), scales) == 1 + 4 + 2  # at step 20 the scale 1 alone
 
 
 def test_a_target_that_is_there_is_seldom_taken_for_gone():
@@ -135,7 +130,7 @@ def test_a_target_that_is_there_is_seldom_taken_for_gone():
 
     random, wrong, runs = np.random.default_rng(0), 0, 2000
     for _ in range(runs):
-        spending, gone = Spending(0.05, 20), False
+        spending, gone = Spending(0.05), False
         for _ in range(20):
             if not gone and (random.random(24) < 0.2).mean() <= 0.2:
                 error = spending.next()

@@ -35,7 +35,7 @@ def validation(plan, monkeypatch):
 
 
 def test_an_unchanged_model_still_has_its_target(validation):
-    found = validation.look(Spending(0.05, 1))
+    found = validation.look(Spending(0.05))
     assert found.target_share > 0.8 and not found.gone
     assert found.kept is None and found.anchor_loss is None  # so nothing else was drawn
     assert found.pictures == 16
@@ -56,7 +56,7 @@ def test_a_ruined_model_has_lost_its_target_and_everything_else(validation):
     validation.unchanged = unchanged
     with torch.no_grad():
         layer.weight.zero_()
-    found = validation.look(Spending(0.05, 1))
+    found = validation.look(Spending(0.05))
     assert found.gone and found.kept is False
     assert found.worst_neighbor_loss > 0.5 and found.anchor_loss > 0.5 and found.excess > 0
 

@@ -70,18 +70,17 @@ class Finding:
 
 
 class Spending:
-    """The error that each proof of a search may make, so that all together err with probability `total` at most.
+    """The error that each proof of a search may make: half of what is left, so that all together err with probability `total` at most.
 
-    The first proof, which most rows need alone, gets half of it; the others share the rest equally (Bonferroni). most: how many
-    proofs there can be; used: how many there were.
+    The first proof, which most rows need alone, has the largest. used: how many there were.
     """
 
-    def __init__(self, total: float, most: int, used: int = 0) -> None:
-        self.total, self.most, self.used = total, most, used
+    def __init__(self, total: float, used: int = 0) -> None:
+        self.total, self.used = total, used
 
     def next(self) -> float:
         self.used += 1
-        return self.total / 2 if self.used == 1 else self.total / 2 / max(1, self.most - 1)
+        return self.total / 2**self.used
 
 
 class Validation:

@@ -150,11 +150,6 @@ def look_at(
     return False
 
 
-def most_looks(steps: Sequence[int], scales: Sequence[float]) -> int:
-    """How many looks a rung can have: at each step those at scales up to 1, after the last one at all, and those between two."""
-    return len(steps) * sum(scale <= 1 for scale in scales) + len(scales) + HALVINGS
-
-
 def _between(look: Callable[[float], Look], weak: float, strong: float) -> None:
     """Look halfway, twice at most, between a scale that removes too little and one that harms."""
     for _ in range(HALVINGS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -79,6 +79,13 @@ class TrainingSettings:
     def projects(self) -> bool:
         """Whether the weights' changes are kept in the null space of preserved prompts."""
         return self.preserve in ("null-space", "both")
+
+    @property
+    def in_effect(self) -> TrainingSettings:
+        """The same training's settings, with those that it doesn't use at their defaults: equal where trainings are."""
+        unused = {} if self.distills else {"preserve_weight": 1.0}
+        unused |= {} if self.projects else {"preserve_tolerance": 1e-3}
+        return replace(self, **unused)
 
     @property
     def images(self) -> int:

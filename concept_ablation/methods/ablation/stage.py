@@ -26,7 +26,7 @@ from concept_ablation.methods.ablation.settings import TrainingError, TrainingSe
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import Training
 from concept_ablation.methods.records import describe, write_records
-from concept_ablation.methods.strength import Change, Look, Search, look_at, most_looks, write_looks
+from concept_ablation.methods.strength import Change, Look, Search, look_at, write_looks
 from concept_ablation.registries import KINDS, STAGES
 
 log = logging.getLogger(__name__)
@@ -131,11 +131,13 @@ class _Run:
         """The trainings of the ladder up to the first that is strong enough; the best look's parameters."""
         search, state = self.spec["search"], self._load()
         validation = Validation(self.spec, self.pipeline)
-        proofs = most_looks(search["looks"], search["scales"]) * len(search["ladder"])
-        self.found.spending = Spending(
-            self.spec["validation"]["alpha"], proofs, state["tests"] if state else 0
-        )
+        self.found.spending = Spending(self.spec["validation"]["alpha"], state["tests"] if state else 0)
+        tried: list[TrainingSettings] = []
         for number, rung in enumerate(search["ladder"]):
+            settings = self.settings(rung).in_effect
+            if settings in tried:
+                continue
+            tried.append(settings)
             if state and number < state["rung"]:
                 continue
             training = self.begin(rung)
