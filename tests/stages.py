@@ -11,6 +11,7 @@ INPUTS = {
     "search_prompts": {"candidates": "candidates_from"},
     "generate_anchors": {"prompts": "prompts"},
     "ablate_concept": {"anchors": "anchors"},
+    "merge_deltas": {"deltas": "deltas", "prompts": "prompts"},
     "sample_ablated": {"delta": "delta"},
     "score_concept": {"samples": "samples", "base": "base"},
 }

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from concept_ablation.common.errors import UserError
@@ -43,6 +43,13 @@ def make_key(label: str, spec: Mapping) -> str:
     return f"{slug(label)}.{hashlib.sha256(canonical(spec).encode()).hexdigest()[:12]}"
 
 
+def _parts(value: object) -> Collection:
+    """The values of an entry of a spec: those of a group or a list, or the only one."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else [value]
+
+
 @dataclass(frozen=True)
 class Row:
     """The keys of one concept's work. `base` maps each probe's subject to the key of the base model's pictures.
@@ -58,13 +65,23 @@ class Row:
     base: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """A model without all concepts of several rows: the key of the delta that is merged from theirs, and their names."""
+
+    name: str
+    delta: str
+    concepts: tuple[str, ...]
+
+
 class Plan:
-    """The work of all rows: `rows`, sorted by name, and the specs of every stage by key."""
+    """The work of all rows: `rows` and `bundles`, sorted by name, and the specs of every stage by key."""
 
     def __init__(self, results: str, verdict: Mapping[str, float], page: Mapping[str, int]) -> None:
         self.results = results
         self.report = {"verdict": dict(verdict), "page": dict(page)}
         self.rows: list[Row] = []
+        self.bundles: list[Bundle] = []
         self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in STAGES}
         self.stages: dict[str, str] = {}  # key -> its stage
         # Slugs of rows that are switched off and can't be planned, so that their keys aren't known.
@@ -91,7 +108,7 @@ class Plan:
     def upstream(self, stage: str, key: str, name: str) -> str | list[str]:
         """The file or files that a unit of `stage` reads as input `name`; its spec has their keys under that name."""
         found = self.specs[stage][key].get(name) or {}
-        return [self.path(k) for k in found.values()] if isinstance(found, Mapping) else self.path(found)
+        return self.path(found) if isinstance(found, str) else [self.path(k) for k in _parts(found)]
 
     def files(self, row: Row) -> list[str]:
         """All files of a row that the report reads."""
@@ -120,16 +137,22 @@ class Plan:
         """The rows with a file that is missing or empty now."""
         return [row for row in self.rows if not all(map(has_content, self.files(row)))]
 
+    @functools.cached_property
+    def pending_bundles(self) -> list[Bundle]:
+        """The bundles whose delta was missing or empty when this was first read."""
+        return [bundle for bundle in self.bundles if not has_content(self.path(bundle.delta))]
+
     def pending_files(self) -> list[str]:
-        """The files of all unfinished rows, which the report waits for."""
-        return sorted({file for row in self.pending for file in self.files(row)})
+        """The files of all unfinished rows and bundles, which the report waits for."""
+        merged = {self.path(bundle.delta) for bundle in self.pending_bundles}
+        return sorted(merged | {file for row in self.pending for file in self.files(row)})
 
     def goals(self) -> list[str]:
-        """The targets that finish all unfinished rows: as few files as possible, since each costs planning time.
+        """The targets that finish all that is unfinished: as few files as possible, since each costs planning time.
 
         A row's scores are made last, so they stand for all its files, unless they exist while another file is missing.
         """
-        found: set[str] = set()
+        found = {self.path(bundle.delta) for bundle in self.pending_bundles}
         for row in self.pending:
             scores = self.path(row.scores)
             found.update(self.files(row) if has_content(scores) else [scores])
@@ -143,7 +166,7 @@ class Plan:
     def sources(self, key: str) -> Iterator[str]:
         """The keys of the work that a unit is made from, which its spec names."""
         for value in self.specs[self.stages[key]][key].values():
-            for name in value.values() if isinstance(value, Mapping) else [value]:
+            for name in _parts(value):
                 if isinstance(name, str) and name in self.stages:
                     yield name
 
@@ -184,6 +207,7 @@ class Plan:
         names = ", ".join(row.concept.name for row in self.pending[:10])
         more = f" and {len(self.pending) - 10} more" if len(self.pending) > 10 else ""
         done = len(self.rows) - len(self.pending)
-        return f"{len(self.rows)} concepts: {done} finished, {len(self.pending)} to do" + (
-            f" ({names}{more})" if names else ""
-        )
+        text = f"{len(self.rows)} concepts: {done} finished, {len(self.pending)} to do"
+        text += f" ({names}{more})" if names else ""
+        bundles = ", ".join(bundle.name for bundle in self.pending_bundles[:10])
+        return text + (f"; bundles to do: {len(self.pending_bundles)} ({bundles})" if bundles else "")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from concept_ablation.common.remote_code import REFUSED, find_code
 from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.plan.bundles import Member, bundle_names, plan_bundles, unknown_names
 from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.plan.evaluation_specs import (
     Frozen,
@@ -52,7 +53,10 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     Raises PlanError, which lists every row that can't be planned. A row that is switched off may fail: the plan then
     only keeps the slugs of its keys.
     """
-    plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
+    plan, errors = (
+        Plan(config["results"], config["verdict"], config["report"]),
+        unknown_names(concepts, config),
+    )
     fingerprint_of.cache_clear()  # a model may have been replaced since this process's last plan
     try:
         model = model_spec(config["model"], "model.path")
@@ -62,15 +66,24 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     except PlanError as error:
         raise PlanError(f"config: {error}") from None
     settings = functools.cache(functools.partial(shared_settings, config))
+    members: dict[str, list[Member]] = {}
     for concept in concepts:
         try:
             own = with_own(settings(concept.kind, concept.preset), concept.overrides)
-            plan.rows.append(_plan_row(plan, concept, own, model, config["verdict"]))
+            plan.rows.append(row := _plan_row(plan, concept, own, model, config["verdict"]))
+            for name in bundle_names(concept, config) if concept.enabled else ():
+                memory = memory_spec(concept, own["evaluation"])
+                prompts = _plan_prompts(plan, concept, own, model, memory)
+                members.setdefault(name, []).append(Member(concept, own, row.ablation, prompts))
         except (PlanError, PromptsError, SettingsError) as error:
             if concept.enabled:
                 errors.append(f"  {config['concepts']}:{concept.line}: {error}")
             else:  # its files needn't be here, and nobody asks for its work
                 plan.unknown |= _slugs(concept)
+    try:
+        plan_bundles(plan, members, config, model)
+    except PlanError as error:
+        errors += str(error).splitlines()
     if errors:
         raise PlanError("\n".join([f"{config['concepts']}: {len(errors)} row(s) can't be planned", *errors]))
     plan.rows.sort(key=lambda row: row.concept.name)
@@ -135,18 +148,24 @@ def _slugs(concept: Concept) -> set[str]:
 
 def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
     """Add the anchor's prompts and pictures; returns the pictures' key."""
-    label, anchors = f"{concept.kind}-{concept.anchor}", dict(own["anchors"])
+    anchors = dict(own["anchors"])
     negative = ", ".join(concept.targets) if anchors.pop("negative_target") else None
-    if memory:
-        label = f"{concept.kind}-{concept.target}"
-        asked = own["prompts"]["source"] != "file" and not concept.prompts
-        more = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"])) if asked else None
-        search = {**_search_spec(concept, own["prompts"]), "candidates_from": more, **memory}
-        prompts = plan.add("search_prompts", label, {**search, "model": model})
-    else:
-        prompts = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
+    prompts = _plan_prompts(plan, concept, own, model, memory)
     images = {"prompts": prompts, "model": model, **anchors, **memory, "negative_prompt": negative}
+    label = f"{concept.kind}-{concept.target if memory else concept.anchor}"
     return plan.add("generate_anchors", label, images)
+
+
+def _plan_prompts(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
+    """Add the anchor's prompts, written or searched for; returns their key."""
+    if not memory:
+        label = f"{concept.kind}-{concept.anchor}"
+        return plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
+    label = f"{concept.kind}-{concept.target}"
+    asked = own["prompts"]["source"] != "file" and not concept.prompts
+    more = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"])) if asked else None
+    search = {**_search_spec(concept, own["prompts"]), "candidates_from": more, **memory}
+    return plan.add("search_prompts", label, {**search, "model": model})
 
 
 def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:

@@ -68,6 +68,7 @@ def find_failures(
 def set_empty_aside(plan: Plan) -> list[str]:
     """Set the empty files of unfinished rows aside, which Snakemake would take for results; returns their paths."""
     keys = {key for row in plan.pending for key in plan.needed(row)}
+    keys |= {bundle.delta for bundle in plan.pending_bundles}
     files = {plan.path(key) for key in keys} | {plan.training_record(row) for row in plan.pending} - {None}
     empty = sorted(file for file in files if os.path.exists(file) and not has_content(file))
     for file in empty:

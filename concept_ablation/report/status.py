@@ -85,6 +85,8 @@ def unfinished_keys(plan: Plan) -> list[str]:
     for row in plan.pending:
         for key in (row.ablation, row.samples, row.scores, *row.base.values()):
             visit(key)
+    for bundle in plan.pending_bundles:
+        visit(bundle.delta)
     return list(found)
 
 

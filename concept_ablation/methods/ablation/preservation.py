@@ -42,6 +42,20 @@ def preserved_prompts(spec: Mapping, anchor_prompts: Sequence[str]) -> list[str]
     return list(dict.fromkeys([*own, *neighbors, *general]))
 
 
+def prompts_of_all(rows: Sequence[Mapping], general: Sequence[str]) -> list[str]:
+    """What several rows preserve together, each prompt once; those that name a target of any row are left out.
+
+    rows: each with kind, targets, anchor, neighbors, `templates` of target prompts, and the anchor's `prompts`. general: prompts
+    that name no row's words.
+    """
+    found = dict.fromkeys(general)
+    for row in rows:
+        own = {**row, "training": {"style_templates": row["templates"]}, "preserve_prompts": ()}
+        found |= dict.fromkeys(preserved_prompts(own, row["prompts"]))
+    targets = {target for row in rows for target in row["targets"]}
+    return [prompt for prompt in found if not any(has_word(prompt, target) for target in targets)]
+
+
 def second_moment(encodings: Iterable[Tensor]) -> Tensor:
     """(width, width) float64: the mean of h h^T over all tokens h of encodings (n, tokens, width)."""
     total, count = None, 0
