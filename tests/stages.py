@@ -10,7 +10,7 @@ from concept_ablation.registries import STAGES
 INPUTS = {
     "search_prompts": {"candidates": "candidates_from"},
     "generate_anchors": {"prompts": "prompts"},
-    "ablate_concept": {"anchors": "anchors"},
+    "ablate_concept": {"anchors": "anchors", "shared": "shared_prompts"},
     "merge_deltas": {"deltas": "deltas", "prompts": "prompts"},
     "sample_ablated": {"delta": "delta"},
     "score_concept": {"samples": "samples", "base": "base"},

@@ -187,6 +187,37 @@ def test_settings_have_bounds(config):
         assert part in text
 
 
+def trained(plan):
+    return {spec["targets"][0]: spec for spec in plan.specs["ablate_concept"].values()}
+
+
+def test_rows_that_share_what_they_preserve_have_one_set(config):
+    before = build_plan(BOTH, config)
+    config["bundles"]["named"] = {"both": {"share_preserved": True}}
+    plan = build_plan([*BOTH, OWL], config)
+    cat, ink, owl = (trained(plan)[name] for name in ("pouting cat", "ink", "owl"))
+    assert "shared" not in owl and keys(before)["ink"] != keys(plan)["ink"]
+    for name in ("shared", "shared_prompts", "preserve_prompts"):
+        assert cat[name] == ink[name]
+    assert sorted(row["anchor"] for row in cat["shared"]) == ["cat", "picture"]
+    key = next(row.ablation for row in plan.rows if row.concept.name == "ink")
+    assert plan.upstream("ablate_concept", key, "shared_prompts") == [
+        plan.path(k) for k in ink["shared_prompts"]
+    ]
+    again = build_plan([*BOTH, replace(OWL, bundles=("both",))], config)
+    assert not {keys(plan)["ink"], keys(plan)["cat-1"]} & set(keys(again).values()), "the set has grown"
+
+
+@pytest.mark.parametrize("preserve", ["none", "null-space"])
+def test_a_row_that_preserves_nothing_shares_nothing(config, preserve):
+    config["training"] |= {"strength": "fixed", "preserve": preserve}
+    config["bundles"]["share_preserved"] = True
+    assert all(
+        ("shared" in spec) == (preserve != "none") for spec in trained(build_plan(BOTH, config)).values()
+    )
+    assert not any("shared" in spec for spec in trained(build_plan([CAT, INK], config)).values()), "no bundle"
+
+
 # The stage, on a tiny model
 
 
@@ -196,8 +227,8 @@ def folder(tmp_path_factory):
 
 
 ROWS = [
-    {"kind": "object", "targets": ["owl"], "anchor": "bird", "neighbors": ["duck"], "delta": "owl.1", "prompts": "bird.1", "templates": []},
-    {"kind": "object", "targets": ["fox"], "anchor": "animal", "neighbors": ["owl", "dog"], "delta": "fox.1", "prompts": "animal.1", "templates": []},
+    {"kind": "object", "targets": ["owl"], "anchor": "bird", "neighbors": ["duck"], "delta": "owl.1", "prompts": "bird.1", "templates": [], "most_prompts": None},
+    {"kind": "object", "targets": ["fox"], "anchor": "animal", "neighbors": ["owl", "dog"], "delta": "fox.1", "prompts": "animal.1", "templates": [], "most_prompts": None},
 ]  # fmt: skip
 PROMPTS = {"bird.1": ["a bird", "a bird on a roof"], "animal.1": ["an animal", "one animal"]}
 
@@ -212,7 +243,7 @@ def merge(folder, tmp_path, tensors, how="closed-form", **settings):
         prompts.append(tmp_path / f"{key}.json")
         prompts[-1].write_text(json.dumps({"prompts": texts}))
     spec = {"bundle": "both", "model": {"path": str(folder), "revision": None}, "how": how, "concepts": ROWS}
-    spec |= {"ridge": 1e-4, "preserve_weight": 1.0, "most_prompts": None, "density": 0.5, "scale": 1.0}
+    spec |= {"ridge": 1e-4, "preserve_weight": 1.0, "density": 0.5, "scale": 1.0}
     spec |= {"prompts": list(PROMPTS), "general": ["a house", "two owls"], **settings}
     out = tmp_path / "out.safetensors"
     merge_deltas(spec, deltas, out, prompts=prompts, device="cpu")
@@ -260,7 +291,7 @@ def test_the_stage_merges_by_the_tokens_of_the_rows_prompts(folder, pipeline, tm
 
 def test_prompts_that_name_a_target_of_any_row_are_not_preserved():
     found = prompts_of_all(
-        [{**row, "prompts": PROMPTS[row["prompts"]]} for row in ROWS], ["a house", "two owls", "foxes"]
+        [{**row, "anchor_prompts": PROMPTS[row["prompts"]]} for row in ROWS], ["a house", "two owls", "foxes"]
     )
     assert found[:3] == ["a house", "a bird", "a bird on a roof"] and "one dog" in found
     assert not [prompt for prompt in found if "owl" in prompt or "fox" in prompt]

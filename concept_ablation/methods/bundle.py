@@ -28,19 +28,16 @@ from concept_ablation.diffusion.delta import (
 )
 from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.diffusion.stages import load_model
-from concept_ablation.methods.ablation.conditioning import TEXTS_AT_ONCE
-from concept_ablation.methods.ablation.preservation import prompts_of_all, second_moment
+from concept_ablation.methods.ablation.conditioning import Encoder
+from concept_ablation.methods.ablation.preservation import prompts_of_all, read_rows, second_moment
 from concept_ablation.methods.merging import ClosedForm, add_up, join, ties
 from concept_ablation.methods.records import describe
-from concept_ablation.prompts.stage import read_prompts
-from concept_ablation.prompts.templates import subsample_evenly
-from concept_ablation.registries import KINDS
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
-SETTINGS = ("how", "ridge", "preserve_weight", "most_prompts", "density", "scale")
+SETTINGS = ("how", "ridge", "preserve_weight", "density", "scale")
 
 
 class MergeError(UserError):
@@ -73,7 +70,7 @@ def merge_deltas(
         "settings": {name: spec[name] for name in SETTINGS if name in spec},
     }
     if spec["how"] == "closed-form":
-        rows = _read_rows(spec, prompts)
+        rows = read_rows(spec["concepts"], spec["prompts"], prompts)
         merged, metadata["fit"] = _in_closed_form(spec, rows, pipeline, files)
     elif spec["how"] == "sum":
         merged = add_up(files.changes())
@@ -143,38 +140,14 @@ def _in_closed_form(
             f"{path}: changes {other[0]}, which is no key or value of the text, so `how: closed-form` can't merge it (allowed: sum, "
             "ties)"
         )
+    encoder, where = Encoder(pipeline), next(iter(files.base.values())).device
     for row, change in zip(rows, files.changes(), strict=True):
-        moment = second_moment(hidden[:, 1:] for hidden in _encoded(pipeline, row["target_prompts"]))
-        sums.add(change, moment.to(next(iter(files.base.values())).device))
+        moment = second_moment(hidden[:, 1:] for hidden in encoder.hidden(row["target_prompts"]))
+        sums.add(change, moment.to(where))
     if not sums.outputs:  # token rows alone
         return {}, {}
     kept = ["", *prompts_of_all(rows, spec["general"])]
-    preserved = second_moment(_encoded(pipeline, kept)).to(sums.moment)
+    preserved = second_moment(encoder.hidden(kept)).to(where)
     merged, fit = sums.solve(preserved, spec["preserve_weight"], spec["ridge"])
     log.info("lost %.3f of what the rows change, moved preserved tokens by %.3f of it", fit.lost, fit.moved)
     return merged, {"lost": fit.lost, "moved": fit.moved}
-
-
-@torch.no_grad()
-def _encoded(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Iterator[Tensor]:
-    """(n, tokens, width) for n prompts at a time: one on a CPU, so that none depends on the others. None is kept."""
-    size = 1 if pipeline.device.type == "cpu" else TEXTS_AT_ONCE
-    for start in range(0, len(prompts), size):
-        yield family_of(pipeline).encode_prompts(pipeline, prompts[start : start + size]).hidden
-
-
-def _read_rows(spec: Mapping, paths: Sequence[str | Path]) -> list[dict]:
-    """The spec's concepts, each with its anchor's prompts as `prompts` and with `target_prompts`. Raises PromptsError."""
-    written = {key: read_prompts(path) for key, path in zip(spec["prompts"], paths, strict=True)}
-    rows = []
-    for concept in spec["concepts"]:
-        found, kind = written[concept["prompts"]], KINDS[concept["kind"]]
-        prompts = subsample_evenly(found["prompts"], spec["most_prompts"])
-        if kind.searches_prompts:
-            targets = found["target_prompts"]
-        else:
-            words = (concept["targets"], concept["anchor"], concept["templates"])
-            made = kind.target_prompts(prompts, *words)
-            targets = list(dict.fromkeys(prompt for each in made for prompt in each))
-        rows.append({**concept, "prompts": prompts, "target_prompts": targets})
-    return rows

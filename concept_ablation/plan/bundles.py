@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from concept_ablation.common.errors import did_you_mean, show
 from concept_ablation.plan.concept import Concept
-from concept_ablation.plan.graph import Bundle, Plan, PlanError
+from concept_ablation.plan.graph import Bundle, Plan, canonical
 from concept_ablation.prompts.templates import general_prompts
 from concept_ablation.registries import KINDS, METHODS
 
@@ -17,44 +17,82 @@ LINEAR = {"cross-attn", "embedding"}
 
 @dataclass(frozen=True)
 class Member:
-    """A row as a bundle needs it: its merged settings, the key of its delta, and that of its anchor's prompts."""
+    """A row as a bundle needs it: its merged settings, and the key of its anchor's prompts."""
 
     concept: Concept
     own: Mapping
-    delta: str
     prompts: str
 
 
 def bundle_names(concept: Concept, config: Mapping) -> list[str]:
-    """The bundles that a row is in."""
+    """The bundles that a row is in. A row that is switched off is in none."""
     everywhere = config["bundles"]["all"]
-    return list(dict.fromkeys([*concept.bundles, *([everywhere] if everywhere else [])]))
+    names = [*concept.bundles, *([everywhere] if everywhere else [])]
+    return list(dict.fromkeys(names)) if concept.enabled else []
+
+
+def bundle_settings(config: Mapping, name: str) -> dict:
+    """The settings of one bundle: its own laid over those of all."""
+    return {**config["bundles"], **config["bundles"]["named"].get(name, {})}
 
 
 def unknown_names(concepts: Sequence[Concept], config: Mapping) -> list[str]:
-    """A message for each bundle that the config has settings for and no row names."""
+    """A message for each bundle that the config has settings for and no row is in."""
     known = {name for concept in concepts for name in bundle_names(concept, config)}
     return [
-        f"  config: bundles.named.{name}: no row's column 'bundle' names it{did_you_mean(name, known)}"
+        f"bundles.named.{name}: no row's column 'bundle' names it{did_you_mean(name, known)}"
         for name in config["bundles"]["named"]
         if name not in known
     ]
 
 
+def group_members(members: Sequence[Member], config: Mapping) -> dict[str, list[Member]]:
+    """The rows of each bundle, by its name."""
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        for name in bundle_names(member.concept, config):
+            found.setdefault(name, []).append(member)
+    return found
+
+
+def shared_work(bundles: Mapping[str, Sequence[Member]], config: Mapping) -> dict[str, dict]:
+    """By a row's name, what its training preserves together with the bundles' other rows, where the config says so.
+
+    The same for all rows of a bundle, in any order: their words, the keys of their anchors' prompts, their general prompts.
+    """
+    peers: dict[str, dict[str, tuple[Member, int | None]]] = {}
+    for name, rows in bundles.items():
+        settings = bundle_settings(config, name)
+        if settings["share_preserved"]:
+            for row in rows:
+                own = peers.setdefault(row.concept.name, {})
+                own |= {peer.concept.name: (peer, settings["most_prompts"]) for peer in rows}
+    return {name: _shared(list(found.values())) for name, found in peers.items()}
+
+
+def _shared(peers: Sequence[tuple[Member, int | None]]) -> dict:
+    rows = [{**_words(row), **_preserved(row), "most_prompts": most} for row, most in peers]
+    return {
+        "shared": sorted(rows, key=canonical),
+        "shared_prompts": sorted({row.prompts for row, _ in peers}),
+        "preserve_prompts": sorted({prompt for row, _ in peers for prompt in _general(row)}),
+    }
+
+
 def plan_bundles(
-    plan: Plan, members: Mapping[str, Sequence[Member]], config: Mapping, model: Mapping
-) -> None:
-    """Add every bundle's work to the plan. Raises PlanError, which lists all mistakes, one a line."""
-    table, named, errors = config["concepts"], config["bundles"]["named"], []
-    for name, rows in sorted(members.items()):
-        settings = {**config["bundles"], **named.get(name, {})}
-        wrong = [f"  {table}:{line}: bundle {show(name)}: {text}" for line, text in _mistakes(rows, settings)]
+    plan: Plan, bundles: Mapping[str, Sequence[Member]], config: Mapping, model: Mapping
+) -> list[tuple[int, str]]:
+    """Add every bundle's work to a plan that has the rows' already; returns line and text of what can't be merged."""
+    deltas, errors = {row.concept.name: row.ablation for row in plan.rows}, []
+    for name, rows in sorted(bundles.items()):
+        settings = bundle_settings(config, name)
+        wrong = [(line, f"bundle {show(name)}: {text}") for line, text in _mistakes(rows, settings)]
         errors += wrong
-        if not wrong:
-            key = plan.add("merge_deltas", name, {"bundle": name, "model": model, **_work(rows, settings)})
+        if not wrong and all(row.concept.name in deltas for row in rows):
+            made = {deltas[row.concept.name]: row for row in rows}
+            key = plan.add("merge_deltas", name, {"bundle": name, "model": model, **_work(made, settings)})
             plan.bundles.append(Bundle(name, key, tuple(sorted(row.concept.name for row in rows))))
-    if errors:
-        raise PlanError("\n".join(errors))
+    return errors
 
 
 def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, str]]:
@@ -87,29 +125,28 @@ def _trained_words(concept: Concept) -> list[str]:
     return sorted(set().union(*(own - anchor or own for own in words)))
 
 
-def _work(rows: Sequence[Member], settings: Mapping) -> dict:
-    """What decides a bundle's delta, the same in any order of the rows."""
-    rows = list({row.delta: row for row in sorted(rows, key=lambda row: row.delta)}.values())
-    own = {"how": settings["how"], "scale": settings["scale"], "deltas": [row.delta for row in rows]}
-    concepts = [_words(row) for row in rows]
+def _work(rows: Mapping[str, Member], settings: Mapping) -> dict:
+    """What decides a bundle's delta, the same in any order of the rows. `rows`: by the keys of their deltas."""
+    own = {"how": settings["how"], "scale": settings["scale"], "deltas": sorted(rows)}
+    concepts = [{**_words(rows[key]), "delta": key} for key in own["deltas"]]
     if settings["how"] == "ties":
         own["density"] = settings["density"]
     if settings["how"] == "closed-form":
-        own |= {name: settings[name] for name in ("ridge", "preserve_weight", "most_prompts")}
-        general = [prompt for row in rows for prompt in _general(row)]
-        own |= {"prompts": sorted({row.prompts for row in rows}), "general": list(dict.fromkeys(general))}
-        concepts = [words | preserved_words(row) for words, row in zip(concepts, rows, strict=True)]
+        own |= {name: settings[name] for name in ("ridge", "preserve_weight")}
+        own["prompts"] = sorted({row.prompts for row in rows.values()})
+        own["general"] = sorted({prompt for row in rows.values() for prompt in _general(row)})
+        more = [_preserved(rows[key]) | {"most_prompts": settings["most_prompts"]} for key in own["deltas"]]
+        concepts = [one | words for one, words in zip(concepts, more, strict=True)]
     return own | {"concepts": concepts}
 
 
 def _words(row: Member) -> dict:
     concept = row.concept
-    pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
-    return {**pair, "delta": row.delta}
+    return {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
 
 
-def preserved_words(row: Member) -> dict:
-    """What says, with kind, targets and anchor, which prompts are a row's own."""
+def _preserved(row: Member) -> dict:
+    """What says, with a row's words, which prompts are its own."""
     templates = KINDS[row.concept.kind].templates(row.own["prompts"]["templates"])
     return {"neighbors": list(row.concept.neighbors), "templates": templates, "prompts": row.prompts}
 
