@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import test_plan
 import torch
-from test_plan import CAT, CONCEPTS_SCHEMA, CONFIG_SCHEMA, INK, WEARY, keys
-from tiny import make_tiny_pipeline
+import yaml
+from test_plan import CAT, CONCEPTS_SCHEMA, CONFIG_SCHEMA, INK, ROOT, WEARY, keys
 
+from concept_ablation.common.settings import merge as merge_settings
 from concept_ablation.diffusion.delta import (
     DeltaError,
     apply_delta,
@@ -26,8 +28,14 @@ from concept_ablation.methods.bundle import MergeError, merge_deltas
 from concept_ablation.methods.merging import ClosedForm
 from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.schema import ConfigError, check_config
-from concept_ablation.plan.specs import build_plan
+from concept_ablation.plan.specs import build_plan, load_plan
 from concept_ablation.plan.table import ConceptsError, load_concepts
+from concept_ablation.report.bundles import bundle_text
+from concept_ablation.verdict import NOT_SHOWN
+from tests.stages import run_plan
+from tests.tiny import make_tiny_pipeline
+from tests.tiny_clip import make_tiny_clip
+from tests.workflow.conftest import SMALL
 
 config = test_plan.config
 OWL = replace(CAT, name="owl", targets=("owl",), anchor="bird", neighbors=("duck",), line=5)
@@ -41,10 +49,12 @@ def merged_spec(plan):
 
 def test_a_bundle_leaves_the_rows_work_as_it_is(config):
     plain, bundled = build_plan([CAT, INK], config), build_plan(BOTH, config)
-    assert keys(plain) == keys(bundled) and plain.report_spec() == bundled.report_spec()
+    assert keys(plain) == keys(bundled)
     assert not plain.specs["merge_deltas"] and not plain.bundles
     for stage in plain.specs:
-        assert stage == "merge_deltas" or plain.specs[stage] == bundled.specs[stage]
+        assert plain.specs[stage].items() <= bundled.specs[stage].items()
+    for stage in ("generate_anchors", "ablate_concept", "sample_base"):
+        assert plain.specs[stage] == bundled.specs[stage], "nothing else is drawn or trained"
     (bundle,) = bundled.bundles
     assert bundle.name == "both" and bundle.concepts == ("cat-1", "ink")
     assert bundle.delta.startswith("both.")
@@ -116,6 +126,7 @@ def test_all_rows_can_make_a_bundle(config):
 
 
 def test_a_bundle_that_is_not_there_is_a_goal(config):
+    config["bundles"]["judge"] = False
     plan = build_plan(BOTH, config)
     for row in plan.rows:
         for file in plan.files(row):
@@ -128,6 +139,33 @@ def test_a_bundle_that_is_not_there_is_a_goal(config):
     Path(path).parent.mkdir(parents=True)
     Path(path).write_text("x")
     assert build_plan(BOTH, config).goals() == []
+
+
+def test_a_judged_bundle_draws_its_rows_probes_under_its_delta(config):
+    plan = build_plan(BOTH, config)
+    (bundle,), rows = plan.bundles, {row.concept.name: row for row in plan.rows}
+    assert plan.goals() == sorted(
+        [*(plan.path(row.scores) for row in rows.values()), *(plan.path(row.scores) for row in bundle.judged)]
+    )
+    for row in bundle.judged:
+        own = rows[row.concept.name]
+        ours, theirs = (plan.specs["sample_ablated"][one.samples] for one in (row, own))
+        assert ours["delta"] == bundle.delta and theirs["delta"] == own.ablation
+        assert ours["probes"] == theirs["probes"] and row.base == own.base
+        assert row.scores != own.scores and bundle.delta in plan.needed(row)
+    (reported,) = json.loads(plan.report_spec())["bundles"]
+    assert [row["delta"] for row in reported["rows"]] == [plan.path(bundle.delta)] * 2
+    assert "bundles" not in json.loads(plan.report_spec(plan.rows)), "it isn't finished"
+
+
+def test_what_a_row_of_the_bundle_removes_is_no_neighbor_to_be_kept(config):
+    rows = [replace(row, bundles=("cats",)) for row in (CAT, replace(WEARY, targets=("Crying Cat",)))]
+    (bundle,) = build_plan(rows, config).bundles
+    neighbors = {row.concept.name: row.concept.neighbors for row in bundle.judged}
+    assert neighbors == {"cat-1": ("weary cat",), "cat-2": ()}
+    assert {row["concept"]: row["neighbors"] for row in json.loads(build_plan(rows, config).report_spec())["rows"]} == {
+        "cat-1": ["weary cat", "crying cat"], "cat-2": ["pouting cat", "crying cat"],
+    }  # fmt: skip
 
 
 def test_what_can_not_be_merged_is_told_before_anything_runs(config):
@@ -341,3 +379,60 @@ def test_a_merged_delta_is_a_delta_like_any_other(folder, pipeline, tmp_path, fo
     assert all(torch.equal(own[name], value) for name, value in merged.items())
     export_delta(tmp_path / "out.safetensors", tmp_path / f"out.{form}", form)
     assert (tmp_path / f"out.{form}").exists()
+
+
+# The report
+
+
+def line(concept, **changes):
+    found = {"concept": concept, "removed": True, "removed_alone": True, "verdict": "removed, neighbors kept"}
+    found |= {"kept": True, "anchor_kept": True, "worst_neighbor": "duck", "anchor": "bird"}
+    return found | changes
+
+
+def test_a_sentence_says_what_came_back_and_what_was_lost():
+    lines = [
+        line("fox"),
+        line("owl", removed=False, kept=None),
+        line("ink", removed=False, removed_alone=False),
+    ]
+    assert bundle_text(lines) == "1 of 3 removed; came back: owl; not removed alone either: ink"
+    lines = [line("owl", kept=False), line("fox", anchor_kept=False), line("cat", verdict=NOT_SHOWN)]
+    text = "3 of 3 removed; rarely drawn by the base model: cat; neighbors lost: owl (duck); anchor lost: fox (bird)"
+    assert bundle_text(lines) == text
+
+
+def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tiny_pipeline(tmp_path / "models" / "pipeline", size=32)
+    make_tiny_clip(tmp_path / "models" / "clip")
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    own = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    for layer in (
+        SMALL,
+        {"concepts": "rows.csv", "results": "results", "bundles": {"named": {"sums": {"how": "sum"}}}},
+    ):
+        merge_settings(own, layer)
+    Path("rows.csv").write_text(
+        "kind,target,anchor,neighbors,bundle\nobject,fox,animal,owl; dog,both; sums\nobject,owl,bird,duck,both; sums\n"
+    )
+    plan = load_plan(own, ROOT / "workflow" / "schemas", "config")[1]
+    run_plan(plan)
+    lines = pq.read_table("results/report/bundles.parquet").to_pylist()
+    assert [(each["bundle"], each["how"], each["concept"]) for each in lines] == [
+        ("both", "closed-form", "object-fox"), ("both", "closed-form", "object-owl"),
+        ("sums", "sum", "object-fox"), ("sums", "sum", "object-owl"),
+    ]  # fmt: skip
+    assert [each["neighbors"] for each in lines[:2]] == ["dog", "duck"], "the owl is gone"
+    summary = {each["concept"]: each for each in pq.read_table("results/report/summary.parquet").to_pylist()}
+    for each in lines:
+        assert each["verdict_alone"] == summary[each["concept"]]["verdict"]
+        assert each["delta"] in [plan.path(bundle.delta) for bundle in plan.bundles]
+    page = Path("results/report/index.html").read_text(encoding="utf-8")
+    assert "Bundles: one model without" in page and f"<p>{bundle_text(lines[:2])}.</p>" in page
+    again = load_plan(own, ROOT / "workflow" / "schemas", "config")[1]
+    assert again.goals() == [] and not again.pending_bundles
+    Path(plan.path(plan.bundles[0].judged[0].scores)).unlink()
+    again = load_plan(own, ROOT / "workflow" / "schemas", "config")[1]
+    assert set(again.goals()) >= {plan.path(plan.bundles[0].judged[0].scores)} and not again.pending
+    assert [bundle["name"] for bundle in json.loads(again.report_spec(again.rows))["bundles"]] == ["sums"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from concept_ablation.common.errors import did_you_mean, show
 from concept_ablation.plan.concept import Concept
+from concept_ablation.plan.evaluation_specs import plan_judging
 from concept_ablation.plan.graph import Bundle, Plan, canonical
 from concept_ablation.prompts.templates import general_prompts
 from concept_ablation.registries import KINDS, METHODS
@@ -91,8 +92,19 @@ def plan_bundles(
         if not wrong and all(row.concept.name in deltas for row in rows):
             made = {deltas[row.concept.name]: row for row in rows}
             key = plan.add("merge_deltas", name, {"bundle": name, "model": model, **_work(made, settings)})
-            plan.bundles.append(Bundle(name, key, tuple(sorted(row.concept.name for row in rows))))
+            judged = [_spared(row, rows) for row in rows] if settings["judge"] else []
+            again = [plan_judging(plan, concept, own, model, None, key) for concept, own in judged]
+            names = tuple(sorted(row.concept.name for row in rows))
+            again.sort(key=lambda row: row.concept.name)
+            plan.bundles.append(Bundle(name, settings["how"], key, names, tuple(again)))
     return errors
+
+
+def _spared(row: Member, rows: Sequence[Member]) -> tuple[Concept, Mapping]:
+    """A row as it is judged in its bundle: what another row removes is no neighbor to be kept."""
+    gone = {target.casefold() for peer in rows for target in peer.concept.targets}
+    kept = tuple(name for name in row.concept.neighbors if name.casefold() not in gone)
+    return replace(row.concept, neighbors=kept), row.own
 
 
 def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, str]]:

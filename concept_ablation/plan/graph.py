@@ -67,11 +67,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model without all concepts of several rows: the key of the delta that is merged from theirs, and their names."""
+    """A model without all concepts of several rows: how their deltas are merged, the key of the result, and their names.
+
+    `judged`: the rows once more, under this model; a neighbor that another of them removes is left out. None if it isn't judged.
+    """
 
     name: str
+    how: str
     delta: str
     concepts: tuple[str, ...]
+    judged: tuple[Row, ...] = ()
 
 
 class Plan:
@@ -139,29 +144,58 @@ class Plan:
 
     @functools.cached_property
     def pending_bundles(self) -> list[Bundle]:
-        """The bundles whose delta was missing or empty when this was first read."""
-        return [bundle for bundle in self.bundles if not has_content(self.path(bundle.delta))]
+        """The bundles that were unfinished when this was first read."""
+        return [bundle for bundle in self.bundles if not self.is_finished(bundle)]
+
+    @property
+    def judges_bundles(self) -> bool:
+        """Whether the report has a table of bundles."""
+        return any(bundle.judged for bundle in self.bundles)
+
+    def is_finished(self, bundle: Bundle) -> bool:
+        """Whether no file of a bundle is missing or empty now."""
+        return all(map(has_content, self.bundle_files(bundle)))
+
+    def bundle_files(self, bundle: Bundle) -> list[str]:
+        """All files of a bundle: its delta and, where it is judged, what the report reads of it."""
+        files = [self.path(bundle.delta), *(file for row in bundle.judged for file in self.files(row))]
+        return list(dict.fromkeys(files))
 
     def pending_files(self) -> list[str]:
         """The files of all unfinished rows and bundles, which the report waits for."""
-        merged = {self.path(bundle.delta) for bundle in self.pending_bundles}
-        return sorted(merged | {file for row in self.pending for file in self.files(row)})
+        found = {file for bundle in self.pending_bundles for file in self.bundle_files(bundle)}
+        return sorted(found | {file for row in self.pending for file in self.files(row)})
 
     def goals(self) -> list[str]:
         """The targets that finish all that is unfinished: as few files as possible, since each costs planning time.
 
         A row's scores are made last, so they stand for all its files, unless they exist while another file is missing.
         """
-        found = {self.path(bundle.delta) for bundle in self.pending_bundles}
-        for row in self.pending:
+        found = {self.path(bundle.delta) for bundle in self.pending_bundles if not bundle.judged}
+        for row in [*self.pending, *(row for bundle in self.pending_bundles for row in bundle.judged)]:
             scores = self.path(row.scores)
             found.update(self.files(row) if has_content(scores) else [scores])
         return sorted(found)
 
     def report_spec(self, rows: Sequence[Row] | None = None) -> str:
-        """All rows (or `rows`), with their files and the report's settings, as canonical JSON."""
-        rows = self.rows if rows is None else rows
-        return canonical({"rows": [self._report_row(row) for row in rows], **self.report})
+        """All rows and bundles (or `rows` and what is finished of the bundles), with their files and the report's settings, as canonical JSON."""
+        bundles = [
+            bundle for bundle in self.bundles if bundle.judged and (rows is None or self.is_finished(bundle))
+        ]
+        spec = {
+            "rows": [self._report_row(row) for row in (self.rows if rows is None else rows)],
+            **self.report,
+        }
+        if bundles:
+            spec["bundles"] = [
+                {
+                    "name": bundle.name,
+                    "how": bundle.how,
+                    "rows": [self._report_row(row) for row in bundle.judged],
+                }
+                for bundle in bundles
+            ]
+        return canonical(spec)
 
     def sources(self, key: str) -> Iterator[str]:
         """The keys of the work that a unit is made from, which its spec names."""

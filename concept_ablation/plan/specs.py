@@ -26,9 +26,8 @@ from concept_ablation.plan.evaluation_specs import (
     Frozen,
     frozen,
     memory_spec,
-    probe_specs,
+    plan_judging,
     prompt_path,
-    scoring_spec,
     validation_spec,
 )
 from concept_ablation.plan.graph import Plan, PlanError, Row
@@ -117,27 +116,9 @@ def _plan_row(
     plan: Plan, concept: Concept, own: Mapping, model: Mapping, limits: Mapping, shared: Mapping
 ) -> Row:
     """Add one row's work to the plan, stage by stage. `shared`: see `bundles.shared_work`."""
-    label = f"{concept.kind}-{'-'.join(concept.targets)}"
-    pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
     memory = memory_spec(concept, own["evaluation"])
     anchors, ablation = _plan_ablation(plan, concept, own, model, memory, limits, shared)
-    probes, settings = probe_specs(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
-    samples = plan.add("sample_ablated", label, {**settings, "delta": ablation, "probes": probes})
-    base = {}
-    for probe in probes:
-        plain = {name: value for name, value in probe.items() if name != "role"}
-        subject = f"{concept.kind}-{probe['subject']}"
-        base[probe["subject"]] = plan.add("sample_base", subject, {**settings, "probe": plain})
-    judged = {
-        **pair,
-        "concept": concept.name,
-        "neighbors": list(concept.neighbors),
-        "samples": samples,
-        "base": base,
-        "paraphrases": [probe["subject"] for probe in probes if probe["role"] == "paraphrase"],
-    }
-    scores = plan.add("score_concept", concept.name, {**judged, **scoring_spec(concept, own), **memory})
-    return Row(concept, anchors, ablation, samples, scores, base)
+    return plan_judging(plan, concept, own, model, anchors, ablation)
 
 
 def _plan_ablation(

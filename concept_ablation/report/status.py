@@ -86,7 +86,8 @@ def unfinished_keys(plan: Plan) -> list[str]:
         for key in (row.ablation, row.samples, row.scores, *row.base.values()):
             visit(key)
     for bundle in plan.pending_bundles:
-        visit(bundle.delta)
+        for key in (bundle.delta, *(row.scores for row in bundle.judged)):
+            visit(key)
     return list(found)
 
 

@@ -71,7 +71,8 @@ def print_report(plan):
     if (folder / "summary.parquet").exists():
         from concept_ablation.report.page import print_summary
 
-        print_summary(folder / "summary.parquet", folder / "index.html")
+        bundles = folder / "bundles.parquet" if plan.judges_bundles else None
+        print_summary(folder / "summary.parquet", folder / "index.html", bundles_path=bundles)
 
 
 def print_failures(plan, scheduler):
