@@ -177,6 +177,13 @@ STAGES = {
         function="concept_ablation.diffusion.delta_import:import_delta_stage",
         neutral={"model.trust_remote_code": False},
     ),
+    "merge_deltas": Stage(
+        version=1,
+        files={"delta": "bundles/{key}/delta.safetensors"},
+        function="concept_ablation.methods.bundle:merge_deltas",
+        options=("device",),
+        neutral={"model.trust_remote_code": False},
+    ),
     "sample_base": Stage(
         version=2,
         files={"images": "base/{key}.parquet"},

@@ -10,7 +10,8 @@ from concept_ablation.registries import STAGES
 INPUTS = {
     "search_prompts": {"candidates": "candidates_from"},
     "generate_anchors": {"prompts": "prompts"},
-    "ablate_concept": {"anchors": "anchors"},
+    "ablate_concept": {"anchors": "anchors", "shared": "shared_prompts"},
+    "merge_deltas": {"deltas": "deltas", "prompts": "prompts"},
     "sample_ablated": {"delta": "delta"},
     "score_concept": {"samples": "samples", "base": "base"},
 }
@@ -19,6 +20,7 @@ INPUTS = {
 
 def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     """Do all of the plan's work that isn't done, then write its two tables and the page."""
+    from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.page import render
     from concept_ablation.report.tables import aggregate_scores
 
@@ -26,7 +28,10 @@ def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     report = Path(plan.results) / "report"
     tables = (report / "scores.parquet", report / "summary.parquet")
     aggregate_scores(json.loads(plan.report_spec()), *tables)
-    render(json.loads(plan.report_spec()), *tables, report / "index.html")
+    bundles = report / "bundles.parquet" if plan.judges_bundles else None
+    if bundles:
+        aggregate_bundles(json.loads(plan.report_spec()), tables[1], bundles)
+    render(json.loads(plan.report_spec()), *tables, report / "index.html", bundles_path=bundles)
 
 
 def run_stages(plan: Plan, but: Collection[str] = (), *, device: str = "cpu", batch_size: int = 16) -> None:

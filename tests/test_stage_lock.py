@@ -204,6 +204,7 @@ def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
     assert copy("prompts.wording", 'noun[:-1] + "ies"', 'noun[:-1] + "ys"') == {
         "write_prompts",
         "ablate_concept",
+        "merge_deltas",
         "score_concept",  # it asks a kind for its limit, and is taken to run all that the kinds run
     }
 
@@ -214,6 +215,7 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         "generate_anchors",
         "ablate_concept",
         "import_delta",
+        "merge_deltas",
         "sample_base",
         "sample_ablated",
     }

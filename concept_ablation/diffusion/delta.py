@@ -7,10 +7,11 @@ encoder's token embedding it holds single rows, `<text encoder>.token_embedding.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from concept_ablation.common.files import atomic_output, damaged
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from safetensors import safe_open
 
 METADATA_KEY = "concept_ablation"
 CHECKSUM = "values_sha256"  # another key of a delta's metadata
@@ -86,29 +88,62 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the tensors' names and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy())
+        _add_to(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def _add_to(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(name.encode())
+    digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
 
 
 def load_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """A delta's tensors (fp32, CPU) and its metadata. Raises DeltaError if it can't be read."""
+    return dict(iterate_delta(path)), read_metadata(path)
+
+
+def iterate_delta(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """A delta's tensors (fp32, CPU) by name, sorted, one by one: only what the caller keeps stays in memory.
+
+    Raises DeltaError if it can't be read, and after the last tensor if the values aren't those that were written.
+    """
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        written = file.metadata() or {}
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            _add_to(digest, name, tensor)
+            yield name, tensor
+    if written.get(CHECKSUM, now := digest.hexdigest()) != now:
+        raise damaged(DeltaError, path, "its values aren't those that were written")
+
+
+def read_metadata(path: str | Path) -> dict[str, object]:
+    """A delta's metadata. Raises DeltaError if it can't be read."""
+    with _opened(path) as file:
+        return json.loads(file.metadata()[METADATA_KEY])
+
+
+def delta_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a delta's tensors by name; no values are read. Raises DeltaError."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[safe_open]:
+    """A delta's file. What goes wrong inside is told as a DeltaError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            written = file.metadata() or {}
-            metadata = json.loads(written[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except KeyError:
-        raise DeltaError(f"{path}: no {METADATA_KEY!r} metadata, so it is no delta of this project") from None
+            if METADATA_KEY not in (file.metadata() or {}):
+                raise DeltaError(f"{path}: no {METADATA_KEY!r} metadata, so it is no delta of this project")
+            yield file
     except FileNotFoundError:
         raise DeltaError(f"{path}: can't be read: there is no such file") from None
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise damaged(DeltaError, path, f"can't be read ({error})") from error
-    if written.get(CHECKSUM, now := _checksum(tensors)) != now:
-        raise damaged(DeltaError, path, "its values aren't those that were written")
-    return tensors, metadata
 
 
 @torch.no_grad()

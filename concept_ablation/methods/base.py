@@ -35,6 +35,10 @@ class Method:
         """The columns of the table that a row's work depends on, given its merged settings."""
         return self.row_fields
 
+    def groups(self, settings: Mapping) -> set[str]:
+        """The parameter groups that its delta can be of, given a row's merged settings; none if only the delta tells."""
+        return set()
+
     def validates(self, settings: Mapping) -> bool:
         """Whether it judges its strength on validation pictures: its spec then has `validation`."""
         return False

@@ -24,9 +24,8 @@ class Concept:
     """One row: remove `targets`, so that they become `anchor`, and keep `neighbors` as they are.
 
     `prompts`: the path of a file of anchor prompts; `image`: that of the memorized picture; `delta`: that of a delta
-    made elsewhere, which is judged instead of training one; `preset`: one of the config's; `overrides`: dotted config
-    key -> value;
-    `line`: its line in the table, from 1; `enabled`: false if the row is switched off.
+    made elsewhere, which is judged instead of training one; `preset`: one of the config's; `bundles`: those that it is part
+    of; `overrides`: dotted config key -> value; `line`: its line in the table, from 1; `enabled`: false if the row is switched off.
     """
 
     name: str
@@ -38,6 +37,7 @@ class Concept:
     image: str | None = None
     delta: str | None = None
     preset: str | None = None
+    bundles: tuple[str, ...] = ()
     overrides: Mapping[str, object] = field(default_factory=dict)
     line: int = 0
     enabled: bool = True

@@ -9,13 +9,42 @@ from collections.abc import Mapping, Sequence
 
 from concept_ablation.common.roles import PARAPHRASES
 from concept_ablation.plan.concept import Concept, slug
-from concept_ablation.plan.graph import PlanError
+from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_of
 from concept_ablation.prompts.templates import PromptsError, fill, read_templates
 from concept_ablation.registries import KINDS
 from concept_ablation.verdict import LOSSES
 
 Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, hashable for a cache
+
+
+def plan_judging(
+    plan: Plan, concept: Concept, own: Mapping, model: Mapping, anchors: str | None, delta: str
+) -> Row:
+    """Add the pictures and the scores of a row to the plan: those of the model with `delta`, a key, beside the unchanged one's.
+
+    anchors: the key of its anchor's pictures, if it has any. Raises PlanError, PromptsError.
+    """
+    pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
+    probes, settings = probe_specs(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
+    label = f"{concept.kind}-{'-'.join(concept.targets)}"
+    samples = plan.add("sample_ablated", label, {**settings, "delta": delta, "probes": probes})
+    base = {}
+    for probe in probes:
+        plain = {name: value for name, value in probe.items() if name != "role"}
+        subject = f"{concept.kind}-{probe['subject']}"
+        base[probe["subject"]] = plan.add("sample_base", subject, {**settings, "probe": plain})
+    judged = {
+        **pair,
+        "concept": concept.name,
+        "neighbors": list(concept.neighbors),
+        "samples": samples,
+        "base": base,
+        "paraphrases": [probe["subject"] for probe in probes if probe["role"] == "paraphrase"],
+        **scoring_spec(concept, own),
+        **memory_spec(concept, own["evaluation"]),
+    }
+    return Row(concept, anchors, delta, samples, plan.add("score_concept", concept.name, judged), base)
 
 
 def memory_spec(concept: Concept, evaluation: Mapping) -> dict:

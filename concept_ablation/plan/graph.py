@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from concept_ablation.common.errors import UserError
@@ -43,6 +43,13 @@ def make_key(label: str, spec: Mapping) -> str:
     return f"{slug(label)}.{hashlib.sha256(canonical(spec).encode()).hexdigest()[:12]}"
 
 
+def _parts(value: object) -> Collection:
+    """The values of an entry of a spec: those of a group or a list, or the only one."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else [value]
+
+
 @dataclass(frozen=True)
 class Row:
     """The keys of one concept's work. `base` maps each probe's subject to the key of the base model's pictures.
@@ -58,13 +65,28 @@ class Row:
     base: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """A model without all concepts of several rows: how their deltas are merged, the key of the result, and their names.
+
+    `judged`: the rows once more, under this model; a neighbor that another of them removes is left out. None if it isn't judged.
+    """
+
+    name: str
+    how: str
+    delta: str
+    concepts: tuple[str, ...]
+    judged: tuple[Row, ...] = ()
+
+
 class Plan:
-    """The work of all rows: `rows`, sorted by name, and the specs of every stage by key."""
+    """The work of all rows: `rows` and `bundles`, sorted by name, and the specs of every stage by key."""
 
     def __init__(self, results: str, verdict: Mapping[str, float], page: Mapping[str, int]) -> None:
         self.results = results
         self.report = {"verdict": dict(verdict), "page": dict(page)}
         self.rows: list[Row] = []
+        self.bundles: list[Bundle] = []
         self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in STAGES}
         self.stages: dict[str, str] = {}  # key -> its stage
         # Slugs of rows that are switched off and can't be planned, so that their keys aren't known.
@@ -91,7 +113,7 @@ class Plan:
     def upstream(self, stage: str, key: str, name: str) -> str | list[str]:
         """The file or files that a unit of `stage` reads as input `name`; its spec has their keys under that name."""
         found = self.specs[stage][key].get(name) or {}
-        return [self.path(k) for k in found.values()] if isinstance(found, Mapping) else self.path(found)
+        return self.path(found) if isinstance(found, str) else [self.path(k) for k in _parts(found)]
 
     def files(self, row: Row) -> list[str]:
         """All files of a row that the report reads."""
@@ -120,30 +142,65 @@ class Plan:
         """The rows with a file that is missing or empty now."""
         return [row for row in self.rows if not all(map(has_content, self.files(row)))]
 
+    @functools.cached_property
+    def pending_bundles(self) -> list[Bundle]:
+        """The bundles that were unfinished when this was first read."""
+        return [bundle for bundle in self.bundles if not self.is_finished(bundle)]
+
+    @property
+    def judges_bundles(self) -> bool:
+        """Whether the report has a table of bundles."""
+        return any(bundle.judged for bundle in self.bundles)
+
+    def is_finished(self, bundle: Bundle) -> bool:
+        """Whether no file of a bundle is missing or empty now."""
+        return all(map(has_content, self.bundle_files(bundle)))
+
+    def bundle_files(self, bundle: Bundle) -> list[str]:
+        """All files of a bundle: its delta and, where it is judged, what the report reads of it."""
+        files = [self.path(bundle.delta), *(file for row in bundle.judged for file in self.files(row))]
+        return list(dict.fromkeys(files))
+
     def pending_files(self) -> list[str]:
-        """The files of all unfinished rows, which the report waits for."""
-        return sorted({file for row in self.pending for file in self.files(row)})
+        """The files of all unfinished rows and bundles, which the report waits for."""
+        found = {file for bundle in self.pending_bundles for file in self.bundle_files(bundle)}
+        return sorted(found | {file for row in self.pending for file in self.files(row)})
 
     def goals(self) -> list[str]:
-        """The targets that finish all unfinished rows: as few files as possible, since each costs planning time.
+        """The targets that finish all that is unfinished: as few files as possible, since each costs planning time.
 
         A row's scores are made last, so they stand for all its files, unless they exist while another file is missing.
         """
-        found: set[str] = set()
-        for row in self.pending:
+        found = {self.path(bundle.delta) for bundle in self.pending_bundles if not bundle.judged}
+        for row in [*self.pending, *(row for bundle in self.pending_bundles for row in bundle.judged)]:
             scores = self.path(row.scores)
             found.update(self.files(row) if has_content(scores) else [scores])
         return sorted(found)
 
     def report_spec(self, rows: Sequence[Row] | None = None) -> str:
-        """All rows (or `rows`), with their files and the report's settings, as canonical JSON."""
-        rows = self.rows if rows is None else rows
-        return canonical({"rows": [self._report_row(row) for row in rows], **self.report})
+        """All rows and bundles (or `rows` and what is finished of the bundles), with their files and the report's settings, as canonical JSON."""
+        bundles = [
+            bundle for bundle in self.bundles if bundle.judged and (rows is None or self.is_finished(bundle))
+        ]
+        spec = {
+            "rows": [self._report_row(row) for row in (self.rows if rows is None else rows)],
+            **self.report,
+        }
+        if bundles:
+            spec["bundles"] = [
+                {
+                    "name": bundle.name,
+                    "how": bundle.how,
+                    "rows": [self._report_row(row) for row in bundle.judged],
+                }
+                for bundle in bundles
+            ]
+        return canonical(spec)
 
     def sources(self, key: str) -> Iterator[str]:
         """The keys of the work that a unit is made from, which its spec names."""
         for value in self.specs[self.stages[key]][key].values():
-            for name in value.values() if isinstance(value, Mapping) else [value]:
+            for name in _parts(value):
                 if isinstance(name, str) and name in self.stages:
                     yield name
 
@@ -184,6 +241,7 @@ class Plan:
         names = ", ".join(row.concept.name for row in self.pending[:10])
         more = f" and {len(self.pending) - 10} more" if len(self.pending) > 10 else ""
         done = len(self.rows) - len(self.pending)
-        return f"{len(self.rows)} concepts: {done} finished, {len(self.pending)} to do" + (
-            f" ({names}{more})" if names else ""
-        )
+        text = f"{len(self.rows)} concepts: {done} finished, {len(self.pending)} to do"
+        text += f" ({names}{more})" if names else ""
+        bundles = ", ".join(bundle.name for bundle in self.pending_bundles[:10])
+        return text + (f"; bundles to do: {len(self.pending_bundles)} ({bundles})" if bundles else "")

@@ -41,6 +41,7 @@ class PlanSnapshot(Plan):
         run = json.loads(self._find("select content from run"))
         self.results, self.config = run["results"], run["config"]
         self._report, self._pending_files, self._goals = run["report"], run["pending_files"], run["goals"]
+        self._judges_bundles = run["judges_bundles"]
         self.stages = _Lookup(lambda key: self._find("select stage from units where key = ?", key))
         one = "select spec from units where stage = ? and key = ?"
         self.specs = _Lookup(lambda stage: _Lookup(lambda key: json.loads(self._find(one, stage, key))))
@@ -50,6 +51,10 @@ class PlanSnapshot(Plan):
         if row is None:
             raise KeyError(values)
         return zlib.decompress(row[0]).decode() if isinstance(row[0], bytes) else row[0]
+
+    @property
+    def judges_bundles(self) -> bool:
+        return self._judges_bundles
 
     def pending_files(self) -> list[str]:
         return self._pending_files
@@ -80,6 +85,7 @@ def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
         "report": plan.report_spec(),
         "pending_files": plan.pending_files(),
         "goals": plan.goals(),
+        "judges_bundles": plan.judges_bundles,
     }
     database = sqlite3.connect(":memory:")
     database.execute("create table run (content blob)")

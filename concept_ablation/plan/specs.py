@@ -7,19 +7,27 @@ batch sizes do not affect keys. Nothing here imports torch, transformers or pand
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from concept_ablation.common.remote_code import REFUSED, find_code
 from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.plan.bundles import (
+    Member,
+    bundle_names,
+    group_members,
+    plan_bundles,
+    shared_work,
+    unknown_names,
+)
 from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.plan.evaluation_specs import (
     Frozen,
     frozen,
     memory_spec,
-    probe_specs,
+    plan_judging,
     prompt_path,
-    scoring_spec,
     validation_spec,
 )
 from concept_ablation.plan.graph import Plan, PlanError, Row
@@ -30,6 +38,7 @@ from concept_ablation.plan.table import load_concepts
 from concept_ablation.prompts.templates import SLOT, PromptsError, expand, file_source, read_templates
 from concept_ablation.registries import KINDS, METHODS
 
+T = TypeVar("T")
 SOURCES = {"language-model": "language_model", "endpoint": "endpoint"}
 
 
@@ -52,7 +61,46 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     Raises PlanError, which lists every row that can't be planned. A row that is switched off may fail: the plan then
     only keeps the slugs of its keys.
     """
-    plan, errors = Plan(config["results"], config["verdict"], config["report"]), []
+    plan = Plan(config["results"], config["verdict"], config["report"])
+    model = _table_model(config)
+    settings = functools.cache(functools.partial(shared_settings, config))
+    errors: list[tuple[int, str]] = []
+
+    def attempt(concept: Concept, step: Callable[[], T]) -> list[T]:
+        """What `step` plans of a row; nothing if it can't."""
+        try:
+            return [step()]
+        except (PlanError, PromptsError, SettingsError) as error:
+            if concept.enabled:
+                errors.append((concept.line, str(error)))
+            else:  # its files needn't be here, and nobody asks for its work
+                plan.unknown |= _slugs(concept)
+            return []
+
+    def member(concept: Concept) -> Member:
+        own = with_own(settings(concept.kind, concept.preset), concept.overrides)
+        if not bundle_names(concept, config):
+            return Member(concept, own, "")
+        memory = memory_spec(concept, own["evaluation"])
+        return Member(concept, own, _plan_prompts(plan, concept, own, model, memory))
+
+    members = [made for concept in concepts for made in attempt(concept, functools.partial(member, concept))]
+    bundles = group_members(members, config)
+    shared = shared_work(bundles, config)
+    for row in members:
+        work = (row.concept, row.own, model, config["verdict"], shared.get(row.concept.name, {}))
+        plan.rows += attempt(row.concept, functools.partial(_plan_row, plan, *work))
+    errors += plan_bundles(plan, bundles, config, model)
+    texts = [f"  config: {text}" for text in unknown_names(concepts, config)]
+    texts += [f"  {config['concepts']}:{line}: {text}" for line, text in sorted(errors)]
+    if texts:
+        raise PlanError("\n".join([f"{config['concepts']}: {len(texts)} row(s) can't be planned", *texts]))
+    plan.rows.sort(key=lambda row: row.concept.name)
+    return plan
+
+
+def _table_model(config: Mapping) -> dict:
+    """The model's part of all specs. Raises PlanError."""
     fingerprint_of.cache_clear()  # a model may have been replaced since this process's last plan
     try:
         model = model_spec(config["model"], "model.path")
@@ -61,49 +109,26 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
                 raise PlanError(f"model: {folder}: {REFUSED.format(code=code)}")
     except PlanError as error:
         raise PlanError(f"config: {error}") from None
-    settings = functools.cache(functools.partial(shared_settings, config))
-    for concept in concepts:
-        try:
-            own = with_own(settings(concept.kind, concept.preset), concept.overrides)
-            plan.rows.append(_plan_row(plan, concept, own, model, config["verdict"]))
-        except (PlanError, PromptsError, SettingsError) as error:
-            if concept.enabled:
-                errors.append(f"  {config['concepts']}:{concept.line}: {error}")
-            else:  # its files needn't be here, and nobody asks for its work
-                plan.unknown |= _slugs(concept)
-    if errors:
-        raise PlanError("\n".join([f"{config['concepts']}: {len(errors)} row(s) can't be planned", *errors]))
-    plan.rows.sort(key=lambda row: row.concept.name)
-    return plan
+    return model
 
 
-def _plan_row(plan: Plan, concept: Concept, own: Mapping, model: Mapping, limits: Mapping) -> Row:
-    """Add one row's work to the plan, stage by stage."""
-    label = f"{concept.kind}-{'-'.join(concept.targets)}"
-    pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
+def _plan_row(
+    plan: Plan, concept: Concept, own: Mapping, model: Mapping, limits: Mapping, shared: Mapping
+) -> Row:
+    """Add one row's work to the plan, stage by stage. `shared`: see `bundles.shared_work`."""
     memory = memory_spec(concept, own["evaluation"])
-    anchors, ablation = _plan_ablation(plan, concept, own, model, memory, limits)
-    probes, settings = probe_specs(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
-    samples = plan.add("sample_ablated", label, {**settings, "delta": ablation, "probes": probes})
-    base = {}
-    for probe in probes:
-        plain = {name: value for name, value in probe.items() if name != "role"}
-        subject = f"{concept.kind}-{probe['subject']}"
-        base[probe["subject"]] = plan.add("sample_base", subject, {**settings, "probe": plain})
-    judged = {
-        **pair,
-        "concept": concept.name,
-        "neighbors": list(concept.neighbors),
-        "samples": samples,
-        "base": base,
-        "paraphrases": [probe["subject"] for probe in probes if probe["role"] == "paraphrase"],
-    }
-    scores = plan.add("score_concept", concept.name, {**judged, **scoring_spec(concept, own), **memory})
-    return Row(concept, anchors, ablation, samples, scores, base)
+    anchors, ablation = _plan_ablation(plan, concept, own, model, memory, limits, shared)
+    return plan_judging(plan, concept, own, model, anchors, ablation)
 
 
 def _plan_ablation(
-    plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping, limits: Mapping
+    plan: Plan,
+    concept: Concept,
+    own: Mapping,
+    model: Mapping,
+    memory: Mapping,
+    limits: Mapping,
+    shared: Mapping,
 ) -> tuple[str | None, str]:
     """Add what makes a row's delta; returns the keys of the anchor's pictures (None if not needed) and of the delta."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
@@ -123,7 +148,10 @@ def _plan_ablation(
         anchors = work["anchors"] = _plan_anchors(plan, concept, own, model, memory)
     if method.validates(own):
         work["validation"] = validation_spec(concept, own, limits)
-    return anchors, plan.add("ablate_concept", label, work | method.work(own, templates))
+    work |= method.work(own, templates)
+    if "preserve_prompts" in work:  # whatever preserves none has none to share
+        work |= shared
+    return anchors, plan.add("ablate_concept", label, work)
 
 
 def _slugs(concept: Concept) -> set[str]:
@@ -135,18 +163,24 @@ def _slugs(concept: Concept) -> set[str]:
 
 def _plan_anchors(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
     """Add the anchor's prompts and pictures; returns the pictures' key."""
-    label, anchors = f"{concept.kind}-{concept.anchor}", dict(own["anchors"])
+    anchors = dict(own["anchors"])
     negative = ", ".join(concept.targets) if anchors.pop("negative_target") else None
-    if memory:
-        label = f"{concept.kind}-{concept.target}"
-        asked = own["prompts"]["source"] != "file" and not concept.prompts
-        more = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"])) if asked else None
-        search = {**_search_spec(concept, own["prompts"]), "candidates_from": more, **memory}
-        prompts = plan.add("search_prompts", label, {**search, "model": model})
-    else:
-        prompts = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
+    prompts = _plan_prompts(plan, concept, own, model, memory)
     images = {"prompts": prompts, "model": model, **anchors, **memory, "negative_prompt": negative}
+    label = f"{concept.kind}-{concept.target if memory else concept.anchor}"
     return plan.add("generate_anchors", label, images)
+
+
+def _plan_prompts(plan: Plan, concept: Concept, own: Mapping, model: Mapping, memory: Mapping) -> str:
+    """Add the anchor's prompts, written or searched for; returns their key."""
+    if not memory:
+        label = f"{concept.kind}-{concept.anchor}"
+        return plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"]))
+    label = f"{concept.kind}-{concept.target}"
+    asked = own["prompts"]["source"] != "file" and not concept.prompts
+    more = plan.add("write_prompts", label, _prompts_spec(concept, own["prompts"])) if asked else None
+    search = {**_search_spec(concept, own["prompts"]), "candidates_from": more, **memory}
+    return plan.add("search_prompts", label, {**search, "model": model})
 
 
 def _prompts_spec(concept: Concept, prompts: Mapping) -> dict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from concept_ablation.common.errors import UserError, did_you_mean, show
@@ -17,6 +17,7 @@ from concept_ablation.plan.concept import OVERRIDES, SECTIONS, Concept, slug
 from concept_ablation.plan.schema import find_problems, to_type
 from concept_ablation.registries import KINDS
 
+LISTS = ("target", "neighbors", "bundle")  # columns of several values, separated by `;`
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories
 
 
@@ -89,6 +90,7 @@ class _Table:
         self.path, self.columns = path, columns
         self.errors: list[tuple[int, str]] = []
         self.names: dict[str, int] = {}
+        self.bundles: dict[str, tuple[str, int]] = {}  # in lower case -> as its first line writes it
 
     def complain(self, line: int, message: str, allowed: str = "", column: str = "") -> None:
         where = f"column {column!r}: " if column else ""
@@ -183,7 +185,7 @@ class _Table:
         for column in ("kind", "target", "anchor"):
             if column in cells and not cells[column]:
                 self.complain(line, "is empty", "a value in every row", column)
-        for column in ("target", "neighbors"):
+        for column in LISTS:
             if column in values:
                 one = column == "target" and values.get("kind") in KINDS and KINDS[values["kind"]].one_target
                 words = [word.strip() for word in ([values[column]] if one else values[column].split(";"))]
@@ -192,6 +194,7 @@ class _Table:
             column = problem.path if problem.path in self.columns else problem.path.partition(".")[0]
             self.complain(line, problem.message, self._allowed(column, problem.message), column)
         self._check_words(line, values)
+        self._check_bundles(line, values.get("bundle", ()))
         if name := values.get("concept"):
             self._check_name(line, name)
         if len(self.errors) > before or not {"kind", "target", "anchor"} <= values.keys():
@@ -200,11 +203,11 @@ class _Table:
         name = values.pop("concept", None)
         if name is None:
             self._check_name(line, name := slug(f"{values['kind']}-{'-'.join(values['target'])}"))
-        targets, neighbors = tuple(values.pop("target")), tuple(values.pop("neighbors", ()))
+        targets, neighbors, bundles = (tuple(values.pop(column, ())) for column in LISTS)
         fixed = {column: values.pop(column) for column in ("kind", "anchor")}
         fixed |= {column: values.pop(column, None) for column in ("prompts", "image", "delta", "preset")}
         overrides = {OVERRIDES.get(column, column): value for column, value in values.items()}
-        words = {"targets": targets, "neighbors": neighbors, "overrides": overrides}
+        words = {"targets": targets, "neighbors": neighbors, "bundles": bundles, "overrides": overrides}
         return [Concept(name, **words, **fixed, line=line, enabled=enabled)]
 
     def _allowed(self, column: str, message: str) -> str:
@@ -241,6 +244,17 @@ class _Table:
         first = self.names.setdefault(name.lower(), line)
         if first != line:
             self.complain(line, f"{show(name)} is the name of line {first}", "a name of its own", "concept")
+
+    def _check_bundles(self, line: int, names: Sequence[str]) -> None:
+        """Record an error for a bundle that the row names twice, or that another row writes in another case."""
+        for place, name in enumerate(names):
+            first, where = self.bundles.setdefault(name.casefold(), (name, line))
+            if name.casefold() in (other.casefold() for other in names[:place]):
+                self.complain(line, f"{show(name)} occurs twice", "each bundle once", "bundle")
+            elif first != name:
+                self.complain(
+                    line, f"{show(name)} is {show(first)} in line {where}", "one spelling", "bundle"
+                )
 
     def check_works(self, rows: list[Concept]) -> None:
         """Record an error for each row that repeats an earlier row's work under another name."""

@@ -96,6 +96,18 @@ def _expand(
     return tuple(dict.fromkeys(prompts))
 
 
+def general_prompts(path: str | None, slots: Mapping[str, Sequence[str]]) -> list[str]:
+    """The prompts of a file that names no subject, with the values of the slots that it uses; none without a file.
+
+    Raises PromptsError.
+    """
+    if path is None:
+        return []
+    templates = read_templates(path)
+    used = set(SLOT.findall("\n".join(templates)))
+    return expand(templates, "", {name: values for name, values in slots.items() if name in used})
+
+
 def subsample_evenly(prompts: Sequence[str], count: int | None) -> list[str]:
     """At most `count` of the prompts (None: all), evenly spaced."""
     if count is None or count >= len(prompts):

@@ -56,6 +56,9 @@ def find_failures(
     for row in plan.unfinished():
         for key in plan.needed(row):
             waiting.setdefault(key, []).append(row.concept.name)
+    for bundle in plan.bundles:
+        for key in {bundle.delta, *(key for row in bundle.judged for key in (row.samples, row.scores))}:
+            waiting.setdefault(key, []).append(f"bundle {bundle.name}")
     found = []
     for stage, key, path in sorted(jobs, key=lambda job: (job[0], job[1] or "")):
         how, lines = read_end(path, stopped, since)
@@ -68,6 +71,8 @@ def find_failures(
 def set_empty_aside(plan: Plan) -> list[str]:
     """Set the empty files of unfinished rows aside, which Snakemake would take for results; returns their paths."""
     keys = {key for row in plan.pending for key in plan.needed(row)}
+    for bundle in plan.pending_bundles:
+        keys |= {bundle.delta, *(key for row in bundle.judged for key in plan.needed(row))}
     files = {plan.path(key) for key in keys} | {plan.training_record(row) for row in plan.pending} - {None}
     empty = sorted(file for file in files if os.path.exists(file) and not has_content(file))
     for file in empty:
@@ -119,6 +124,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
 
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
+    from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.page import print_summary, render
     from concept_ablation.report.tables import aggregate_scores
 
@@ -135,14 +141,17 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
         try:
             aggregate_scores(spec, scores, summary)
             mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
-            render(spec, scores, summary, page)
+            bundles = folder / "bundles.parquet" if spec.get("bundles") else None
+            if bundles:
+                aggregate_bundles(spec, summary, bundles)
+            render(spec, scores, summary, page, bundles_path=bundles)
         except ValueError as error:
             path = getattr(error, "damaged", None)
             if path is None or not path.exists():  # a damaged file once set aside is no longer there
                 raise
             failures.append(_damage(plan, path, error))
             continue
-        print_summary(summary, page, file)
+        print_summary(summary, page, file, bundles_path=bundles)
         return failures
 
 

@@ -25,6 +25,7 @@ from concept_ablation.common.roles import POOLS, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
+from concept_ablation.report.bundles import bundle_text, read_bundles
 from concept_ablation.report.figures import change_bar, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share
 from concept_ablation.report.sections import deciding_targets, previews, sections
@@ -54,6 +55,7 @@ def render(
     summary_path: str | Path,
     out_path: str | Path,
     when: datetime | None = None,
+    bundles_path: str | Path | None = None,
 ) -> None:
     """Writes the page to `out_path`, whole or not at all.
 
@@ -63,12 +65,15 @@ def render(
             run that didn't finish also "failures" and "waiting".
         scores_path, summary_path: the tables that `aggregate_scores` wrote.
         when: the time in the page's head; None: now.
+        bundles_path: the table that `bundles.aggregate_bundles` wrote, if there are bundles.
 
     Raises:
         StoreError: a row's images can't be read.
     """
     stream = (
-        environment().get_template("report.html.j2").stream(_shown(spec, scores_path, summary_path, when))
+        environment()
+        .get_template("report.html.j2")
+        .stream(_shown(spec, scores_path, summary_path, when) | {"bundles": read_bundles(bundles_path)})
     )
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:
@@ -117,14 +122,23 @@ def _shown(spec: Mapping, scores_path: str | Path, summary_path: str | Path, whe
 
 
 def print_summary(
-    summary_path: str | Path, report_path: str | Path, file: TextIO | None = None, most: int = 40
+    summary_path: str | Path,
+    report_path: str | Path,
+    file: TextIO | None = None,
+    most: int = 40,
+    bundles_path: str | Path | None = None,
 ) -> None:
-    """Prints how each row came out, one line a row (at most `most`), and where the report is; to stderr if `file` is None."""
+    """Prints how each row came out, one line a row (at most `most`), how each bundle did, and where the report is.
+
+    To stderr if `file` is None.
+    """
     table = pq.read_table(summary_path)
     lines, missing = table.to_pylist(), missing_rows(table)
     text = [summary_text(lines[:most])] if lines else []
     text += [f"... and {len(lines) - most} more in the report"] if len(lines) > most else []
-    text += ["", f"{headline(lines)}.", f"Report: {report_path}"]
+    text += ["", f"{headline(lines)}."]
+    text += [f"Bundle {name}: {bundle_text(rows)}." for name, rows in read_bundles(bundles_path).items()]
+    text.append(f"Report: {report_path}")
     text += [f"Rows that are not in it, since they are not finished: {len(missing)}"] if missing else []
     print("\n".join(text), file=file or sys.stderr)
 
@@ -198,7 +212,7 @@ def environment() -> jinja2.Environment:
         "change_bar": change_bar,
         "is_share": is_share,
     }
-    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip}
+    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "bundle_text": bundle_text, "zip": zip}
     made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}
     return made
 

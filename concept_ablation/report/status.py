@@ -85,6 +85,9 @@ def unfinished_keys(plan: Plan) -> list[str]:
     for row in plan.pending:
         for key in (row.ablation, row.samples, row.scores, *row.base.values()):
             visit(key)
+    for bundle in plan.pending_bundles:
+        for key in (bundle.delta, *(row.scores for row in bundle.judged)):
+            visit(key)
     return list(found)
 
 

@@ -48,7 +48,7 @@ def aggregate_scores(spec: Mapping, scores_path: str | Path, summary_path: str |
 
     def read_all() -> Iterator[pa.Table]:
         for row in rows:
-            table = _read(row["scores"])
+            table = read_scores(row["scores"])
             summary.append(summarise(row, table, thresholds))
             yield table
 
@@ -96,15 +96,19 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
             else value
         )
 
-    rows = []
-    for row in spec["rows"]:
+    def moved(row: Mapping) -> dict:
         old = str(Path(row["scores"]).parents[1])
         files = {
             name: move(row.get(name), old)
             for name in ("scores", "samples", "base", "delta", "training", "strength")
         }
-        rows.append({**row, **files, "delta_shown": row["delta"]})
-    return {**spec, "rows": rows}
+        return {**row, **files, "delta_shown": row["delta"]}
+
+    found = {**spec, "rows": [moved(row) for row in spec["rows"]]}
+    if "bundles" in spec:
+        bundles = [{**bundle, "rows": [moved(row) for row in bundle["rows"]]} for bundle in spec["bundles"]]
+        found["bundles"] = bundles
+    return found
 
 
 def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema) -> int:
@@ -147,7 +151,8 @@ def escape_formulas(table: pa.Table) -> pa.Table:
     return table
 
 
-def _read(path: str | Path) -> pa.Table:
+def read_scores(path: str | Path) -> pa.Table:
+    """The long table of one row. Raises TableError."""
     try:
         table = pq.read_table(path)
     except FileNotFoundError:

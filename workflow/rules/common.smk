@@ -74,7 +74,8 @@ def print_report(plan):
     if (folder / "summary.parquet").exists():
         from concept_ablation.report.page import print_summary
 
-        print_summary(folder / "summary.parquet", folder / "index.html")
+        bundles = folder / "bundles.parquet" if plan.judges_bundles else None
+        print_summary(folder / "summary.parquet", folder / "index.html", bundles_path=bundles)
 
 
 def print_failures(plan, scheduler):
@@ -109,8 +110,11 @@ plan = read_plan(config, workflow.configfiles)
 # Whether results are in a remote storage.
 stored = workflow.storage_settings.default_storage_provider is not None
 # Rule `all` asks for these files, too: a report that another checkout made must not hide unfinished rows. In a remote storage
-# all rows count as unfinished, so only their smallest files, the scores, are asked for.
-unfinished = [file for file in plan.pending_files() if "/scores/" in file] if stored else plan.goals()
+# all rows count as unfinished, so only their smallest files, the scores, are asked for, and the bundles' deltas.
+asked = ("/scores/", "/bundles/")
+unfinished = (
+    [file for file in plan.pending_files() if any(part in file for part in asked)] if stored else plan.goals()
+)
 
 
 pathvars:

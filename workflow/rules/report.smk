@@ -32,6 +32,7 @@ rule render_report:
     input:
         scores="<results>/report/scores.parquet",
         summary="<results>/report/summary.parquet",
+        bundles=["<results>/report/bundles.parquet"] if plan.judges_bundles else [],
         rows=plan.pending_files() if stored else [],
     output:
         "<results>/report/index.html",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,17 +42,26 @@ class Encoder:
         self._texts: dict[str, Conditioning] = {}
         self._moments: dict[tuple[int, bool], Tensor] = {}
 
-    @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of n prompts, by the text encoders as they were before training."""
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._texts))
         size = self._at_once(TEXTS_AT_ONCE)
-        with self.embeddings.active(original=True) if self.embeddings else contextlib.nullcontext():
-            for start in range(0, len(new), size):
-                chunk = new[start : start + size]
-                encoded = self.family.encode_prompts(self.pipeline, chunk)
-                self._texts |= {prompt: encoded[i : i + 1] for i, prompt in enumerate(chunk)}
+        for start in range(0, len(new), size):
+            chunk = new[start : start + size]
+            encoded = self._encode(chunk)
+            self._texts |= {prompt: encoded[i : i + 1] for i, prompt in enumerate(chunk)}
         return Conditioning.join([self._texts[prompt] for prompt in prompts])
+
+    def hidden(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        """(n, tokens, width): the same hidden states, of n prompts at a time. They aren't kept, since there may be thousands."""
+        size = self._at_once(TEXTS_AT_ONCE)
+        for start in range(0, len(prompts), size):
+            yield self._encode(prompts[start : start + size]).hidden
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        with self.embeddings.active(original=True) if self.embeddings else contextlib.nullcontext():
+            return self.family.encode_prompts(self.pipeline, prompts)
 
     def current_text(self, prompts: Sequence[str]) -> Conditioning:
         """The same by the text encoders as they are now, with gradient if they are trained."""

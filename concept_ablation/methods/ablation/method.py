@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from concept_ablation.methods.base import Method
-from concept_ablation.prompts.templates import SLOT, expand, read_templates
+from concept_ablation.prompts.templates import general_prompts
 
 
 class Ablation(Method):
@@ -18,6 +18,10 @@ class Ablation(Method):
         training = settings["training"]
         needs_neighbors = self.validates(settings) or training["preserve"] != "none"
         return (*self.row_fields, "neighbors") if needs_neighbors else self.row_fields
+
+    def groups(self, settings: Mapping) -> set[str]:
+        training = settings["training"]
+        return {rung.get("parameter_group", training["parameter_group"]) for rung in _rungs(training)}
 
     def validates(self, settings: Mapping) -> bool:
         return settings["training"]["strength"] == "auto"
@@ -82,15 +86,6 @@ class Ablation(Method):
 def _rungs(training: Mapping) -> Sequence[Mapping]:
     """What replaces a row's settings in each of its trainings: the ladder's rungs, or once nothing."""
     return training["search"]["ladder"] if training["strength"] == "auto" else [{}]
-
-
-def general_prompts(path: str | None, slots: Mapping[str, Sequence[str]]) -> list[str]:
-    """The preserved prompts of a file, without a row's own; none without a file. Raises PromptsError."""
-    if path is None:
-        return []
-    templates = read_templates(path)
-    used = set(SLOT.findall("\n".join(templates)))
-    return expand(templates, "", {name: values for name, values in slots.items() if name in used})
 
 
 METHOD = Ablation()

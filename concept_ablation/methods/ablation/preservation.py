@@ -12,13 +12,17 @@ projected.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from concept_ablation.methods.ablation.settings import TrainingError
+from concept_ablation.prompts.stage import read_prompts
+from concept_ablation.prompts.templates import subsample_evenly
 from concept_ablation.prompts.wording import has_word
 from concept_ablation.registries import KINDS
 
@@ -40,6 +44,38 @@ def preserved_prompts(spec: Mapping, anchor_prompts: Sequence[str]) -> list[str]
         if not any(has_word(prompt, target) for target in spec["targets"])
     ]
     return list(dict.fromkeys([*own, *neighbors, *general]))
+
+
+def read_rows(rows: Sequence[Mapping], keys: Sequence[str], paths: Sequence[str | Path]) -> list[dict]:
+    """A spec's rows, each with its anchor's prompts and its targets' as training words them: `anchor_prompts`, `target_prompts`.
+
+    rows: each with kind, targets, anchor, neighbors, `templates` of target prompts, `prompts`, one of `keys`, and `most_prompts` of
+    the anchor that count (None: all). paths: of the files of prompts that `keys` name. Raises PromptsError.
+    """
+    written, found = {key: read_prompts(path) for key, path in zip(keys, paths, strict=True)}, []
+    for row in rows:
+        kind, own = KINDS[row["kind"]], written[row["prompts"]]
+        prompts = subsample_evenly(own["prompts"], row["most_prompts"])
+        if kind.searches_prompts:
+            made = [own["target_prompts"]]
+        else:
+            made = kind.target_prompts(prompts, row["targets"], row["anchor"], row["templates"])
+        targets = list(dict.fromkeys(itertools.chain.from_iterable(made)))
+        found.append({**row, "anchor_prompts": prompts, "target_prompts": targets})
+    return found
+
+
+def prompts_of_all(rows: Sequence[Mapping], general: Sequence[str]) -> list[str]:
+    """What several rows preserve together, each prompt once; those that name a target of any row are left out.
+
+    rows: as `read_rows` gives them. general: prompts of no row.
+    """
+    found = dict.fromkeys(general)
+    for row in rows:
+        own = {**row, "training": {"style_templates": row["templates"]}, "preserve_prompts": ()}
+        found |= dict.fromkeys(preserved_prompts(own, row["anchor_prompts"]))
+    targets = {target for row in rows for target in row["targets"]}
+    return [prompt for prompt in found if not any(has_word(prompt, target) for target in targets)]
 
 
 def second_moment(encodings: Iterable[Tensor]) -> Tensor:
@@ -103,8 +139,8 @@ def null_space(
             f"training.preserve null-space: {other[0]} and {len(other) - 1} more parameters aren't keys and values of the text; "
             "take parameter_group cross-attn, or preserve distill"
         )
-    encoded = (encoder.text([prompt]).hidden for prompt in ["", *prompts])
-    found = NullSpace(list(parameters.values()), span(second_moment(encoded), tolerance))
+    moment = second_moment(encoder.hidden(["", *prompts]))
+    found = NullSpace(list(parameters.values()), span(moment, tolerance))
     if found.rank == found.basis.shape[0]:
         raise TrainingError(
             f"training.preserve null-space: the {len(prompts)} preserved prompts span all {found.rank} dimensions of the text's "

@@ -21,7 +21,7 @@ from concept_ablation.diffusion.stages import load_model
 from concept_ablation.evaluation.validation import Spending, Validation
 from concept_ablation.methods.ablation.checkpoints import load_checkpoint, save_checkpoint
 from concept_ablation.methods.ablation.data import AnchorData
-from concept_ablation.methods.ablation.preservation import preserved_prompts
+from concept_ablation.methods.ablation.preservation import preserved_prompts, prompts_of_all
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings, renamed
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import Training
@@ -98,9 +98,15 @@ class _Run:
     def begin(self, rung: Mapping) -> Training:
         """A training of the pipeline as it is, with the row's settings and those of a rung."""
         settings = self.settings(rung)
-        preserved = preserved_prompts(self.spec, self.data.prompts) if settings.preserves else ()
+        preserved = self._preserved() if settings.preserves else ()
         options = {"seed": self.spec["seed"], "tokens": self.tokens(settings), "preserved": preserved}
         return Training(self.pipeline, self.data, self.targets, settings, **options)
+
+    def _preserved(self) -> list[str]:
+        """The row's preserved prompts; those of all rows of its bundles where these share them."""
+        if "shared" in self.spec:
+            return prompts_of_all(self.spec["shared"], self.spec["preserve_prompts"])
+        return preserved_prompts(self.spec, self.data.prompts)
 
     def describe(self, rung: Mapping) -> dict[str, object]:
         """A delta's metadata: what was removed from which model, and how."""

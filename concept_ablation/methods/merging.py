@@ -1,0 +1,138 @@
+"""Merging: one change of a model's weights in place of several, which were trained apart from the same weights.
+
+A change D = W - W_0 has the names and shapes of the weights. Of linear layers, (out, width), the *closed form* takes the one that
+does to each row's own tokens what that row's change D_i does, and to preserved tokens nothing. With second moments C (the mean of
+h h^T over tokens h, as `preservation.second_moment` gives it) it is the least of
+
+    sum_i w_i tr (D - D_i) C_i (D - D_i)^T  +  m tr D C_P D^T  +  l |D|^2
+    D = (sum_i w_i D_i C_i) (sum_i w_i C_i + m C_P + l I)^-1
+
+tr (D - D_i) C_i (D - D_i)^T is the mean of |(D - D_i) h|^2 over a row's tokens. m and l are given without scale: m = `preserve_weight`
+x sum_i w_i, so that at 1 all preserved tokens count as much as all rows'; l = `ridge` x the mean eigenvalue of the rows' mean
+moment, so that it weighs the same against one of two rows or of a thousand. Concept Editing (UCE, Gandikota et al., 2024) and
+MACE (Lu et al., 2024) solve systems of this form.
+
+Sums are the other way (task arithmetic, Ilharco et al., 2023), and TIES (Yadav et al., 2023). Each reads a delta's tensors one by
+one, adds them up in float64 and forgets them, so that memory doesn't grow with the number of deltas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Change = Iterable[tuple[str, Tensor]]
+"""A change's tensors by name, which may be read one by one."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How near a closed form comes to what it was asked for, as shares of the rows' own changes (0: exact).
+
+    lost: root mean square of (D - D_i) h over the rows' tokens, over that of D_i h. moved: the same of D h over preserved tokens.
+    """
+
+    lost: float
+    moved: float
+
+
+class ClosedForm:
+    """The sums that the closed form needs, which rows are added to one after the other."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, Tensor] = {}  # sum_i w_i D_i C_i, (out, width)
+        self.moment: Tensor | None = None  # sum_i w_i C_i
+        self.weight = self.energy = 0.0  # sum_i w_i, and that of w_i tr D_i C_i D_i^T
+
+    def add(self, change: Change, moment: Tensor, weight: float = 1.0) -> None:
+        """Add a row: its change, whose tensors are (out, width), and its tokens' second moment, (width, width), float64."""
+        self.moment = weight * moment if self.moment is None else self.moment + weight * moment
+        self.weight += weight
+        for name, own in change:
+            own = own.to(moment)
+            product = weight * (own @ moment)
+            self.energy += float((product * own).sum())
+            self._sum(name, product)
+
+    def _sum(self, name: str, product: Tensor) -> None:
+        if name in self.outputs:
+            self.outputs[name] += product
+        else:
+            self.outputs[name] = product
+
+    def solve(
+        self, preserved: Tensor | None, preserve_weight: float, ridge: float
+    ) -> tuple[dict[str, Tensor], Fit]:
+        """The merged change, float64, and how near it comes; the sums are gone then.
+
+        preserved: the second moment of what is to stay, None: nothing is. ridge > 0. Raises ValueError without a row.
+        """
+        if self.moment is None:
+            raise ValueError("no rows to merge")
+        width = len(self.moment)
+        system = self.moment.clone()
+        if preserved is not None:
+            system += preserve_weight * self.weight * preserved
+        system.diagonal().add_(ridge * float(self.moment.trace()) / self.weight / width)
+        factor = torch.linalg.cholesky(system)
+        merged, lost, moved = {}, self.energy, 0.0
+        for name in list(self.outputs):
+            wanted = self.outputs.pop(name)
+            found = merged[name] = torch.cholesky_solve(wanted.T, factor).T.contiguous()
+            lost += float(((found @ self.moment - 2 * wanted) * found).sum())
+            moved += 0.0 if preserved is None else float(((found @ preserved) * found).sum())
+        # Rounding may leave an exact merge a loss below 0.
+        shares = (max(part, 0.0) / (self.energy or 1.0) for part in (lost, moved * self.weight))
+        return merged, Fit(*map(math.sqrt, shares))
+
+
+def add_up(changes: Iterable[Change]) -> dict[str, Tensor]:
+    """The sum of all changes, float64. A change counts as 0 where it lacks a tensor."""
+    total: dict[str, Tensor] = {}
+    for change in changes:
+        for name, own in change:
+            total[name] = total[name].add_(own) if name in total else own.to(torch.float64, copy=True)
+    return total
+
+
+def ties(read: Callable[[], Iterable[Change]], density: float) -> dict[str, Tensor]:
+    """Trim, elect signs, and average what agrees (TIES), float64. `read` is called twice, for as many passes over all changes.
+
+    Of each tensor the share `density` of its values stays that are largest in size. An element's sign is that of the sum of what
+    stays, and its value the mean of those with this sign. As peft's `merge_utils.ties` with equal weights, tested against it.
+    """
+    totals, counts = add_up(_trimmed(read(), density)), {}
+    signs = {name: torch.where(total >= 0, 1.0, -1.0) for name, total in totals.items()}
+    merged = {name: total.zero_() for name, total in totals.items()}
+    for change in _trimmed(read(), density):
+        for name, own in change:
+            agrees = own.sign() == signs[name]
+            merged[name] += own * agrees
+            counts[name] = counts.get(name, 0) + agrees.int()
+    return {name: value / counts[name].clamp(min=1) for name, value in merged.items()}
+
+
+def _trimmed(changes: Iterable[Change], density: float) -> Iterable[Change]:
+    return (((name, trim(own, density)) for name, own in change) for change in changes)
+
+
+def trim(tensor: Tensor, density: float) -> Tensor:
+    """The tensor with zeros for all but its int(density x n) values that are largest in size."""
+    flat = tensor.flatten()
+    kept = flat.abs().topk(int(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
+
+
+def join(changes: Sequence[Change]) -> dict[str, Tensor]:
+    """All tensors of changes that have none in common. Raises ValueError for a name that occurs twice."""
+    joined: dict[str, Tensor] = {}
+    for change in changes:
+        for name, own in change:
+            if name in joined:
+                raise ValueError(name)
+            joined[name] = own
+    return joined
