@@ -19,7 +19,7 @@ from concept_ablation.prompts.stage import read_prompts
 from concept_ablation.report.failures import Failure, failure_text, find_failures, read_end, set_empty_aside
 from concept_ablation.report.strength import read_looks
 from concept_ablation.report.summary import training_record
-from concept_ablation.report.tables import _read as read_scores
+from concept_ablation.report.tables import read_scores
 from tests.shipped import CONFIG
 
 

@@ -122,7 +122,7 @@ def test_an_interrupted_report_of_what_is_finished_leaves_no_mark(tmp_path, monk
     (folder / "complete.json").write_text("{}")
     pq.write_table(pa.table({"concept": ["gone"]}), folder / "summary.parquet")
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"concept_ablation.report.{where}", interrupt)
