@@ -400,6 +400,7 @@ def test_a_sentence_says_what_came_back_and_what_was_lost():
     lines = [line("owl", kept=False), line("fox", anchor_kept=False), line("cat", verdict=NOT_SHOWN)]
     text = "3 of 3 removed; rarely drawn by the base model: cat; neighbors lost: owl (duck); anchor lost: fox (bird)"
     assert bundle_text(lines) == text
+    assert bundle_text([line("owl"), line("fox")]) == "2 of 2 removed; all neighbors and anchors kept"
 
 
 def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):

@@ -60,7 +60,8 @@ def read_bundles(path: str | Path | None) -> dict[str, list[dict]]:
 
 
 def bundle_text(lines: Sequence[Mapping]) -> str:
-    """How a bundle came out, without a full stop: `38 of 40 removed; came back: fox, owl; neighbors lost: pizza (bread)`."""
+    """How a bundle came out, without a full stop: `38 of 40 removed; came back: fox, owl; neighbors lost: pizza (bread)`, or
+    `40 of 40 removed; all neighbors and anchors kept`."""
     present = [line for line in lines if not line["removed"]]
     back = [line["concept"] for line in present if line["removed_alone"]]
     never = [line["concept"] for line in present if not line["removed_alone"]]
@@ -76,4 +77,5 @@ def bundle_text(lines: Sequence[Mapping]) -> str:
         ("anchor lost", anchors),
     ):
         text += f"; {title}: {', '.join(names)}" if names else ""
-    return text
+    kept = all(line["kept"] and line["anchor_kept"] for line in lines)
+    return f"{text}; all neighbors and anchors kept" if kept else text
