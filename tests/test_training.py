@@ -75,6 +75,17 @@ def changed(before, pipeline):
     return {name for name, value in pipeline.unet.named_parameters() if not torch.equal(before[name], value)}
 
 
+def test_settings_without_effect_make_no_other_training():
+    """A ladder's rung that changes only such settings isn't climbed again."""
+    plain = dataclasses.replace(SETTINGS, preserve="none")
+    assert (
+        dataclasses.replace(plain, preserve_tolerance=1e-2, preserve_weight=3.0).in_effect == plain.in_effect
+    )
+    kept = dataclasses.replace(SETTINGS, preserve="null-space")
+    assert dataclasses.replace(kept, preserve_weight=3.0).in_effect == kept.in_effect
+    assert dataclasses.replace(kept, preserve_tolerance=1e-2).in_effect != kept.in_effect
+
+
 def test_two_steps_are_pinned(pipeline):
     before = weights(pipeline)
     records = run(pipeline)
