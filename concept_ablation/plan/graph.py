@@ -166,6 +166,11 @@ class Plan:
         found = {file for bundle in self.pending_bundles for file in self.bundle_files(bundle)}
         return sorted(found | {file for row in self.pending for file in self.files(row)})
 
+    def small_files(self) -> list[str]:
+        """Of `pending_files` the rows' scores and the bundles' deltas: the smallest that stand for all, if each has to be fetched."""
+        folders = {"scores", "bundles"}
+        return [file for file in self.pending_files() if folders & set(file.split("/"))]
+
     def goals(self) -> list[str]:
         """The targets that finish all that is unfinished: as few files as possible, since each costs planning time.
 

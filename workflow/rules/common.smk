@@ -111,10 +111,7 @@ plan = read_plan(config, workflow.configfiles)
 stored = workflow.storage_settings.default_storage_provider is not None
 # Rule `all` asks for these files, too: a report that another checkout made must not hide unfinished rows. In a remote storage
 # all rows count as unfinished, so only their smallest files, the scores, are asked for, and the bundles' deltas.
-asked = ("/scores/", "/bundles/")
-unfinished = (
-    [file for file in plan.pending_files() if any(part in file for part in asked)] if stored else plan.goals()
-)
+unfinished = plan.small_files() if stored else plan.goals()
 
 
 pathvars:
