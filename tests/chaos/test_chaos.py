@@ -73,8 +73,8 @@ def check_equal(checkout: Checkout, undisturbed: dict[str, object]) -> None:
     assert tables(checkout) == {name: undisturbed[name] for name in ("scores", "summary")}
 
 
-def jobs_of(group: int) -> list[tuple[int, str]]:
-    """The scripts that run in a process group: id and rule."""
+def jobs_of(group: int) -> list[int]:
+    """The scripts that run in a process group."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -86,18 +86,20 @@ def jobs_of(group: int) -> list[tuple[int, str]]:
         except OSError:
             continue
         if any(b".snakemake/scripts/" in word for word in words):
-            found.append((int(entry.name), rule_of(entry)))
+            found.append(int(entry.name))
     return found
 
 
-def rule_of(process: Path) -> str:
-    """The rule of a job, by the log that its process (a folder of /proc) has open: all rules run the same script."""
-    with contextlib.suppress(OSError):
-        for file in (process / "fd").iterdir():
-            log = Path(os.readlink(file))
-            if log.suffix == ".log":
-                return log.parent.name if log.parent.name != "logs" else log.stem
-    return "(starting)"
+def rules_at_work(folder: Path) -> set[str]:
+    """The rules whose work is being done below `folder`, by the logs that processes have open: a warm job's is in no group of the run."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            for file in (entry / "fd").iterdir():
+                log = Path(os.readlink(file))
+                if log.suffix == ".log" and log.is_relative_to(folder / "results" / "logs"):
+                    found.add(log.parent.name if log.parent.name != "logs" else log.stem)
+    return found - {"warm_start"}
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +138,13 @@ def test_killed_at_random_moments(undisturbed, checkout):
         while time.monotonic() < limit and run.poll() is None:
             time.sleep(0.05)
         jobs = jobs_of(run.pid)
-        for rule in {rule for _, rule in jobs} or {"(between jobs)"}:
+        for rule in rules_at_work(checkout.folder) or {"(between jobs)"}:
             hit[rule] = hit.get(rule, 0) + 1
         whom = chance.choice(["group", "snakemake", "job"])
         if run.poll() is None:
             kills += 1
             if whom == "job" and jobs:
-                os.kill(chance.choice(jobs)[0], signal.SIGKILL)
+                os.kill(chance.choice(jobs), signal.SIGKILL)
                 time.sleep(chance.uniform(0, 3))
                 kills += run.poll() is None
             if whom == "snakemake":
