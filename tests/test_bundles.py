@@ -125,6 +125,14 @@ def test_all_rows_can_make_a_bundle(config):
     assert both.concepts == ("cat-1", "ink")
 
 
+def test_scores_and_merged_deltas_stand_for_all_where_each_file_has_to_be_fetched(config):
+    config["results"] = "my/scores"  # a folder called so makes no other file one of them
+    plan = build_plan(BOTH, config)
+    (bundle,) = plan.bundles
+    wanted = {plan.path(row.scores) for row in [*plan.rows, *bundle.judged]} | {plan.path(bundle.delta)}
+    assert set(plan.small_files()) == wanted and len(plan.pending_files()) > len(wanted)
+
+
 def test_a_bundle_that_is_not_there_is_a_goal(config):
     config["bundles"]["judge"] = False
     plan = build_plan(BOTH, config)

@@ -69,7 +69,7 @@ class Row:
 class Bundle:
     """A model without all concepts of several rows: how their deltas are merged, the key of the result, and their names.
 
-    `judged`: the rows once more, under this model; a neighbor that another of them removes is left out. None if it isn't judged.
+    `judged`: the rows once more, under this model; a neighbor that another of them removes is left out. Empty if it isn't judged.
     """
 
     name: str
@@ -168,8 +168,8 @@ class Plan:
 
     def small_files(self) -> list[str]:
         """Of `pending_files` the rows' scores and the bundles' deltas: the smallest that stand for all, if each has to be fetched."""
-        folders = {"scores", "bundles"}
-        return [file for file in self.pending_files() if folders & set(file.split("/"))]
+        folders = tuple(f"{self.results}/{name}/" for name in ("scores", "bundles"))
+        return [file for file in self.pending_files() if file.startswith(folders)]
 
     def goals(self) -> list[str]:
         """The targets that finish all that is unfinished: as few files as possible, since each costs planning time.
