@@ -2,7 +2,7 @@
 #   make run         ablate the shipped concepts on the embedded model and make the report (the first call also makes .venv)
 #   make report      make the report again from the results that are there
 #   make check       check the config, the table and all prompts; run nothing
-#   make status      show which rows are done, running, ended or failed
+#   make status      show which rows are done, running, ended or failed (WATCH=1: again every few seconds)
 #   make gc          list files that no row refers to (REMOVE=1: remove them)
 #   make clean       remove results and caches, keep .venv
 #   make embedded    train the embedded models again (hours)
@@ -42,7 +42,7 @@ check: .venv/.installed
 	python -m concept_ablation check
 
 status: .venv/.installed
-	python -m concept_ablation status
+	python -m concept_ablation status $(if $(WATCH),--watch)
 
 gc: .venv/.installed
 	python -m concept_ablation gc $(if $(REMOVE),--remove)

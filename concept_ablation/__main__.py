@@ -90,9 +90,12 @@ def _gc(options: argparse.Namespace) -> str:
 
 def _status(options: argparse.Namespace) -> str:
     from concept_ablation.plan.checks import read_table
-    from concept_ablation.report.status import status_text
+    from concept_ablation.report.status import status_text, watch
 
-    return status_text(read_table(options.configfile)[1], most=10**6 if options.verbose else 10)
+    def told() -> str:
+        return status_text(read_table(options.configfile)[1], most=10**6 if options.verbose else 10)
+
+    return watch(told) if options.watch else told()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
             "list the files in the results folder that no row refers to, with sizes; --remove removes them",
         )
     )
-    _add_overlays(command(_status, "show how far a run is, how long it will take and how much disk it uses"))
+    status = command(_status, "show how far a run is, how long it will take and how much disk it uses")
+    _add_overlays(status)
+    status.add_argument("--watch", action="store_true", help="show it again every few seconds, until Ctrl-C")
     return parser
 
 

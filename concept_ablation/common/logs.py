@@ -1,4 +1,4 @@
-"""A job's log: where records go, how a crash is reported, how the job's end is recorded. Progress bars."""
+"""A job's log: where records go, how a crash is reported, how the job's end is recorded."""
 
 from __future__ import annotations
 
@@ -13,26 +13,16 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import CURE, set_aside
 from concept_ablation.common.hardware import peak_resident
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from concept_ablation.common.progress import tell_progress_of
 
 log = logging.getLogger(__name__)
 
 
 ENDED, DONE = "ended by", "the script is done"  # the last line of a job's log, see `tell_end`
-
-
-def progress_bar(*arguments, **settings) -> tqdm:
-    """A tqdm bar. Where stderr is no terminal, it prints a line every half minute instead of ten a second."""
-    from tqdm import tqdm
-
-    return tqdm(*arguments, mininterval=0.1 if sys.stderr.isatty() else 30, **settings)
 
 
 def setup_logging(
@@ -41,11 +31,14 @@ def setup_logging(
     """Send log records, Python warnings and the traceback of a crash to stderr and to `log_path`.
 
     Each script calls it once; the first record names the machine. Progress bars of libraries are switched off; those of
-    this package go to stderr only. A `UserError` goes to stderr as its message alone, and to the log with its
-    traceback. If the script crashes because a file of the folder `results` is damaged, that file is set aside.
+    this package go to stderr only. A `UserError` goes to stderr as its message alone, and to the log with its traceback.
+    Nothing goes to stderr where the run itself shows its jobs, see `progress`. If the script crashes because a file of the
+    folder `results` is damaged, that file is set aside.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    handlers[0].addFilter(lambda record: not getattr(record, "log_only", False))
+    handlers: list[logging.Handler] = []
+    if log_path is None or not tell_progress_of(log_path):
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[0].addFilter(lambda record: not getattr(record, "log_only", False))
     if log_path is not None:
         Path(log_path).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_path, mode="w", encoding="utf-8"))

@@ -16,7 +16,7 @@ import torch
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.hardware import Precision, autocast
-from concept_ablation.common.logs import progress_bar
+from concept_ablation.common.progress import progress_bar
 from concept_ablation.diffusion.families.base import family_of
 
 if TYPE_CHECKING:

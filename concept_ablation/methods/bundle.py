@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from concept_ablation.common.errors import UserError
-from concept_ablation.common.logs import progress_bar
+from concept_ablation.common.progress import progress_bar
 from concept_ablation.diffusion.delta import (
     DeltaError,
     delta_parameters,

@@ -188,7 +188,7 @@ class Plan:
             bundle for bundle in self.bundles if bundle.judged and (rows is None or self.is_finished(bundle))
         ]
         spec = {
-            "rows": [self._report_row(row) for row in (self.rows if rows is None else rows)],
+            "rows": [self.report_row(row) for row in (self.rows if rows is None else rows)],
             **self.report,
         }
         if bundles:
@@ -196,7 +196,7 @@ class Plan:
                 {
                     "name": bundle.name,
                     "how": bundle.how,
-                    "rows": [self._report_row(row) for row in bundle.judged],
+                    "rows": [self.report_row(row) for row in bundle.judged],
                 }
                 for bundle in bundles
             ]
@@ -222,7 +222,7 @@ class Plan:
         visit(row.scores)
         return found
 
-    def _report_row(self, row: Row) -> dict:
+    def report_row(self, row: Row) -> dict:
         concept = row.concept
         return {
             "concept": concept.name,

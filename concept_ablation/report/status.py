@@ -9,11 +9,12 @@ waiting that any of its work is in.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -70,6 +71,21 @@ def status_text(plan: Plan, checkout: str | Path = ".", most: int = 10) -> str:
     shown = ", ".join(f"{stage} {size_text(size)}" for stage, size in used.items())
     lines.append(f"disk: {size_text(sum(used.values()))}" + (f" ({shown})" if used else ""))
     return "\n".join(lines)
+
+
+def watch(told: Callable[[], str], pause: float = 5.0) -> str:
+    """Show what `told` says on a cleared screen, again and again, until Ctrl-C; returns the last of it.
+
+    pause: seconds between two times; longer where telling takes long, so that it takes a fifth of a core at most.
+    """
+    text = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            began = time.monotonic()
+            text = told()
+            print(f"\033[2J\033[H{text}\n\n{time.strftime('%H:%M:%S')}; Ctrl-C ends this", flush=True)
+            time.sleep(max(pause, 4 * (time.monotonic() - began)))
+    return text
 
 
 def unfinished_keys(plan: Plan) -> list[str]:

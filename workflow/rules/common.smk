@@ -13,6 +13,7 @@ from concept_ablation.plan.schema import read_config
 from concept_ablation.plan.snapshot import delete_snapshot, load_snapshot, save_snapshot
 from concept_ablation.plan.specs import load_plan
 from concept_ablation.registries import STAGES
+from concept_ablation.report import terminal
 from concept_ablation.report.failures import set_empty_aside
 
 # This project's checkout, also if another workflow uses it as a module.
@@ -128,16 +129,19 @@ onstart:
     if not workflow.local_exec:
         save_snapshot(plan, config, Path(".snakemake") / "plans")
     logger.info(plan.summary())
+    terminal.show(plan, logger, log)
     start_warm(plan, workflow)
 
 
 onsuccess:
     warm.stop()
+    terminal.end()
     delete_snapshot()
     print_report(plan)
 
 
 onerror:
     warm.stop()
+    terminal.end()
     delete_snapshot()
     print_failures(plan, workflow.scheduler)

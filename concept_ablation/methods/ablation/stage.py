@@ -14,7 +14,7 @@ from torch import Tensor
 
 from concept_ablation.common.hardware import resolve_precision
 from concept_ablation.common.image_store import read_store
-from concept_ablation.common.logs import progress_bar
+from concept_ablation.common.progress import progress_bar
 from concept_ablation.diffusion.delta import save_delta
 from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.diffusion.stages import load_model
