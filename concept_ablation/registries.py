@@ -199,8 +199,8 @@ STAGES = {
         neutral={"model.trust_remote_code": False},
     ),
     "score_concept": Stage(
-        version=4,
-        files={"scores": "scores/{key}.parquet"},
+        version=5,
+        files={"scores": "scores/{key}.parquet", "images": "images/{key}.parquet"},
         function="concept_ablation.evaluation.scoring:score_concept",
         options=("device",),
         neutral={"paraphrases": []},

@@ -22,12 +22,13 @@ def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     """Do all of the plan's work that isn't done, then write its two tables and the page."""
     from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.page import render
-    from concept_ablation.report.tables import aggregate_scores
+    from concept_ablation.report.tables import aggregate_images, aggregate_scores
 
     run_stages(plan, device=device, batch_size=batch_size)
     report = Path(plan.results) / "report"
     tables = (report / "scores.parquet", report / "summary.parquet")
     aggregate_scores(json.loads(plan.report_spec()), *tables)
+    aggregate_images(json.loads(plan.report_spec()), report / "images.parquet")
     bundles = report / "bundles.parquet" if plan.judges_bundles else None
     if bundles:
         aggregate_bundles(json.loads(plan.report_spec()), tables[1], bundles)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny_clip import make_tiny_clip
 
-from concept_ablation.common.image_store import write_store
-from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.common.image_store import read_store, write_store
+from concept_ablation.common.roles import PARAPHRASES, POOLS, WORST
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation import probes as scores
 from concept_ablation.evaluation import scoring
@@ -318,10 +318,10 @@ def stores(tmp_path):
     return tmp_path / "samples.parquet", bases
 
 
-def score(spec, stores, out, **options):
+def score(spec, stores, out, images=None, **options):
     """The stage, with the base stores in the order in which they were made."""
     samples, bases = stores
-    score_concept(spec, samples, list(bases.values()), out, **options)
+    score_concept(spec, samples, list(bases.values()), out, images, **options)
 
 
 @pytest.fixture(scope="module")
@@ -493,3 +493,31 @@ def test_several_targets_through_the_stage(spec, stores, tmp_path):
     assert set(frame[frame.role == "targets"].n) == {8} and frame.pooled[frame.role == "targets"].all()
     anchor = frame[(frame.role == "anchor") & (frame.metric == "clip_accuracy")]
     assert set(anchor.text) == {"a pouting cat; a owl"}
+
+
+def test_every_score_of_single_images_can_be_computed_from_the_record_of_images(spec, stores, tmp_path):
+    """Shares and means, of each probe and of all neighbors pooled; KID compares sets and isn't in the record."""
+    spec["base"] = {subject: f"{subject}-key" for subject in stores[1]}
+    score(spec, stores, tmp_path / "scores.parquet", tmp_path / "images.parquet")
+    images = pq.read_table(tmp_path / "images.parquet").to_pandas()
+    scores = pq.read_table(tmp_path / "scores.parquet").to_pandas()
+    assert len(images) == 2 * 4 * 4 and set(images.nearest_text) <= set(spec["texts"])
+    checked = set()
+    for line in scores[scores.metric != "kid_x1000"].itertuples():
+        role = "neighbor" if line.role in (POOLS["neighbor"], WORST) else line.role
+        own = images[(images.role == role) & (line.role in POOLS.values() or images.subject == line.probe)]
+        sides = {side: own[own.side == side][line.metric].to_numpy() for side in ("base", "ablated")}
+        sides["difference"] = sides["ablated"] - sides["base"]
+        assert sides[line.model].mean() == pytest.approx(line.value, abs=1e-9), line
+        checked.add(line.metric)
+    assert checked >= {"clip_accuracy", "recognition", "typical", "clip_cosine", "image_similarity"}
+
+
+def test_the_record_says_where_each_picture_is(spec, stores, tmp_path):
+    spec["base"] = {subject: f"{subject}-key" for subject in stores[1]}
+    score(spec, stores, tmp_path / "scores.parquet", tmp_path / "images.parquet")
+    files = {f"{subject}-key": read_store(path) for subject, path in stores[1].items()}
+    files[spec["samples"]] = read_store(stores[0])
+    for line in pq.read_table(tmp_path / "images.parquet").to_pylist():
+        row = files[line["key"]].rows[line["position"]]
+        assert (row["prompt"], row["seed"], row["subject"]) == (line["prompt"], line["seed"], line["subject"])

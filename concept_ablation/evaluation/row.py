@@ -19,7 +19,7 @@ class Probe:
     """Image features of one subject, row i of both made with the same prompt and seed. Rows have length 1.
 
     role: "target", "paraphrase", "anchor" or "neighbor"; base, ablated: (n, d).
-    seeds: (n,) the images' seeds; empty: not known.
+    seeds, prompts: (n,) the images' seeds and prompts; empty: not known.
     measured: the numbers of metrics that read pictures: name -> (base (n,), ablated (n,)); base is None for a metric of pairs.
     """
 
@@ -29,6 +29,7 @@ class Probe:
     ablated: np.ndarray
     seeds: tuple[int, ...] = ()
     measured: Mapping[str, tuple[np.ndarray | None, np.ndarray]] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from concept_ablation.common.roles import POOLS, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.image_models import ImageModels
+from concept_ablation.evaluation.image_record import record_lines, write_record
 from concept_ablation.evaluation.metrics.base import ImageMetric, PairMetric
 from concept_ablation.evaluation.probes import score_probes
 from concept_ablation.evaluation.row import Probe, Row
@@ -39,16 +40,17 @@ def score_concept(
     samples: str | Path,
     base: Sequence[str | Path],
     scores: str | Path,
+    images: str | Path | None = None,
     *,
     device: str = "auto",
     batch_size: int = 64,
 ) -> None:
-    """Writes the long table of one row to `scores` (Parquet, columns `COLUMNS`).
+    """Writes the long table of one row to `scores` (Parquet, columns `COLUMNS`), and to `images`, if given, a line a picture (`image_record`).
 
     Args:
         spec: concept, kind, targets, anchor, neighbors, texts (subject -> the text that the scorer compares with),
-            scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images); for a kind
-            with a memorized picture also image {file, sha256} and descriptor {model, sha256}, for one with a detector
+            scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images), base (subject -> key);
+            for a kind with a memorized picture also image {file, sha256} and descriptor {model, sha256}, for one with a detector
             `detector` (see `detectors.load_detector`).
         samples: image store of the ablated model, all probes.
         base: image stores of the base model, one a probe in the order of `roles.probe_roles`.
@@ -70,6 +72,9 @@ def score_concept(
     names = {name: spec[name] for name in ("concept", "kind", "anchor")}
     names |= {"target": "; ".join(spec["targets"]), "features": scorer.name, "key": spec["samples"]}
     lines = [names | line | _words(line, spec["texts"], models) for line in made]
+    if images is not None:
+        own = {name: names[name] for name in ("concept", "kind", "target")}
+        write_record(images, [own | line for line in record_lines(row, spec["base"], spec["samples"])])
     with atomic_output(scores) as path:
         pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), path)
     log.info("%s: %d scores of %d probes", spec["concept"], len(made), len(probes))
@@ -87,7 +92,8 @@ def read_probes(
         features = [
             models.scorer.image_features(side.images(), models.batch_size) for side in (base, ablated)
         ]
-        yield Probe(role, subject, *features, tuple(base.column("seed")), measured)
+        seeds, prompts = (tuple(base.column(name)) for name in ("seed", "prompt"))
+        yield Probe(role, subject, *features, seeds, measured, prompts)
 
 
 def read_pictures(

@@ -147,8 +147,9 @@ def measure(path: str | Path) -> tuple[int, float]:
 
 def _entries(results: Path) -> Iterator[tuple[str, os.DirEntry]]:
     """Stage and entry: of all in the folders whose entries begin with a key, and of leftovers one level deeper."""
-    stages = list(dict.fromkeys(stage.path.partition("/")[0] for stage in STAGES.values()))
-    for stage in (*stages, "checkpoints", "report"):
+    files = [path for stage in STAGES.values() for path in stage.files.values()]
+    folders = dict.fromkeys(path.partition("/")[0] for path in files)
+    for stage in (*folders, "checkpoints", "report"):
         for entry in _scan(results / stage):
             yield stage, entry
             if stage in ("concepts", "bundles") and entry.is_dir(follow_symlinks=False):

@@ -117,7 +117,7 @@ class Plan:
 
     def files(self, row: Row) -> list[str]:
         """All files of a row that the report reads."""
-        files = [self.path(key) for key in (row.ablation, row.samples, row.scores)]
+        files = [self.path(key) for key in (row.ablation, row.samples, row.scores)] + [self.image_record(row)]
         # Where no strength was searched, the table of looks is empty, and results of before it was written lack it.
         searched = "search" in self.specs[self.stages[row.ablation]][row.ablation]
         records = [self.training_record(row, name) for name in ("training", *["strength"] * searched)]
@@ -132,6 +132,10 @@ class Plan:
         trained = self.stages[row.ablation] == "ablate_concept"
         record = STAGES["ablate_concept"].files[name].format(key=row.ablation)
         return f"{self.results}/{record}" if trained else None
+
+    def image_record(self, row: Row) -> str:
+        """The table that `score_concept` writes beside its scores, a line a picture."""
+        return f"{self.results}/{STAGES['score_concept'].files['images'].format(key=row.scores)}"
 
     @functools.cached_property
     def pending(self) -> list[Row]:
@@ -234,6 +238,7 @@ class Plan:
             "paraphrases": self.specs["score_concept"][row.scores].get("paraphrases", []),
             "image": concept.image,
             "scores": self.path(row.scores),
+            "images": self.image_record(row),
             "samples": self.path(row.samples),
             "base": {subject: self.path(key) for subject, key in row.base.items()},
             "delta": self.path(row.ablation),

@@ -126,7 +126,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
     """
     from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.page import print_summary, render
-    from concept_ablation.report.tables import aggregate_scores
+    from concept_ablation.report.tables import aggregate_images, aggregate_scores
 
     folder, failures = Path(plan.results) / "report", list(failures)
     names = ("scores.parquet", "summary.parquet", "index.html", "complete.json")
@@ -140,6 +140,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
         mark.unlink(missing_ok=True)  # first, since all that follows may be interrupted
         try:
             aggregate_scores(spec, scores, summary)
+            aggregate_images(spec, folder / "images.parquet")
             mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
             bundles = folder / "bundles.parquet" if spec.get("bundles") else None
             if bundles:

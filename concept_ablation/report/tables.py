@@ -4,6 +4,7 @@ docs/report.md explains every column to a reader. Each Parquet file says in its 
 rows it has and which are missing because they aren't finished; a whole run leaves the same beside them, as a mark.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,6 +61,37 @@ def aggregate_scores(spec: Mapping, scores_path: str | Path, summary_path: str |
     log.info("%d concepts, %d scores", len(rows), scores)
 
 
+def aggregate_images(spec: Mapping, out_path: str | Path) -> None:
+    """Writes all rows' records of their pictures to `out_path`, one Parquet file; a bundle's rows follow, with its name in `bundle`.
+
+    Raises TableError if a row's record is missing or damaged.
+    """
+    models = [(None, row) for row in report_rows(spec)]
+    models += [(bundle["name"], row) for bundle in spec.get("bundles", []) for row in bundle["rows"]]
+    about, writer = {METADATA_KEY: json.dumps(describe(spec))}, None
+    with atomic_output(out_path) as part, contextlib.ExitStack() as open_file:
+        for bundle, row in models:
+            table = _read_record(row["images"])
+            table = table.add_column(0, "bundle", pa.array([bundle] * len(table), pa.string()))
+            if writer is None:
+                writer = open_file.enter_context(pq.ParquetWriter(part, table.schema.with_metadata(about)))
+            elif table.schema.names != writer.schema.names:
+                raise damaged(TableError, row["images"], "these columns are not this version's")
+            writer.write_table(table.cast(writer.schema))
+        if writer is None:  # no row is finished
+            pq.write_table(pa.table({}).replace_schema_metadata(about), part)
+
+
+def _read_record(path: str | Path) -> pa.Table:
+    """A row's record of its pictures. Raises TableError."""
+    try:
+        return pq.read_table(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: there is no such record of pictures; run again") from None
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(TableError, path, f"a record of pictures can't be read ({error})") from error
+
+
 def describe(spec: Mapping) -> dict:
     """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the program's version."""
     return {"rows": len(spec["rows"]), "missing": list(spec.get("missing", [])), "version": __version__}
@@ -100,7 +132,7 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
         old = str(Path(row["scores"]).parents[1])
         files = {
             name: move(row.get(name), old)
-            for name in ("scores", "samples", "base", "delta", "training", "strength")
+            for name in ("scores", "images", "samples", "base", "delta", "training", "strength")
         }
         return {**row, **files, "delta_shown": row["delta"]}
 

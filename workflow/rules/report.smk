@@ -1,12 +1,13 @@
 # The tables of all rows and the page that shows them.
-# Reads every row's scores and pictures, writes report/scores, report/summary (Parquet and CSV) and report/index.html.
+# Reads every row's scores and pictures, writes report/scores, report/summary (Parquet and CSV), report/images (a line a picture) and
+# report/index.html.
 # report/complete.json marks a report of all rows. The report that `onerror` makes of the finished rows doesn't have it.
 # Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names the files of all rows.
 # In a remote storage all rows are inputs, so that Snakemake fetches their files.
 
 
 rule aggregate_scores:
-    """Collect all rows' scores in a long table and a wide one."""
+    """Collect all rows' scores in a long table and a wide one, and the record of all pictures."""
     input:
         plan.pending_files() if stored else unfinished,
     output:
@@ -14,6 +15,7 @@ rule aggregate_scores:
         scores_csv="<results>/report/scores.csv",
         summary="<results>/report/summary.parquet",
         summary_csv="<results>/report/summary.csv",
+        images="<results>/report/images.parquet",
         complete="<results>/report/complete.json",
     log:
         "<logs>/aggregate_scores.log",

@@ -1,5 +1,5 @@
 # The scores of one row.
-# Reads samples/{key}.parquet and base/{key}.parquet of each probe, writes scores/{key}.parquet.
+# Reads samples/{key}.parquet and base/{key}.parquet of each probe, writes scores/{key}.parquet and images/{key}.parquet, a line a picture.
 # Steps: CLIP scores and accuracy, recognition and the distance to the base model's pictures, each with its interval.
 
 
@@ -10,6 +10,7 @@ rule score_concept:
         base=lambda wildcards: plan.upstream("score_concept", wildcards.key, "base"),
     output:
         scores=file_of("score_concept", "scores"),
+        images=file_of("score_concept", "images"),
     log:
         "<logs>/score_concept/{key}.log",
     benchmark:

@@ -7,8 +7,9 @@ from concept_ablation.jobs.job import start_job
 
 start_job(snakemake)
 
-from concept_ablation.report.tables import aggregate_scores, mark_complete, relocate_paths
+from concept_ablation.report.tables import aggregate_images, aggregate_scores, mark_complete, relocate_paths
 
 spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
 aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary)
+aggregate_images(spec, snakemake.output.images)
 mark_complete(spec, snakemake.output.complete)

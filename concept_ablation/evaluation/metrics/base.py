@@ -76,6 +76,8 @@ class Metric:
     summary_form: ClassVar[Literal["change", "models", "interval", "value"]] = "change"
     """What these columns are: base, ablated and change, each with its interval; base and ablated alone; or one value of both
     models, with or without its interval."""
+    per_image: ClassVar[bool] = True
+    """Whether `values` has a number for each of the probe's images, which the record of images then lists."""
     pooled_against: ClassVar[str] = ""
     """What the lines of several probes pooled name as `against`."""
 
@@ -127,8 +129,10 @@ class FeatureMetric(Metric):
 class RowMetric(Metric):
     """A metric of one probe into which other probes enter; a subclass has `values`.
 
-    Its lines stand after those of all probes, and it isn't pooled.
+    Its lines stand after those of all probes, and it isn't pooled. Its images have their numbers by another metric.
     """
+
+    per_image = False
 
 
 class _PictureMetric(Metric):

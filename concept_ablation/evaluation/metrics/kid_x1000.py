@@ -23,6 +23,7 @@ class Kid(FeatureMetric):
         "scorer's features: 0 when they follow one distribution, and by chance below 0."
     )
     interval = "own"
+    per_image = False
     good_target, good_kept = "high", "near 0"
     summary: ClassVar = {role: f"{role}_kid_x1000" for role in ("target", "anchor", "neighbor")}
     summary_form = "interval"
