@@ -227,7 +227,7 @@ SEARCHING = {
     "training.search.images": {"target": 8, "anchor": 8, "neighbor": 8},
     "training.search.batches": 2,
     "training.search.seed": 1,
-    "training.search.sampler": None,
+    "training.search.sampler": {"steps": 5},
     "prompts.validation": None,
 }
 PRESERVING = {
@@ -680,7 +680,7 @@ def test_rows_share_no_setting_that_one_of_them_changes(config):
     plan = build_plan(rows, config)
     steps = {spec["targets"][0]: spec["training"]["steps"] for spec in plan.specs["ablate_concept"].values()}
     assert steps == {"pouting cat": config["training"]["steps"], "weary cat": 7}
-    assert sorted(spec["sampler"]["steps"] for spec in plan.specs["generate_anchors"].values()) == [9, 20]
+    assert sorted(spec["sampler"]["steps"] for spec in plan.specs["generate_anchors"].values()) == [8, 9]
 
 
 def test_an_unfinished_rows_scores_stand_for_all_its_files_unless_they_are_there(config):
