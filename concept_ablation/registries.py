@@ -94,7 +94,13 @@ KINDS = Registry(
 )
 """The kinds of concept: how one is prompted, judged and shown. An entry is a `concept_ablation.kinds.base.Kind`."""
 
-METHODS = Registry("method", {"ablation": "concept_ablation.methods.ablation.method:METHOD"})
+METHODS = Registry(
+    "method",
+    {
+        "ablation": "concept_ablation.methods.ablation.method:METHOD",
+        "uce": "concept_ablation.methods.uce:METHOD",
+    },
+)
 """The ways to remove a concept. An entry is a `concept_ablation.methods.base.Method`."""
 
 DEFAULT_METHOD = "ablation"
