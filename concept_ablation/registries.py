@@ -99,6 +99,7 @@ METHODS = Registry(
     {
         "ablation": "concept_ablation.methods.ablation.method:METHOD",
         "uce": "concept_ablation.methods.uce:METHOD",
+        "none": "concept_ablation.methods.none:METHOD",
     },
 )
 """The ways to remove a concept. An entry is a `concept_ablation.methods.base.Method`."""

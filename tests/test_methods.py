@@ -1,8 +1,10 @@
-"""Method `uce`: its closed form against a dense solver and its own objective, its tokens, and a row through its stage."""
+"""Methods without training. `uce`: its closed form against a dense solver and its own objective, its tokens, a row through its stage.
+`none`: the unchanged weights."""
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_tiny_pipeline
 
 from concept_ablation import apply_delta, load_pipeline
@@ -80,10 +82,10 @@ def test_the_tokens_are_the_subjects_last_or_it_and_all_after_it(pipeline):
     assert len(target) == len(anchor) == len(rest.of("crocodile"))
 
 
-def make_spec(folder, **settings):
+def make_spec(folder, method="uce", **settings):
     model = {"path": str(folder), "revision": None}
     row = {"kind": "object", "targets": ["owl"], "anchor": "bird", "neighbors": ["duck"], "model": model}
-    return {"stage": "ablate_concept", "method": "uce", **row, "templates": [], "settings": settings}
+    return {"stage": "ablate_concept", "method": method, **row, "templates": [], "settings": settings}
 
 
 def run(folder, out, **settings):
@@ -124,7 +126,14 @@ def test_the_defaults_are_the_published_codes_and_a_spec_leaves_them_out(folder,
     assert METHOD.defaults == published
     own = {"method": {"name": "uce", "uce": {**published, "ridge": 0.1}}}
     assert METHOD.work(own, [])["settings"] == {"ridge": 0.1}
-    same = [
-        run(folder, tmp_path / name, **more).read_bytes() for name, more in (("a", {}), ("b", {"ridge": 0.5}))
-    ]
-    assert same[0] == same[1]
+    first, second = (
+        load_file(run(folder, tmp_path / name, **more)) for name, more in (("a", {}), ("b", {"ridge": 0.5}))
+    )
+    assert all(torch.equal(first[name], second[name]) for name in {*first, *second})
+
+
+def test_method_none_changes_nothing(folder, pipeline, tmp_path):
+    delta = run(folder, tmp_path / "a", method="none")
+    before = keys_of(pipeline, "owl")
+    apply_delta(pipeline, delta)
+    assert torch.equal(keys_of(pipeline, "owl"), before) and len(delta_shapes(delta)) > 2
