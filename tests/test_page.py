@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from concept_ablation.common.score_table import COLUMNS
-from tests.test_report import make_page, make_row, write_made_up_looks
+from tests.test_report import make_page, make_row, write_interference, write_made_up_looks
 
 pytestmark = pytest.mark.browser
 HEADS = [
@@ -64,6 +64,8 @@ def pages(tmp_path_factory):
                 neighbors=("owl", "goose" + "s" * 80 if number == 3 else "duck"),
             )
             set_score(row, "target", "ablated", 0.9 if number % 3 == 2 else 0.01 * (20 - number) / 2)
+            losses = {f"victim {place}": -((place + number) % 5) / 4 for place in range(5)}
+            write_interference(folder / f"{number}", row, {**losses, "owl": -0.1}, probed={"owl"})
             rows.append(row)
         make_page(folder, rows, images_per_probe=8, open_rows=kept)
         made[name] = (folder / "report" / "index.html").as_uri()
