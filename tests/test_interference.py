@@ -281,7 +281,7 @@ def test_the_table_adjusts_for_all_pairs_and_names_victims_worst_first(tmp_path)
     assert [line["harmed"] for line in found["fox"]] == [True, False, True]
     assert found["neon"][0]["p"] == pytest.approx(0.125) and not found["neon"][0]["harmed"]
     assert interference_text(found) == "2 of 4 measured pairs harmed: fox harms bus (-100), owl (-75)"
-    assert interference_text({"neon": found["neon"]}) == "none of 1 measured pairs harmed"
+    assert interference_text({"neon": found["neon"]}) == "None of 1 measured pairs harmed"
     assert path.with_suffix(".csv").read_text().startswith('"concept","victim","victim_kind","role","rows"')
 
 
@@ -320,7 +320,7 @@ def page(tmp_path_factory):
 
 def test_the_page_says_who_harms_whom_and_each_cell_leads_to_its_pictures(page):
     elements = Elements(page)
-    assert "1 of 5 measured pairs harmed: fox harms pencil (-100)." in page
+    assert "1 of 5 measured pairs harmed: fox harms pencil (−100)." in page
     places = {attributes["id"] for _, attributes in elements.found if "id" in attributes}
     cells = [one for one in elements.of("a") if "aria-label" in one]
     assert {one["aria-label"] for one in cells} == {
@@ -341,7 +341,7 @@ def test_the_page_says_who_harms_whom_and_each_cell_leads_to_its_pictures(page):
 
 def test_a_row_names_its_victims_and_shows_more_of_what_it_harms(page):
     section = page[page.index('id="row-2"') : page.index('id="row-3"')]
-    assert "1 <span" in section and "of 3 harmed" in section and "<b>pencil</b> −100.0" in section
+    assert "1 of 3 harmed" in section and ">pencil</a> −100.0 points" in section
     harmed, weak = section.index('id="row-2-victim-1"'), section.index('id="row-2-victim-3"')
     assert section[harmed:weak].count("<figure>") == 8 and "first 4 of 16 seeds" in section[weak:]
     alone = page[page.index('id="row-1"') : page.index('id="row-2"')]

@@ -174,7 +174,7 @@ def print_summary(
     text += [f"... and {len(lines) - most} more in the report"] if len(lines) > most else []
     text += ["", f"{headline(lines)}."]
     measured = read_interference(interference_path)
-    text += [f"Other rows' concepts: {interference_text(measured)}."] if measured else []
+    text += [f"Who harms whom: {interference_text(measured)}."] if measured else []
     text += [f"Bundle {name}: {bundle_text(rows)}." for name, rows in read_bundles(bundles_path).items()]
     text.append(f"Report: {report_path}")
     text += [f"Rows that are not in it, since they are not finished: {len(missing)}"] if missing else []

@@ -179,7 +179,7 @@ def _victims(row: Mapping, lines: Sequence[Mapping], pairs: int, shown: int | No
             after = open_store(row["interference"]["images"]).select(DRAWN.format(place)).first(count)
             before = _base_pictures(str(victim["base"]), len(after))
             pictures = _pairs(before, [thumbnail(image) for image in after.images()])
-        found.append(victim | line | {"pictures": pictures, "total": line["n"]})
+        found.append(line | victim | {"pictures": pictures, "total": line["n"]})
     return found
 
 

@@ -31,13 +31,13 @@ def victim_columns(lines: Sequence[Mapping] | None) -> dict:
 
 
 def interference_text(measured: Mapping[str, Sequence[Mapping]], most: int = 10) -> str:
-    """Who harms whom, without a full stop: `2 of 38 measured pairs harmed: fox harms dog (-44), owl (-31)`."""
+    """Who harms whom, without a full stop: `2 of 38 measured pairs harmed: fox harms dog (-44), owl (-31)`, or `None of ...`."""
     lines = [line for own in measured.values() for line in own]
     harmed = harmed_first(lines)
     by_row: dict[str, list[str]] = {}
     for line in harmed[:most]:
         by_row.setdefault(line["concept"], []).append(f"{line['victim']} ({100 * line['change']:+.0f})")
-    text = f"{len(harmed) or 'none'} of {len(lines)} measured pairs harmed"
+    text = f"{len(harmed) or 'None'} of {len(lines)} measured pairs harmed"
     named = "; ".join(f"{concept} harms {', '.join(victims)}" for concept, victims in by_row.items())
     more = f"; and {len(harmed) - most} more" if len(harmed) > most else ""
     return f"{text}: {named}{more}" if harmed else text
