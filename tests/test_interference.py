@@ -129,8 +129,8 @@ def test_all_asks_for_all_subjects_of_other_rows_once(config):
     )
     (fox,) = (row for row in plan.rows if row.concept.name == "object-fox")
     by_name = {one.subject: one for one in fox.interference.victims}
-    assert (by_name["dog"].role, by_name["dog"].rows) == ("neighbor", ("object-owl", "object-wolf"))
-    assert (by_name["neon"].role, by_name["neon"].rows) == ("target", ("style-neon", "style-ink"))
+    assert (by_name["dog"].role, by_name["dog"].row, by_name["dog"].rows) == ("neighbor", "object-owl", 2)
+    assert (by_name["neon"].role, by_name["neon"].row, by_name["neon"].rows) == ("target", "style-neon", 2)
     assert by_name["dog"].probed == ("neighbor", "dog") and by_name["dog"].base == fox.base["dog"]
     assert by_name["wolf"].probed is None
     (wolf,) = (row for row in plan.rows if row.concept.name == "object-wolf")
@@ -257,6 +257,7 @@ def test_of_equally_near_words_the_first_are_taken():
     assert choose_nearest(near, [[0]], [[]], [[0]], [2]) == [[1, 3]]
     assert choose_nearest(near, [[2, 4]], [[1, 3]], [[2]], [1]) == [[1, 0]]
     assert choose_nearest(near, [[0]], [[1, 2]], [[0]], [9]) == [[1, 2, 3, 4]]
+    assert choose_nearest(near, [[0]], [[1, 2]], [[0]], [0]) == [[]]
 
 
 # The report
@@ -282,7 +283,11 @@ def test_the_table_adjusts_for_all_pairs_and_names_victims_worst_first(tmp_path)
     assert found["neon"][0]["p"] == pytest.approx(0.125) and not found["neon"][0]["harmed"]
     assert interference_text(found) == "2 of 4 measured pairs harmed: fox harms bus (-100), owl (-75)"
     assert interference_text({"neon": found["neon"]}) == "None of 1 measured pairs harmed"
-    assert path.with_suffix(".csv").read_text().startswith('"concept","victim","victim_kind","role","rows"')
+    assert (
+        path.with_suffix(".csv")
+        .read_text()
+        .startswith('"concept","victim","victim_kind","role","row","rows"')
+    )
 
 
 def test_a_damaged_table_is_named(tmp_path):
@@ -368,7 +373,7 @@ def test_one_row_has_no_matrix(tmp_path):
 def test_pictures_of_victims_that_are_to_be_hidden_are_veiled_and_hostile_names_stay_text(tmp_path):
     rows = [make_row(tmp_path, name) for name in ("fox", "neon")]
     write_interference(tmp_path / "fox", rows[0], {"bad": -1.0}, kind="nudity")
-    write_interference(tmp_path / "neon", rows[1], {HOSTILE: -1.0}, rows=[HOSTILE])
+    write_interference(tmp_path / "neon", rows[1], {HOSTILE: -1.0}, row=HOSTILE)
     text = make_page(tmp_path, rows)
     elements = Elements(text)
     assert len(elements.of("script")) == 1

@@ -45,6 +45,7 @@ def plan_of(table: str, results: str = "results"):
     """The plan of `table` in the working directory."""
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     merge(config, copy.deepcopy(SMALL))
+    config["evaluation"]["interference"] = "near"
     Path("rows.csv").write_text(table)
     config |= {"concepts": "rows.csv", "results": results}
     return load_plan(config, SCHEMAS, "config")[1]

@@ -171,7 +171,7 @@ def write_made_up_looks(row, looks=FOUND):
     pq.write_table(pa.Table.from_pylist(lines, schema=LOOKS), row["strength"])
 
 
-def write_interference(folder, row, losses, probed=(), **fields):
+def write_interference(folder, row, losses, /, probed=(), **fields):
     """Give a row victims, subject -> change of typical, with 16 pictures each; it draws those in `probed` itself."""
     scores, images_path, base = (folder / f"victims{end}.parquet" for end in ("", ".images", ".base"))
     numbers = {field.name: 0.0 for field in INTERFERENCE if field.type == pa.float64()}
@@ -181,7 +181,7 @@ def write_interference(folder, row, losses, probed=(), **fields):
         for subject, change in losses.items()
     ]
     victims = [
-        {"subject": subject, "kind": "object", "role": "target", "rows": ["other"], "base": str(base)}
+        {"subject": subject, "kind": "object", "role": "target", "row": "other", "rows": 2, "base": str(base)}
         | {"probed": ["neighbor", subject] if subject in probed else None}
         | fields
         for subject in losses

@@ -122,11 +122,12 @@ def _with_victims(
     own = {name: (role, subject) for name, role, subject in reversed(list(_own(row.concept)))}
     victims, works = [], []
     for name in dict.fromkeys([*(name for name in own if name in subjects), *chosen]):
-        others = [named for named in subjects[name].rows if named[0] is not row]
-        probed = own.get(name)
-        if others and not (probed and probed[0] == "target"):
-            victim = _victim(others, name, probed and row.base[probed[1]], probed)
-            works.append(_work(plan, others[0][0], victim, images))
+        probed, named = own.get(name), subjects[name].rows
+        home = next((one for one in named if one[0] is not row), None)
+        if home and not (probed and probed[0] == "target"):
+            others = len(named) - (row.concept.enabled and bool(probed) and probed[0] == "neighbor")
+            victim = _victim(home, name, others, probed and row.base[probed[1]], probed)
+            works.append(_work(plan, home[0], victim, images))
             victims.append(victim)
     if not victims:
         return row
@@ -145,13 +146,12 @@ def _with_victims(
 
 
 def _victim(
-    rows: Sequence[tuple[Row, str]], name: Name, base: str | None, probed: tuple[str, str] | None
+    home: tuple[Row, str], name: Name, rows: int, base: str | None, probed: tuple[str, str] | None
 ) -> Victim:
-    """A subject of `rows`, as the first of them has it. `base`, `probed`: where the measured row draws it, too."""
-    home, role = rows[0]
-    subject = next(subject for own, _, subject in _own(home.concept, anchor=False) if own == name)
-    names = tuple(dict.fromkeys(row.concept.name for row, _ in rows))
-    return Victim(subject, home.concept.kind, role, names, base or home.base[subject], probed)
+    """A subject as `home`, a row and its role there, has it. `base`, `probed`: where the measured row draws it, too."""
+    row, role = home
+    subject = next(subject for own, _, subject in _own(row.concept, anchor=False) if own == name)
+    return Victim(subject, row.concept.name, row.concept.kind, role, rows, base or row.base[subject], probed)
 
 
 def _work(plan: Plan, home: Row, victim: Victim, images: int) -> dict:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 class Victim:
     """A subject of other rows that a row's model is measured on.
 
-    kind: that of the first of them, which removes it if one does; role: its role there, target or neighbor; rows: their names; base:
-    the key of the base model's pictures; probed: role and subject with which the measured row draws it itself, if it does.
+    row: the name of the first of them, which removes it if one does; kind, role: that row's, and target or neighbor; rows: how many name
+    it; base: the key of the base model's pictures; probed: role and subject with which the measured row draws it itself, if it does.
     """
 
     subject: str
+    row: str
     kind: str
     role: str
-    rows: tuple[str, ...]
+    rows: int
     base: str
     probed: tuple[str, str] | None = None
 

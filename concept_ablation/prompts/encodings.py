@@ -103,7 +103,7 @@ def _nearest(values: np.ndarray, among: np.ndarray, count: int) -> list[int]:
     import numpy as np
 
     own = values[among]
-    if count < len(own):
+    if 0 < count < len(own):
         kept = own >= np.partition(own, len(own) - count)[len(own) - count]
         among, own = among[kept], own[kept]
     return [int(number) for number in among[np.argsort(-own, kind="stable")][:count]]

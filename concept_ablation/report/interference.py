@@ -20,8 +20,14 @@ LEVEL = 0.05
 """The share of false ones among all victims that are named, at most, in the mean: see `adjust`."""
 
 TABLE = pa.schema(
-    [(name, pa.string()) for name in ("concept", "victim", "victim_kind", "role", "rows")]
-    + [("probed", pa.bool_()), ("harmed", pa.bool_()), ("change", pa.float64()), ("n", pa.int64())]
+    [(name, pa.string()) for name in ("concept", "victim", "victim_kind", "role", "row")]
+    + [
+        ("rows", pa.int64()),
+        ("probed", pa.bool_()),
+        ("harmed", pa.bool_()),
+        ("change", pa.float64()),
+        ("n", pa.int64()),
+    ]
     + [field for field in COLUMNS if field.name not in ("victim", "n")]
     + [("p_adjusted", pa.float64()), ("images", pa.string())]
 )
@@ -33,7 +39,7 @@ def aggregate_interference(spec: Mapping, out_path: str | Path) -> None:
 
     Args:
         spec: as for `tables.aggregate_scores`; rows have "interference" where something is measured: scores, images, and victims,
-            in the order of the lines of `scores`: subject, kind, role, rows, probed.
+            in the order of the lines of `scores`: subject, kind, role, row, rows, probed.
 
     Raises:
         TableError: a row's table is missing or damaged.
@@ -55,7 +61,8 @@ def _lines(row: Mapping) -> Iterator[dict]:
             "concept": row["concept"],
             "victim_kind": victim["kind"],
             "role": victim["role"],
-            "rows": "; ".join(victim["rows"]),
+            "row": victim["row"],
+            "rows": victim["rows"],
             "probed": victim["probed"] is not None,
             "change": min(line[f"{name}_change"] for name in MEASURES),
             "images": str(row["samples"] if victim["probed"] else measured["images"]),
