@@ -21,6 +21,7 @@ include: "workflow/rules/ablate.smk"
 include: "workflow/rules/bundles.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/score.smk"
+include: "workflow/rules/interference.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -212,5 +212,12 @@ STAGES = {
         options=("device",),
         neutral={"paraphrases": []},
     ),
+    "measure_interference": Stage(
+        version=1,
+        files={"scores": "interference/{key}.parquet", "images": "interference/{key}.images.parquet"},
+        function="concept_ablation.evaluation.interference:measure_interference",
+        options=DRAWING,
+        neutral={"model.trust_remote_code": False},
+    ),
 }
 """The stages that the plan makes keys for, in the order of the pipeline."""

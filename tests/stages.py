@@ -14,6 +14,7 @@ INPUTS = {
     "merge_deltas": {"deltas": "deltas", "prompts": "prompts"},
     "sample_ablated": {"delta": "delta"},
     "score_concept": {"samples": "samples", "base": "base"},
+    "measure_interference": {"delta": "delta", "base": "base", "samples": "samples"},
 }
 """The rules' inputs: their name -> that in the spec."""
 
@@ -21,18 +22,23 @@ INPUTS = {
 def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     """Do all of the plan's work that isn't done, then write its two tables and the page."""
     from concept_ablation.report.bundles import aggregate_bundles
+    from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import render
     from concept_ablation.report.tables import aggregate_images, aggregate_scores
 
     run_stages(plan, device=device, batch_size=batch_size)
     report = Path(plan.results) / "report"
     tables = (report / "scores.parquet", report / "summary.parquet")
-    aggregate_scores(json.loads(plan.report_spec()), *tables)
+    interference = report / "interference.parquet" if plan.measures_interference else None
+    if interference:
+        aggregate_interference(json.loads(plan.report_spec()), interference)
+    aggregate_scores(json.loads(plan.report_spec()), *tables, interference)
     aggregate_images(json.loads(plan.report_spec()), report / "images.parquet")
     bundles = report / "bundles.parquet" if plan.judges_bundles else None
     if bundles:
         aggregate_bundles(json.loads(plan.report_spec()), tables[1], bundles)
-    render(json.loads(plan.report_spec()), *tables, report / "index.html", bundles_path=bundles)
+    more = {"bundles_path": bundles, "interference_path": interference}
+    render(json.loads(plan.report_spec()), *tables, report / "index.html", **more)
 
 
 def run_stages(plan: Plan, but: Collection[str] = (), *, device: str = "cpu", batch_size: int = 16) -> None:

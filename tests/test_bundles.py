@@ -129,7 +129,9 @@ def test_scores_and_merged_deltas_stand_for_all_where_each_file_has_to_be_fetche
     config["results"] = "my/scores"  # a folder called so makes no other file one of them
     plan = build_plan(BOTH, config)
     (bundle,) = plan.bundles
-    wanted = {plan.path(row.scores) for row in [*plan.rows, *bundle.judged]} | {plan.path(bundle.delta)}
+    wanted = {plan.path(key) for row in [*plan.rows, *bundle.judged] for key in row.last} | {
+        plan.path(bundle.delta)
+    }
     assert set(plan.small_files()) == wanted and len(plan.pending_files()) > len(wanted)
 
 
@@ -153,7 +155,7 @@ def test_a_judged_bundle_draws_its_rows_probes_under_its_delta(config):
     plan = build_plan(BOTH, config)
     (bundle,), rows = plan.bundles, {row.concept.name: row for row in plan.rows}
     assert plan.goals() == sorted(
-        [*(plan.path(row.scores) for row in rows.values()), *(plan.path(row.scores) for row in bundle.judged)]
+        plan.path(key) for row in [*rows.values(), *bundle.judged] for key in row.last
     )
     for row in bundle.judged:
         own = rows[row.concept.name]

@@ -45,6 +45,7 @@ def plan_of(table: str, results: str = "results"):
     """The plan of `table` in the working directory."""
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     merge(config, copy.deepcopy(SMALL))
+    config["evaluation"]["interference"] = "near"
     Path("rows.csv").write_text(table)
     config |= {"concepts": "rows.csv", "results": results}
     return load_plan(config, SCHEMAS, "config")[1]
@@ -128,6 +129,38 @@ def test_the_groups_change_what_they_say_and_nothing_else():
     assert {".attn1." in name for name in names["unsafe"]} == {True, False}
     assert any("conv" in name for name in names["all-weights"])
     assert {name.startswith("text_encoder.") for name in names["tokens"]} == {True}
+
+
+def test_every_model_is_measured_on_other_rows_subjects_with_their_own_prompts_and_seeds():
+    from concept_ablation.common.image_store import read_store
+
+    plan, drawn, probed = plan_of(TABLE), 0, 0
+    for row in plan.rows:
+        files = plan.interference_files(row)
+        lines = pq.read_table(files["scores"]).to_pylist()
+        own = {
+            line["probe"]: line["value"]
+            for line in pq.read_table(plan.path(row.scores)).to_pylist()
+            if (line["role"], line["metric"], line["model"]) == ("neighbor", "typical", "ablated")
+        }
+        for place, (victim, line) in enumerate(zip(row.interference.victims, lines, strict=True)):
+            assert line["victim"] == victim.subject not in row.concept.targets
+            if victim.probed and victim.probed[0] == "neighbor":
+                assert line["typical_ablated"] == own[victim.probed[1]]
+                probed += 1
+            elif not victim.probed:
+                store, base = (
+                    read_store(files["images"]).select(f"victim {place}"),
+                    read_store(plan.path(victim.base)),
+                )
+                assert len(store) == line["n"] <= len(base)
+                for column in ("prompt", "seed"):
+                    assert store.column(column) == base.column(column)[: len(store)]
+                drawn += 1
+    assert drawn and probed
+    assert summary_of("results")["paper"]["victims_measured"] == len(
+        next(row for row in plan.rows if row.concept.name == "paper").interference.victims
+    )
 
 
 def test_a_delta_of_the_published_form_is_judged_as_a_row():

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from concept_ablation.common.score_table import COLUMNS
-from tests.test_report import make_page, make_row, write_made_up_looks
+from tests.test_report import make_page, make_row, write_interference, write_made_up_looks
 
 pytestmark = pytest.mark.browser
 HEADS = [
@@ -64,6 +64,8 @@ def pages(tmp_path_factory):
                 neighbors=("owl", "goose" + "s" * 80 if number == 3 else "duck"),
             )
             set_score(row, "target", "ablated", 0.9 if number % 3 == 2 else 0.01 * (20 - number) / 2)
+            losses = {f"victim {place}": -((place + number) % 5) / 4 for place in range(5)}
+            write_interference(folder / f"{number}", row, {**losses, "owl": -0.1}, probed={"owl"})
             rows.append(row)
         make_page(folder, rows, images_per_probe=8, open_rows=kept)
         made[name] = (folder / "report" / "index.html").as_uri()
@@ -232,6 +234,16 @@ if (here === document.body) return "";
     assert page.locator("#row-1 > details:not([open])").count() == 1
 
 
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_cell_of_who_harms_whom_leads_to_its_pictures(visit, pages, width):
+    page = visit(pages["many"], width)
+    for label, place in (("row 05 on victim 3:", "#row-6-victim-4"), ("row 05 on owl:", "#row-6-probe-3")):
+        page.get_by_role("link", name=label).click()
+        landed = "(place) => { const top = document.querySelector(place).getBoundingClientRect().top; return top >= 0 && top < innerHeight / 2 }"
+        page.wait_for_function(landed, arg=place)
+    assert page.locator(".fold[open]").count() == 1
+
+
 def test_all_rows_unfold_and_fold_at_once(visit, pages):
     page = visit(pages["many"])
     assert page.locator(".fold[open]").count() == 0
@@ -284,7 +296,9 @@ def test_folded_rows_print_their_headings(visit, pages, tmp_path):
     page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     sheets = PdfReader(tmp_path / "page.pdf").pages
     text = " ".join(" ".join(sheet.extract_text().split()) for sheet in sheets)
-    assert text.count("row 05") == text.count("row 06") == 2  # in the table and as a heading
+    assert (
+        text.count("row 05") == text.count("row 06") == 3
+    )  # in the table, in the map of harm and as a heading
     assert text.count("Training loss") == 1
 
 

@@ -230,7 +230,8 @@ def test_judging_is_no_part_of_a_preset_and_stable_diffusions_is_the_papers(conf
     for kind in config["kinds"]:
         judged = shared_settings(config, kind, None)["evaluation"]
         # compvis/evaluate.py: numgen 50, x 4 for target and anchor; 50 steps; compvis/src/utils.py: DDIM, scale 6, eta 1
-        assert judged["images"] == {"target": 200, "anchor": 200, "neighbor": 50, "paraphrase": 50}
+        published = {"target": 200, "anchor": 200, "neighbor": 50, "paraphrase": 50}
+        assert judged["images"] == published | {"victim": 16}, "the paper draws no other rows' subjects"
         sampler = {"scheduler": "ddim", "steps": 50, "guidance_scale": 6.0, "eta": 1.0}
         assert judged["sampler"].items() >= sampler.items()
         assert judged["scorer"] == {"model": "ViT-B-32", "pretrained": "openai"}

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from concept_ablation.common.image_store import StoreError, write_store
+from concept_ablation.common.interference_table import COLUMNS as INTERFERENCE
 from concept_ablation.common.roles import is_pooled, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.statistics import Estimate
@@ -25,6 +26,7 @@ from concept_ablation.methods.strength import COLUMNS as LOOKS
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import figures, formatting, sections
 from concept_ablation.report import page as report
+from concept_ablation.report.interference import aggregate_interference
 from concept_ablation.report.strength import COLUMNS as STRENGTH
 from concept_ablation.report.tables import aggregate_scores
 from tests.shipped import report_spec
@@ -169,13 +171,39 @@ def write_made_up_looks(row, looks=FOUND):
     pq.write_table(pa.Table.from_pylist(lines, schema=LOOKS), row["strength"])
 
 
+def write_interference(folder, row, losses, /, probed=(), **fields):
+    """Give a row victims, subject -> change of typical, with 16 pictures each; it draws those in `probed` itself."""
+    scores, images_path, base = (folder / f"victims{end}.parquet" for end in ("", ".images", ".base"))
+    numbers = {field.name: 0.0 for field in INTERFERENCE if field.type == pa.float64()}
+    made = [
+        {**numbers, "victim": subject, "n": 16, "typical_change": change}
+        | {"p": min(1.0, 2 * 2.0 ** round(16 * change))}
+        for subject, change in losses.items()
+    ]
+    victims = [
+        {"subject": subject, "kind": "object", "role": "target", "row": "other", "rows": 2, "base": str(base)}
+        | {"probed": ["neighbor", subject] if subject in probed else None}
+        | fields
+        for subject in losses
+    ]
+    write_store(base, images(None, "victim", 16, "red", "a picture"), {})
+    drawn = [images(f"victim {place}", name, 16, "blue", "a picture") for place, name in enumerate(losses)]
+    write_store(images_path, (image for own in drawn for image in own), {})
+    pq.write_table(pa.Table.from_pylist(made, schema=INTERFERENCE), scores)
+    row["interference"] = {"scores": str(scores), "images": str(images_path), "victims": victims}
+
+
 def make_page(folder, rows, failures=(), waiting=(), **page):
     spec = report_spec(rows, **page) | {"failures": failures, "waiting": waiting}
-    long, wide, out = (
-        folder / "report" / name for name in ("scores.parquet", "summary.parquet", "index.html")
+    long, wide, out, harm = (
+        folder / "report" / name
+        for name in ("scores.parquet", "summary.parquet", "index.html", "interference.parquet")
     )
-    aggregate_scores(spec, long, wide)
-    report.render(spec, long, wide, out, WHEN)
+    measured = harm if any("interference" in row for row in rows) else None
+    if measured:
+        aggregate_interference(spec, measured)
+    aggregate_scores(spec, long, wide, measured)
+    report.render(spec, long, wide, out, WHEN, interference_path=measured)
     return out.read_text(encoding="utf-8")
 
 

@@ -206,6 +206,7 @@ def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
         "ablate_concept",
         "merge_deltas",
         "score_concept",  # it asks a kind for its limit, and is taken to run all that the kinds run
+        "measure_interference",
     }
 
 
@@ -218,6 +219,7 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         "merge_deltas",
         "sample_base",
         "sample_ablated",
+        "measure_interference",
     }
     assert (
         copy("diffusion.families.base", "class ModelError(UserError)", "class ModelError(RuntimeError)")
@@ -230,6 +232,7 @@ def test_an_entry_of_a_registry_asks_for_the_stages_that_read_the_registry(copy)
         copy("evaluation.metrics.kid_x1000", "1000 * kid.low", "999 * kid.low")
         == {
             "score_concept",
+            "measure_interference",
             "ablate_concept",  # its search for a strength measures, and is taken to measure all that the report does
         }
     )

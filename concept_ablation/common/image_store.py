@@ -192,6 +192,10 @@ class ImageStore:
                 table = table.filter(pc.equal(table.column(name), value))
         return self._with(table)
 
+    def first(self, count: int) -> ImageStore:
+        """The first `count` rows, or all if there are fewer."""
+        return self._with(self.table.slice(0, count))
+
     def _with(self, table: pa.Table) -> ImageStore:
         return ImageStore(table, self.metadata, self.path)
 

@@ -16,6 +16,7 @@ are taken as fixed; drawing prompts again would promise something about prompts 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -138,6 +139,17 @@ def paired_proportion_difference(
     half = _z(confidence) * np.sqrt(spread / (n + 2))
     low, high = max(float(centre - half), -1.0), min(float(centre + half), 1.0)
     return Estimate(float(difference.mean()), low, high, n, "bonett-price")
+
+
+def paired_loss(after: np.ndarray, before: np.ndarray) -> float:
+    """The chance of at least so many losses among the pairs that differ, if loss and gain were equally likely: in (0, 1].
+
+    McNemar's test (1947), exact and one-sided: a sign test of the pairs, which counts no pair that is equal on both sides.
+    after, before (n,), row i of both has the same seed; without a pair that differs the chance is 1.
+    """
+    difference = _paired(after, before)
+    lost, differing = int(np.sum(difference < 0)), int(np.count_nonzero(difference))
+    return sum(comb(differing, count) for count in range(lost, differing + 1)) / 2**differing
 
 
 def share_difference(one: np.ndarray, other: np.ndarray, *, confidence: float = 0.95) -> Estimate:

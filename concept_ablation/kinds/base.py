@@ -43,6 +43,8 @@ class Kind:
     """Whether the page hides this kind's pictures until a reader asks for them."""
     publishable: ClassVar[bool] = True
     """Whether a model card may show the target's pictures."""
+    added_roles: ClassVar[Sequence[str]] = ()
+    """The roles whose evaluation prompts are the anchor's with the subject added; others have the subject's own."""
 
     def anchor_prompts(
         self,
@@ -116,8 +118,7 @@ PUBLISHED_SETS = ("compvis", "diffusers")
 class AddedKind(Kind):
     """A kind whose target prompts are anchor prompts with the target added."""
 
-    added_roles: ClassVar[Sequence[str]] = ("target", "paraphrase")
-    """The roles whose evaluation prompts are the anchor's with the subject added; others have the subject's own."""
+    added_roles = ("target", "paraphrase")
 
     def target_prompts(
         self, prompts: Sequence[str], targets: Sequence[str], anchor: str, templates: Sequence[str]

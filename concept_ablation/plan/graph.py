@@ -13,11 +13,12 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import without
 from concept_ablation.plan.concept import Concept, slug
+from concept_ablation.plan.victims import Interference
 from concept_ablation.registries import STAGES
 
 
@@ -54,7 +55,8 @@ def _parts(value: object) -> Collection:
 class Row:
     """The keys of one concept's work. `base` maps each probe's subject to the key of the base model's pictures.
 
-    `ablation` is the key of a training, or of an imported delta, for which `anchors` is None.
+    `ablation` is the key of a training, or of an imported delta, for which `anchors` is None. `interference`: None where nothing is
+    measured on other rows' subjects.
     """
 
     concept: Concept
@@ -63,6 +65,12 @@ class Row:
     samples: str
     scores: str
     base: Mapping[str, str]
+    interference: Interference | None = None
+
+    @property
+    def last(self) -> list[str]:
+        """The keys of the work that is made last and stands for all other."""
+        return [self.scores, *([self.interference.key] if self.interference else ())]
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ class Plan:
     def files(self, row: Row) -> list[str]:
         """All files of a row that the report reads."""
         files = [self.path(key) for key in (row.ablation, row.samples, row.scores)] + [self.image_record(row)]
+        files += self.interference_files(row).values()
         # Where no strength was searched, the table of looks is empty, and results of before it was written lack it.
         searched = "search" in self.specs[self.stages[row.ablation]][row.ablation]
         records = [self.training_record(row, name) for name in ("training", *["strength"] * searched)]
@@ -126,6 +135,11 @@ class Plan:
             + [record for record in records if record]
             + [self.path(key) for key in dict.fromkeys(row.base.values())]
         )
+
+    def interference_files(self, row: Row) -> dict[str, str]:
+        """The table and the pictures of what a row's model does to other rows' subjects, by name; empty if that isn't measured."""
+        key, files = row.interference and row.interference.key, STAGES["measure_interference"].files
+        return {name: f"{self.results}/{path.format(key=key)}" for name, path in files.items() if key}
 
     def training_record(self, row: Row, name: str = "training") -> str | None:
         """A table that `ablate_concept` writes beside its delta, of steps or of looks; None for an imported delta."""
@@ -142,14 +156,20 @@ class Plan:
         """The rows that were unfinished when this was first read. Only these are part of the workflow."""
         return self.unfinished()
 
-    def unfinished(self) -> list[Row]:
-        """The rows with a file that is missing or empty now."""
-        return [row for row in self.rows if not all(map(has_content, self.files(row)))]
+    def unfinished(self, judged: bool = False) -> list[Row]:
+        """The rows with a file that is missing or empty now. `judged`: which aren't judged yet, whatever else is missing."""
+        rows = [replace(row, interference=None) for row in self.rows] if judged else self.rows
+        return [row for row in rows if not all(map(has_content, self.files(row)))]
 
     @functools.cached_property
     def pending_bundles(self) -> list[Bundle]:
         """The bundles that were unfinished when this was first read."""
         return [bundle for bundle in self.bundles if not self.is_finished(bundle)]
+
+    @property
+    def measures_interference(self) -> bool:
+        """Whether the report has a table of what rows do to other rows' subjects."""
+        return any(row.interference for row in self.rows)
 
     @property
     def judges_bundles(self) -> bool:
@@ -171,19 +191,23 @@ class Plan:
         return sorted(found | {file for row in self.pending for file in self.files(row)})
 
     def small_files(self) -> list[str]:
-        """Of `pending_files` the rows' scores and the bundles' deltas: the smallest that stand for all, if each has to be fetched."""
-        folders = tuple(f"{self.results}/{name}/" for name in ("scores", "bundles"))
-        return [file for file in self.pending_files() if file.startswith(folders)]
+        """Of `pending_files` the rows' tables and the bundles' deltas: the smallest that stand for all, if each has to be fetched."""
+        folders = tuple(f"{self.results}/{name}/" for name in ("scores", "interference", "bundles"))
+        large = STAGES["measure_interference"].files["images"].partition("{key}")[2]
+        return [
+            file for file in self.pending_files() if file.startswith(folders) and not file.endswith(large)
+        ]
 
     def goals(self) -> list[str]:
         """The targets that finish all that is unfinished: as few files as possible, since each costs planning time.
 
-        A row's scores are made last, so they stand for all its files, unless they exist while another file is missing.
+        A row's scores are made last, so they stand for all its files, unless they exist while another file is missing. Its
+        interference is beside them.
         """
         found = {self.path(bundle.delta) for bundle in self.pending_bundles if not bundle.judged}
         for row in [*self.pending, *(row for bundle in self.pending_bundles for row in bundle.judged)]:
-            scores = self.path(row.scores)
-            found.update(self.files(row) if has_content(scores) else [scores])
+            last = [self.path(key) for key in row.last]
+            found.update(self.files(row) if any(map(has_content, last)) else last)
         return sorted(found)
 
     def report_spec(self, rows: Sequence[Row] | None = None) -> str:
@@ -223,12 +247,16 @@ class Plan:
                     visit(name)
             found[key] = None
 
-        visit(row.scores)
+        for key in row.last:
+            visit(key)
         return found
 
     def report_row(self, row: Row) -> dict:
-        concept = row.concept
-        return {
+        concept, measured = row.concept, {}
+        if row.interference:
+            victims = [{**asdict(one), "base": self.path(one.base)} for one in row.interference.victims]
+            measured = {"interference": {**self.interference_files(row), "victims": victims}}
+        return measured | {
             "concept": concept.name,
             "kind": concept.kind,
             "target": concept.target,

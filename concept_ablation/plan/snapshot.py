@@ -42,6 +42,7 @@ class PlanSnapshot(Plan):
         self.results, self.config = run["results"], run["config"]
         self._report, self._pending_files, self._goals = run["report"], run["pending_files"], run["goals"]
         self._judges_bundles = run["judges_bundles"]
+        self._measures_interference = run["measures_interference"]
         self.stages = _Lookup(lambda key: self._find("select stage from units where key = ?", key))
         one = "select spec from units where stage = ? and key = ?"
         self.specs = _Lookup(lambda stage: _Lookup(lambda key: json.loads(self._find(one, stage, key))))
@@ -55,6 +56,10 @@ class PlanSnapshot(Plan):
     @property
     def judges_bundles(self) -> bool:
         return self._judges_bundles
+
+    @property
+    def measures_interference(self) -> bool:
+        return self._measures_interference
 
     def pending_files(self) -> list[str]:
         return self._pending_files
@@ -86,6 +91,7 @@ def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
         "pending_files": plan.pending_files(),
         "goals": plan.goals(),
         "judges_bundles": plan.judges_bundles,
+        "measures_interference": plan.measures_interference,
     }
     database = sqlite3.connect(":memory:")
     database.execute("create table run (content blob)")

@@ -31,6 +31,7 @@ from concept_ablation.plan.evaluation_specs import (
     validation_spec,
 )
 from concept_ablation.plan.graph import Plan, PlanError, Row
+from concept_ablation.plan.interference import plan_interference
 from concept_ablation.plan.model_specs import fingerprint_of, model_spec, sha256_of
 from concept_ablation.plan.schema import check_config, load_schema
 from concept_ablation.plan.settings import SettingsError, shared_settings, with_own
@@ -87,15 +88,17 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     members = [made for concept in concepts for made in attempt(concept, functools.partial(member, concept))]
     bundles = group_members(members, config)
     shared = shared_work(bundles, config)
+    judged = []
     for row in members:
         work = (row.concept, row.own, model, config["verdict"], shared.get(row.concept.name, {}))
-        plan.rows += attempt(row.concept, functools.partial(_plan_row, plan, *work))
+        judged += attempt(row.concept, functools.partial(_plan_row, plan, *work))
+    plan.rows = [row for row, _ in judged]
     errors += plan_bundles(plan, bundles, config, model)
     texts = [f"  config: {text}" for text in unknown_names(concepts, config)]
     texts += [f"  {config['concepts']}:{line}: {text}" for line, text in sorted(errors)]
     if texts:
         raise PlanError("\n".join([f"{config['concepts']}: {len(texts)} row(s) can't be planned", *texts]))
-    plan.rows.sort(key=lambda row: row.concept.name)
+    plan_interference(plan, judged, model)
     return plan
 
 
@@ -114,11 +117,14 @@ def _table_model(config: Mapping) -> dict:
 
 def _plan_row(
     plan: Plan, concept: Concept, own: Mapping, model: Mapping, limits: Mapping, shared: Mapping
-) -> Row:
-    """Add one row's work to the plan, stage by stage. `shared`: see `bundles.shared_work`."""
+) -> tuple[Row, Mapping]:
+    """Add one row's work to the plan, stage by stage, but for its interference; returns it with its settings `evaluation`.
+
+    shared: see `bundles.shared_work`.
+    """
     memory = memory_spec(concept, own["evaluation"])
     anchors, ablation = _plan_ablation(plan, concept, own, model, memory, limits, shared)
-    return plan_judging(plan, concept, own, model, anchors, ablation)
+    return plan_judging(plan, concept, own, model, anchors, ablation), own["evaluation"]
 
 
 def _plan_ablation(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -122,9 +122,12 @@ def log_lines(path: str | Path) -> list[str]:
 def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | None = None) -> list[Failure]:
     """Makes the tables and the page of the rows that are finished, and prints how these came out, as `print_summary`.
 
+    A row is shown as soon as it is judged, also if its model isn't measured on other rows' subjects yet.
+
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
     from concept_ablation.report.bundles import aggregate_bundles
+    from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import print_summary, render
     from concept_ablation.report.tables import aggregate_images, aggregate_scores
 
@@ -132,28 +135,40 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
     names = ("scores.parquet", "summary.parquet", "index.html", "complete.json")
     scores, summary, page, mark = (folder / name for name in names)
     while True:
-        missing = {row.concept.name for row in plan.unfinished()}
+        missing = {row.concept.name for row in plan.unfinished(judged=True)}
         spec = json.loads(plan.report_spec([row for row in plan.rows if row.concept.name not in missing]))
+        spec["rows"] = [_without_unmeasured(row) for row in spec["rows"]]
         told = {name for failure in failures for name in failure.concepts}
         spec["failures"] = [asdict(failure) for failure in failures]
         spec["missing"], spec["waiting"] = sorted(missing), sorted(missing - told)
         mark.unlink(missing_ok=True)  # first, since all that follows may be interrupted
         try:
-            aggregate_scores(spec, scores, summary)
+            harm = folder / "interference.parquet" if plan.measures_interference else None
+            if harm:
+                aggregate_interference(spec, harm)
+            aggregate_scores(spec, scores, summary, harm)
             aggregate_images(spec, folder / "images.parquet")
             mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
             bundles = folder / "bundles.parquet" if spec.get("bundles") else None
             if bundles:
                 aggregate_bundles(spec, summary, bundles)
-            render(spec, scores, summary, page, bundles_path=bundles)
+            render(spec, scores, summary, page, bundles_path=bundles, interference_path=harm)
         except ValueError as error:
             path = getattr(error, "damaged", None)
             if path is None or not path.exists():  # a damaged file once set aside is no longer there
                 raise
             failures.append(_damage(plan, path, error))
             continue
-        print_summary(summary, page, file, bundles_path=bundles)
+        print_summary(summary, page, file, bundles_path=bundles, interference_path=harm)
         return failures
+
+
+def _without_unmeasured(row: Mapping) -> dict:
+    """A row of a report's spec, without what isn't measured yet on other rows' subjects."""
+    files = [row["interference"][name] for name in ("scores", "images")] if "interference" in row else []
+    return {
+        name: value for name, value in row.items() if name != "interference" or all(map(has_content, files))
+    }
 
 
 def _damage(plan: Plan, path: Path, error: ValueError) -> Failure:

@@ -16,6 +16,11 @@ def points(value: float | None) -> str:
     return "–" if value is None else _signed(100 * value, 1)
 
 
+def whole_points(value: float) -> str:
+    """The same for narrow cells: -0.034 -> "−3"."""
+    return _signed(100 * value, 0)
+
+
 def is_share(metric: str) -> bool:
     """Whether a metric counts images; False for one that isn't registered any more, as in tables of other versions."""
     return metric in METRICS and METRICS[metric].is_share

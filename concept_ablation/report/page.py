@@ -27,10 +27,12 @@ from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.bundles import bundle_text, read_bundles
 from concept_ablation.report.figures import change_bar, sparkline, target_bar
-from concept_ablation.report.formatting import format_metric, is_share, points, printable, share
-from concept_ablation.report.sections import deciding_targets, previews, sections
+from concept_ablation.report.formatting import format_metric, is_share, points, printable, share, whole_points
+from concept_ablation.report.matrix import make_matrix
+from concept_ablation.report.sections import deciding_targets, previews, sections, victim_ids
 from concept_ablation.report.strength import curve, rung_text
 from concept_ablation.report.tables import missing_rows, report_rows
+from concept_ablation.report.victims import drawn_victims, harmed_first, interference_text, read_interference
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def render(
     out_path: str | Path,
     when: datetime | None = None,
     bundles_path: str | Path | None = None,
+    interference_path: str | Path | None = None,
 ) -> None:
     """Writes the page to `out_path`, whole or not at all.
 
@@ -66,14 +69,14 @@ def render(
         scores_path, summary_path: the tables that `aggregate_scores` wrote.
         when: the time in the page's head; None: now.
         bundles_path: the table that `bundles.aggregate_bundles` wrote, if there are bundles.
+        interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
 
     Raises:
         StoreError: a row's images can't be read.
     """
+    shown = _shown(spec, scores_path, summary_path, when, read_interference(interference_path))
     stream = (
-        environment()
-        .get_template("report.html.j2")
-        .stream(_shown(spec, scores_path, summary_path, when) | {"bundles": read_bundles(bundles_path)})
+        environment().get_template("report.html.j2").stream(shown | {"bundles": read_bundles(bundles_path)})
     )
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:
@@ -82,21 +85,23 @@ def render(
         log.info("%s: %d concepts, %s", out_path, len(spec["rows"]), size_text(part.stat().st_size))
 
 
-def _shown(spec: Mapping, scores_path: str | Path, summary_path: str | Path, when: datetime | None) -> dict:
+def _shown(
+    spec: Mapping,
+    scores_path: str | Path,
+    summary_path: str | Path,
+    when: datetime | None,
+    measured: Mapping[str, Sequence[Mapping]],
+) -> dict:
     """What the template is filled with; the rows' pictures are read when it asks for them."""
     rows, page = report_rows(spec), spec["page"]
     summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
     texts = [field.name for field in COLUMNS if field.type == pa.string()]
     scores = pq.read_table(scores_path, read_dictionary=texts)
-    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
-    lines = [
-        line | {"deciding": target, "several": len(row["targets"]) > 1}
-        for line, target, row in zip(lines, deciding_targets(lines, scores), rows, strict=True)
-    ]
-    probes = sum(len(probe_roles(row)) for row in rows)
+    lines = _rows_lines(rows, summary, scores)
+    probes = sum(len(probe_roles(row)) for row in rows) + drawn_victims(measured)
     pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
     shown = probes_a_row(len(rows), probes, page["image_budget"])
-    measured = set(pc.unique(scores["metric"]).to_pylist())
+    scored = set(pc.unique(scores["metric"]).to_pylist())
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return {
         "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
@@ -109,7 +114,7 @@ def _shown(spec: Mapping, scores_path: str | Path, summary_path: str | Path, whe
         "previews": previews(rows),
         "counts": count_verdicts(lines),
         "kinds_shown": sorted({line["kind"] for line in lines}),
-        "metrics_shown": [METRICS[name] for name in METRICS if name in measured],
+        "metrics_shown": [METRICS[name] for name in METRICS if name in scored],
         "limits": verdict.read_thresholds(spec),
         "pairs": pairs,
         "capped": pairs < page["images_per_probe"],
@@ -117,7 +122,37 @@ def _shown(spec: Mapping, scores_path: str | Path, summary_path: str | Path, whe
         "failures": spec.get("failures", []),
         "waiting": spec.get("waiting", []),
         "unfolded": len(rows) <= page["open_rows"],
-        "sections": sections(rows, lines, scores, pairs, shown),
+        "sections": sections(rows, lines, scores, measured, pairs, shown),
+        **_harm(rows, lines, measured),
+    }
+
+
+def _rows_lines(rows: Sequence[Mapping], summary: Mapping[str, Mapping], scores: pa.Table) -> list[dict]:
+    """The summary's lines of the rows, each with its place on the page and the target that speaks for it."""
+    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
+    return [
+        line | {"deciding": target, "several": len(row["targets"]) > 1}
+        for line, target, row in zip(lines, deciding_targets(lines, scores), rows, strict=True)
+    ]
+
+
+def _harm(
+    rows: Sequence[Mapping], lines: Sequence[Mapping], measured: Mapping[str, Sequence[Mapping]]
+) -> dict:
+    """What the template is filled with for who harms whom; `victim_ids`: where the page shows a row's victim, by their names."""
+    places = {line["concept"]: line["id"] for line in lines}
+    return {
+        "interference": measured,
+        "matrix": make_matrix(measured),
+        "row_ids": places,
+        "targets_of": {row["concept"]: row["targets"] for row in rows},
+        "victim_ids": {
+            (row["concept"], line["victim"]): place
+            for row in rows
+            for line, place in zip(
+                measured.get(row["concept"], ()), victim_ids(row, places[row["concept"]]), strict=False
+            )
+        },
     }
 
 
@@ -127,6 +162,7 @@ def print_summary(
     file: TextIO | None = None,
     most: int = 40,
     bundles_path: str | Path | None = None,
+    interference_path: str | Path | None = None,
 ) -> None:
     """Prints how each row came out, one line a row (at most `most`), how each bundle did, and where the report is.
 
@@ -137,6 +173,8 @@ def print_summary(
     text = [summary_text(lines[:most])] if lines else []
     text += [f"... and {len(lines) - most} more in the report"] if len(lines) > most else []
     text += ["", f"{headline(lines)}."]
+    measured = read_interference(interference_path)
+    text += [f"Who harms whom: {interference_text(measured)}."] if measured else []
     text += [f"Bundle {name}: {bundle_text(rows)}." for name, rows in read_bundles(bundles_path).items()]
     text.append(f"Report: {report_path}")
     text += [f"Rows that are not in it, since they are not finished: {len(missing)}"] if missing else []
@@ -204,7 +242,13 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"share": share, "points": points, "metric": format_metric, "sparkline": sparkline}
+    made.filters |= {
+        "share": share,
+        "points": points,
+        "whole_points": whole_points,
+        "metric": format_metric,
+        "sparkline": sparkline,
+    }
     made.filters |= {"curve": curve, "rung": rung_text}
     made.filters |= {
         "size": size_text,
@@ -213,6 +257,7 @@ def environment() -> jinja2.Environment:
         "is_share": is_share,
     }
     made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "bundle_text": bundle_text, "zip": zip}
+    made.globals |= {"interference_text": interference_text, "harmed_first": harmed_first}
     made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}
     return made
 

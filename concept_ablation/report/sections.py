@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from concept_ablation.common.image_store import ImageStore, open_picture, open_store
+from concept_ablation.common.interference_table import DRAWN
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.figures import thumbnail
 from concept_ablation.report.formatting import flat_settings
@@ -17,6 +18,9 @@ from concept_ablation.report.strength import read_looks
 from concept_ablation.report.summary import training_record
 
 log = logging.getLogger(__name__)
+UNHARMED = 4
+"""The most pairs of pictures of a victim that isn't harmed."""
+
 UNLISTED = ("probes", "stage")
 """What the list of a row's settings leaves out: the page shows the prompts beside the pictures."""
 
@@ -68,9 +72,17 @@ def previews(rows: Sequence[Mapping]) -> Iterator[tuple[str, str] | None]:
 
 
 def sections(
-    rows: Sequence[Mapping], lines: Sequence[Mapping], scores: pa.Table, pairs: int, shown: int | None
+    rows: Sequence[Mapping],
+    lines: Sequence[Mapping],
+    scores: pa.Table,
+    measured: Mapping[str, Sequence[Mapping]],
+    pairs: int,
+    shown: int | None,
 ) -> Iterator[dict]:
-    """What the page shows of each row, made when the page asks for it. `shown`: as `probes_a_row` gives it."""
+    """What the page shows of each row, made when the page asks for it. `shown`: as `probes_a_row` gives it.
+
+    measured: what the rows did to other rows' subjects, as `victims.read_interference` gives it.
+    """
     places = _places(scores["concept"])
     for row, line in zip(rows, lines, strict=True):
         samples = open_store(row["samples"])
@@ -82,6 +94,7 @@ def sections(
                 _probe(row, samples, *place, metrics, pairs if place in chosen else 0)
                 for place in probe_roles(row)
             ],
+            "interference": _victims(row, measured.get(row["concept"], []), pairs, shown),
             "memorized": _memorized(row),
             "metrics": metrics,
             "loss": record.get("loss", []),
@@ -129,12 +142,45 @@ def _probe(
     shown = min(pairs, len(ablated))
     before = _base_pictures(str(row["base"][subject]), shown)
     after = [thumbnail(ablated.image(position)) for position in range(shown)]
-    pictures = [
+    pictures = _pairs(before, after)
+    found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == (role, subject)}
+    return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
+
+
+def _pairs(before: Sequence[tuple[str, int, str]], after: Sequence[str]) -> list[dict]:
+    return [
         {"prompt": prompt, "seed": seed, "base": base, "ablated": picture}
         for (prompt, seed, base), picture in zip(before, after, strict=True)
     ]
-    found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == (role, subject)}
-    return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
+
+
+def victim_ids(row: Mapping, row_id: str) -> list[str]:
+    """Where the page shows each of a row's victims: those that the row draws itself among its own probes."""
+    places = [list(place) for place in probe_roles(row)]
+    return [
+        f"{row_id}-{'probe' if victim['probed'] else 'victim'}-"
+        f"{places.index(list(victim['probed'])) + 1 if victim['probed'] else number}"
+        for number, victim in enumerate(row.get("interference", {}).get("victims", ()), 1)
+    ]
+
+
+def _victims(row: Mapping, lines: Sequence[Mapping], pairs: int, shown: int | None) -> list[dict]:
+    """The row's victims, each with what it lost and, where pictures were drawn for it, the first of them.
+
+    Fewer pairs of what isn't harmed. If the page can't show all probes, a harmed victim shows one pair, and others none.
+    """
+    found = []
+    for place, (victim, line) in enumerate(
+        zip(row.get("interference", {}).get("victims", ()), lines, strict=False)
+    ):
+        count = min(pairs, pairs if line["harmed"] else UNHARMED) if shown is None else int(line["harmed"])
+        pictures = []
+        if not victim["probed"] and count:
+            after = open_store(row["interference"]["images"]).select(DRAWN.format(place)).first(count)
+            before = _base_pictures(str(victim["base"]), len(after))
+            pictures = _pairs(before, [thumbnail(image) for image in after.images()])
+        found.append(line | victim | {"pictures": pictures, "total": line["n"]})
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -99,7 +99,7 @@ def unfinished_keys(plan: Plan) -> list[str]:
                 visit(source)
 
     for row in plan.pending:
-        for key in (row.ablation, row.samples, row.scores, *row.base.values()):
+        for key in (row.ablation, row.samples, *row.last, *row.base.values()):
             visit(key)
     for bundle in plan.pending_bundles:
         for key in (bundle.delta, *(row.scores for row in bundle.judged)):

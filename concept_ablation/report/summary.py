@@ -136,7 +136,7 @@ def summary_schema() -> pa.Schema:
         for end in (("", "_low", "_high") if column.interval else ("",))
     ]
     texts = ["concept", "kind", "target", "anchor", "neighbors", "verdict", "firmness", "measure"]
-    texts += ["deciding_target", "worst_neighbor"]
+    texts += ["deciding_target", "worst_neighbor", "victims"]
     flags = ["removed", "kept", "anchor_kept"]
     target = ["target_limit", *(f"target_excess{end}" for end in ("", "_low", "_high"))]
     cost = ["training_seconds", "peak_memory_mb", "delta_mb"]
@@ -144,7 +144,10 @@ def summary_schema() -> pa.Schema:
         [(name, pa.string()) for name in texts]
         + [(name, pa.bool_()) for name in flags]
         + [(name, pa.float64()) for name in [*target, *measured]]
-        + [(name, pa.int64()) for name in [*(f"{role}_images" for role in COUNTED), "steps"]]
+        + [
+            (name, pa.int64())
+            for name in [*(f"{role}_images" for role in COUNTED), "victims_measured", "steps"]
+        ]
         + [(name, pa.float64()) for name in cost]
         + list(STRENGTH.items())
         + [("delta", pa.string())]

@@ -21,6 +21,7 @@ from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.report.summary import summarise, summary_schema
+from concept_ablation.report.victims import read_interference, victim_columns
 from concept_ablation.verdict import read_thresholds
 
 log = logging.getLogger(__name__)
@@ -34,23 +35,30 @@ class TableError(UserError):
     """A row's file is missing or has other columns; the message names it."""
 
 
-def aggregate_scores(spec: Mapping, scores_path: str | Path, summary_path: str | Path) -> None:
+def aggregate_scores(
+    spec: Mapping,
+    scores_path: str | Path,
+    summary_path: str | Path,
+    interference_path: str | Path | None = None,
+) -> None:
     """Writes all rows' scores (long) and the summary (wide), each as Parquet and, beside it, as CSV.
 
     Args:
         spec: "rows" (each: concept, kind, targets, target, anchor, neighbors, scores, samples, base, delta, and where they
             exist training, image), "verdict" (all thresholds), and perhaps "missing", the names of unfinished rows.
         scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
+        interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
 
     Raises:
         TableError: a row's file is missing or damaged. ValueError: an unknown or missing threshold.
     """
     rows, thresholds, summary = report_rows(spec), read_thresholds(spec), []
+    measured = read_interference(interference_path)
 
     def read_all() -> Iterator[pa.Table]:
         for row in rows:
             table = read_scores(row["scores"])
-            summary.append(summarise(row, table, thresholds))
+            summary.append(summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"])))
             yield table
 
     about = {METADATA_KEY: json.dumps(describe(spec))}
@@ -122,6 +130,8 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
     def move(value: object, old: str) -> object:
         if isinstance(value, Mapping):
             return {name: move(part, old) for name, part in value.items()}
+        if isinstance(value, list):
+            return [move(part, old) for part in value]
         return (
             f"{results}{value[len(old) :]}"
             if isinstance(value, str) and value.startswith(old + "/")
@@ -132,7 +142,16 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
         old = str(Path(row["scores"]).parents[1])
         files = {
             name: move(row.get(name), old)
-            for name in ("scores", "images", "samples", "base", "delta", "training", "strength")
+            for name in (
+                "scores",
+                "images",
+                "samples",
+                "base",
+                "delta",
+                "training",
+                "strength",
+                "interference",
+            )
         }
         return {**row, **files, "delta_shown": row["delta"]}
 

@@ -51,6 +51,7 @@ SMALL = {
         "sampler": SAMPLER,
         "scorer": {"model": "models/clip", "pretrained": None},
         "statistics": {"bootstrap": 20},
+        "interference": "none",  # what rows do to each other's concepts has a test of its own, test_harm.py
     },
     "runtime": {"device": "cpu", "sample_batch_size": 4, "threads": 1},
 }

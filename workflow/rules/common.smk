@@ -76,7 +76,9 @@ def print_report(plan):
         from concept_ablation.report.page import print_summary
 
         bundles = folder / "bundles.parquet" if plan.judges_bundles else None
-        print_summary(folder / "summary.parquet", folder / "index.html", bundles_path=bundles)
+        harm = folder / "interference.parquet" if plan.measures_interference else None
+        tables = {"bundles_path": bundles, "interference_path": harm}
+        print_summary(folder / "summary.parquet", folder / "index.html", **tables)
 
 
 def print_failures(plan, scheduler):
@@ -113,6 +115,9 @@ stored = workflow.storage_settings.default_storage_provider is not None
 # Rule `all` asks for these files, too: a report that another checkout made must not hide unfinished rows. In a remote storage
 # all rows count as unfinished, so only their smallest files, the scores, are asked for, and the bundles' deltas.
 unfinished = plan.small_files() if stored else plan.goals()
+# Of these, what measures rows on other rows' concepts; and the table made of it, which there is only if anything is measured.
+measured = {file for file in unfinished if file.startswith(f"{plan.results}/interference/")}
+interference = ["<results>/report/interference.parquet"] if plan.measures_interference else []
 
 
 pathvars:

@@ -9,7 +9,8 @@
 rule aggregate_scores:
     """Collect all rows' scores in a long table and a wide one, and the record of all pictures."""
     input:
-        plan.pending_files() if stored else unfinished,
+        plan.pending_files() if stored else [file for file in unfinished if file not in measured],
+        interference=interference,
     output:
         scores="<results>/report/scores.parquet",
         scores_csv="<results>/report/scores.csv",
@@ -35,6 +36,7 @@ rule render_report:
         scores="<results>/report/scores.parquet",
         summary="<results>/report/summary.parquet",
         bundles=["<results>/report/bundles.parquet"] if plan.judges_bundles else [],
+        interference=interference,
         rows=plan.pending_files() if stored else [],
     output:
         "<results>/report/index.html",

@@ -10,6 +10,7 @@ start_job(snakemake)
 from concept_ablation.report.tables import aggregate_images, aggregate_scores, mark_complete, relocate_paths
 
 spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
-aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary)
+interference = next(iter(snakemake.input.interference), None)
+aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary, interference)
 aggregate_images(spec, snakemake.output.images)
 mark_complete(spec, snakemake.output.complete)

@@ -11,5 +11,5 @@ from concept_ablation.report.page import render
 from concept_ablation.report.tables import relocate_paths
 
 spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output[0]).parents[1])
-bundles = next(iter(snakemake.input.bundles), None)
-render(spec, snakemake.input.scores, snakemake.input.summary, snakemake.output[0], bundles_path=bundles)
+more = {f"{name}_path": next(iter(snakemake.input[name]), None) for name in ("bundles", "interference")}
+render(spec, snakemake.input.scores, snakemake.input.summary, snakemake.output[0], **more)

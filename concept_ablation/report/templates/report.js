@@ -61,22 +61,23 @@
     });
   }
 
-  // A link to a row brings it back if it is filtered out, unfolds it, and only then goes there.
+  // A link to a row, or to pictures in it, brings it back if it is filtered out, unfolds it, and only then goes there.
   function show(hash) {
-    const below = hash.startsWith("#row-") && document.getElementById(hash.slice(1));
-    if (!below) return;
+    const place = hash.startsWith("#row-") && document.getElementById(hash.slice(1));
+    if (!place) return;
+    const below = place.closest("section.row");
     if (below.hidden) {
       if (find) find.value = "";
       for (const button of verdicts) button.ariaPressed = "false";
       filter();
     }
     below.querySelector("details").open = true;
-    below.scrollIntoView();
+    place.scrollIntoView();
   }
   addEventListener("hashchange", () => show(location.hash));
   addEventListener("load", () => show(location.hash));
-  body.addEventListener("click", (event) => {
-    const link = event.target.closest("a");
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#row-']");
     if (link) show(link.hash);
   });
 })();

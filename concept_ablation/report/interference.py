@@ -1,0 +1,94 @@
+"""The table of who harms whom: what every row's model does to targets and neighbors of other rows.
+
+docs/report.md defines each column. `victims` reads the table.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from concept_ablation.common.files import damaged
+from concept_ablation.common.interference_table import COLUMNS, MEASURES
+from concept_ablation.report.tables import TableError, report_rows, write_table
+
+log = logging.getLogger(__name__)
+
+LEVEL = 0.05
+"""The share of false ones among all victims that are named, at most, in the mean: see `adjust`."""
+
+TABLE = pa.schema(
+    [(name, pa.string()) for name in ("concept", "victim", "victim_kind", "role", "row")]
+    + [
+        ("rows", pa.int64()),
+        ("probed", pa.bool_()),
+        ("harmed", pa.bool_()),
+        ("change", pa.float64()),
+        ("n", pa.int64()),
+    ]
+    + [field for field in COLUMNS if field.name not in ("victim", "n")]
+    + [("p_adjusted", pa.float64()), ("images", pa.string())]
+)
+"""The columns of all rows' table."""
+
+
+def aggregate_interference(spec: Mapping, out_path: str | Path) -> None:
+    """Writes a line for each row and victim to `out_path`, as Parquet and, beside it, as CSV.
+
+    Args:
+        spec: as for `tables.aggregate_scores`; rows have "interference" where something is measured: scores, images, and victims,
+            in the order of the lines of `scores`: subject, kind, role, row, rows, probed.
+
+    Raises:
+        TableError: a row's table is missing or damaged.
+    """
+    lines = [line for row in report_rows(spec) if row.get("interference") for line in _lines(row)]
+    for line, adjusted in zip(lines, adjust([line["p"] for line in lines]), strict=True):
+        line |= {"p_adjusted": adjusted, "harmed": adjusted <= LEVEL}
+    write_table([pa.Table.from_pylist(lines, schema=TABLE)], out_path, TABLE)
+    log.info("%d pairs, %d harmed", len(lines), sum(line["harmed"] for line in lines))
+
+
+def _lines(row: Mapping) -> Iterator[dict]:
+    measured = row["interference"]
+    found = _read(measured["scores"])
+    if len(found) != len(measured["victims"]):
+        raise damaged(TableError, measured["scores"], "other victims than planned")
+    for victim, line in zip(measured["victims"], found, strict=True):
+        yield line | {
+            "concept": row["concept"],
+            "victim_kind": victim["kind"],
+            "role": victim["role"],
+            "row": victim["row"],
+            "rows": victim["rows"],
+            "probed": victim["probed"] is not None,
+            "change": min(line[f"{name}_change"] for name in MEASURES),
+            "images": str(row["samples"] if victim["probed"] else measured["images"]),
+        }
+
+
+def _read(path: str | Path) -> list[dict]:
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: there is no such table; run again") from None
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(TableError, path, f"a table that can't be read ({error})") from error
+    if table.schema.names != COLUMNS.names:
+        raise damaged(TableError, path, "these columns are not this version's")
+    return table.to_pylist()
+
+
+def adjust(values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number: of those at most q, a share of at most q is false, in the mean.
+
+    Benjamini and Hochberg 1995: the i-th smallest of m becomes the least of all p_j m / j with j >= i. It holds for independent
+    tests and for those that depend positively on each other (Benjamini and Yekutieli 2001).
+    """
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+    found, least = [1.0] * len(values), 1.0
+    for rank, place in zip(range(len(values), 0, -1), order, strict=True):
+        least = found[place] = min(least, values[place] * len(values) / rank)
+    return found
