@@ -124,7 +124,9 @@ def test_the_results_of_a_row_that_is_switched_off_stay_also_without_its_files(t
     make(files | waste)
     picture.unlink()
     assert main(["gc", "--configfile", table([other, row.format("false")], header), "--remove"]) == 0
-    assert there(tmp_path / "results") == files
+    # What the owl's model did to the moon is no result of the moon's row, and is measured again with it.
+    on_it = {file for file in files if "interference" in str(file) and "/owl." in str(file)}
+    assert on_it and there(tmp_path / "results") == files - on_it
     assert main(["check", "--configfile", table([other, row.format("true")], header)]) == 2
     said = capsys.readouterr().err
     assert "1 row(s) can't be planned" in said and f"{picture}: can't be read" in said

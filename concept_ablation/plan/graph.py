@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import without
@@ -254,7 +254,7 @@ class Plan:
     def report_row(self, row: Row) -> dict:
         concept, measured = row.concept, {}
         if row.interference:
-            victims = [{**asdict(one), "base": self.path(one.base)} for one in row.interference.victims]
+            victims = [{**vars(one), "base": self.path(one.base)} for one in row.interference.victims]
             measured = {"interference": {**self.interference_files(row), "victims": victims}}
         return measured | {
             "concept": concept.name,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.graph import Plan, PlanError, Row
@@ -25,12 +26,12 @@ Name = tuple[
 ]  # how subjects are told apart: by name, and by whether they are added to another prompt, as styles are
 
 
-@dataclass
-class Subject:
-    """A target or neighbor of the table. `rows`: those that name it, with its role there; those that remove it stand first."""
+class Named(NamedTuple):
+    """A row that names a subject, with the subject's role there and as the row spells it."""
 
-    name: str
-    rows: list[tuple[Row, str]] = field(default_factory=list)
+    row: Row
+    role: str
+    subject: str
 
 
 def plan_interference(plan: Plan, rows: Sequence[tuple[Row, Mapping]], model: Mapping) -> None:
@@ -70,27 +71,27 @@ def _own(concept: Concept, anchor: bool = True) -> Iterator[tuple[Name, str, str
         yield _name(concept, role, subject), role, subject
 
 
-def _subjects(rows: Iterator[Row]) -> dict[Name, Subject]:
-    """All subjects of the table, in the order of their names."""
-    found: dict[Name, Subject] = {}
+def _subjects(rows: Iterator[Row]) -> dict[Name, list[Named]]:
+    """All subjects of the table, in the order of their names, each with the rows that name it; those that remove it stand first."""
+    found: dict[Name, list[Named]] = {}
     for row in rows:
         for name, role, subject in _own(row.concept, anchor=False):
-            found.setdefault(name, Subject(subject)).rows.append((row, role))
-    for subject in found.values():
-        subject.rows.sort(key=lambda named: named[1] != "target")
+            found.setdefault(name, []).append(Named(row, role, subject))
+    for named in found.values():
+        named.sort(key=lambda one: one.role != "target")
     return dict(sorted(found.items()))
 
 
 def _near(
-    rows: Sequence[Row], counts: Sequence[int], subjects: Mapping[Name, Subject], model: Mapping
+    rows: Sequence[Row], counts: Sequence[int], subjects: Mapping[Name, Sequence[Named]], model: Mapping
 ) -> list[list[Name]]:
     """For each row the nearest subjects of rows with its kind and anchor, then as many of all others."""
     if not rows:
         return []
     names, groups = list(subjects), {}
     places = {name: place for place, name in enumerate(names)}
-    for name, subject in subjects.items():
-        for row, _ in subject.rows:
+    for name, named in subjects.items():
+        for row, *_ in named:
             groups.setdefault((row.concept.kind, row.concept.anchor), {})[places[name]] = None
     # What a row that is switched off removes may be no subject: its place in the alphabet stands for it.
     targets = [
@@ -104,7 +105,7 @@ def _near(
     peers = [list(groups.get((row.concept.kind, row.concept.anchor), ())) for row in rows]
     taken = [[places[name] for name, *_ in _own(row.concept) if name in places] for row in rows]
     local = os.path.isdir(model["path"])
-    words = [subject.name for subject in subjects.values()]
+    words = [named[0].subject for named in subjects.values()]
     near = (encode_words(model["path"], words) if local else None) or Alphabet(len(names))
     chosen = choose_nearest(near, targets, peers, taken, counts)
     return [[names[place] for place in own] for own in chosen]
@@ -113,7 +114,7 @@ def _near(
 def _with_victims(
     plan: Plan,
     row: Row,
-    subjects: Mapping[Name, Subject],
+    subjects: Mapping[Name, Sequence[Named]],
     chosen: Collection[Name],
     images: int,
     model: Mapping,
@@ -122,12 +123,14 @@ def _with_victims(
     own = {name: (role, subject) for name, role, subject in reversed(list(_own(row.concept)))}
     victims, works = [], []
     for name in dict.fromkeys([*(name for name in own if name in subjects), *chosen]):
-        probed, named = own.get(name), subjects[name].rows
-        home = next((one for one in named if one[0] is not row), None)
+        probed, named = own.get(name), subjects[name]
+        home = next((one for one in named if one.row is not row), None)
         if home and not (probed and probed[0] == "target"):
             others = len(named) - (row.concept.enabled and bool(probed) and probed[0] == "neighbor")
-            victim = _victim(home, name, others, probed and row.base[probed[1]], probed)
-            works.append(_work(plan, home[0], victim, images))
+            base = row.base[probed[1]] if probed else home.row.base[home.subject]
+            concept = home.row.concept
+            victim = Victim(home.subject, concept.name, concept.kind, home.role, others, base, probed)
+            works.append(_work(plan, home.row, victim, images))
             victims.append(victim)
     if not victims:
         return row
@@ -143,15 +146,6 @@ def _with_victims(
     }
     key = plan.add("measure_interference", row.concept.name, spec)
     return replace(row, interference=Interference(key, tuple(victims)))
-
-
-def _victim(
-    home: tuple[Row, str], name: Name, rows: int, base: str | None, probed: tuple[str, str] | None
-) -> Victim:
-    """A subject as `home`, a row and its role there, has it. `base`, `probed`: where the measured row draws it, too."""
-    row, role = home
-    subject = next(subject for own, _, subject in _own(row.concept, anchor=False) if own == name)
-    return Victim(subject, row.concept.name, row.concept.kind, role, rows, base or row.base[subject], probed)
 
 
 def _work(plan: Plan, home: Row, victim: Victim, images: int) -> dict:
