@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import without
@@ -67,9 +67,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model without all concepts of several rows: how their deltas are merged, the key of the result, and their names.
+    """A model without all concepts of several rows: how it is made, the key of the result, and their names.
 
     `judged`: the rows once more, under this model; a neighbor that another of them removes is left out. Empty if it isn't judged.
+    `anchors_gone`: a row whose anchor another one removes -> that one's name. `general`: the key of its general quality.
     """
 
     name: str
@@ -77,6 +78,13 @@ class Bundle:
     delta: str
     concepts: tuple[str, ...]
     judged: tuple[Row, ...] = ()
+    anchors_gone: Mapping[str, str] = field(default_factory=dict)
+    general: str | None = None
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The keys of the work that all else is done for."""
+        return (self.delta, *(row.scores for row in self.judged), *([self.general] if self.general else []))
 
 
 class Plan:
@@ -158,7 +166,7 @@ class Plan:
 
     def bundle_files(self, bundle: Bundle) -> list[str]:
         """All files of a bundle: its delta and, where it is judged, what the report reads of it."""
-        files = [self.path(bundle.delta), *(file for row in bundle.judged for file in self.files(row))]
+        files = [*map(self.path, bundle.ends), *(file for row in bundle.judged for file in self.files(row))]
         return list(dict.fromkeys(files))
 
     def pending_files(self) -> list[str]:
@@ -168,7 +176,8 @@ class Plan:
 
     def small_files(self) -> list[str]:
         """Of `pending_files` the rows' scores and the bundles' deltas: the smallest that stand for all, if each has to be fetched."""
-        folders = tuple(f"{self.results}/{name}/" for name in ("scores", "bundles"))
+        small = ("scores", "bundles", "trained", "repaired", "general")
+        folders = tuple(f"{self.results}/{name}/" for name in small)
         return [file for file in self.pending_files() if file.startswith(folders)]
 
     def goals(self) -> list[str]:
@@ -177,6 +186,7 @@ class Plan:
         A row's scores are made last, so they stand for all its files, unless they exist while another file is missing.
         """
         found = {self.path(bundle.delta) for bundle in self.pending_bundles if not bundle.judged}
+        found |= {self.path(bundle.general) for bundle in self.pending_bundles if bundle.general}
         for row in [*self.pending, *(row for bundle in self.pending_bundles for row in bundle.judged)]:
             scores = self.path(row.scores)
             found.update(self.files(row) if has_content(scores) else [scores])
@@ -197,6 +207,8 @@ class Plan:
                     "name": bundle.name,
                     "how": bundle.how,
                     "rows": [self._report_row(row) for row in bundle.judged],
+                    "anchors_gone": dict(bundle.anchors_gone),
+                    "general": bundle.general and self.path(bundle.general),
                 }
                 for bundle in bundles
             ]
@@ -209,8 +221,8 @@ class Plan:
                 if isinstance(name, str) and name in self.stages:
                     yield name
 
-    def needed(self, row: Row) -> dict[str, None]:
-        """The keys of all work that a row needs, each after the work that it is made from."""
+    def needed(self, row: Row | str) -> dict[str, None]:
+        """The keys of all work that a row, or the work with this key, needs, each after the work that it is made from."""
         found: dict[str, None] = {}
 
         def visit(key: str) -> None:
@@ -219,7 +231,7 @@ class Plan:
                     visit(name)
             found[key] = None
 
-        visit(row.scores)
+        visit(row if isinstance(row, str) else row.scores)
         return found
 
     def _report_row(self, row: Row) -> dict:
