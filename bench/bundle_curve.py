@@ -39,7 +39,7 @@ READ = ("concepts", "anchors", "prompts")
 MAKES = ("merge_deltas", "train_bundle", "repair_bundle")
 SAMPLER = {"scheduler": "dpmsolver++", "steps": 10}
 COLUMNS = (
-    *("name", "how", "n", "removed", "target_left", "kept", "neighbors", "worst", "anchor"),
+    *("name", "how", "n", "removed", "target_left", "neighbors_before", "neighbors", "neighbor_kid", "anchor", "anchor_kid"),
     *("unnamed_before", "unnamed", "unnamed_likeness", "kid", "kid_low", "kid_high", "kid_floor", "clip", "clip_base"),
     *("seconds", "error"),
 )  # fmt: skip
@@ -114,10 +114,11 @@ def measure(plan: Plan, bundle: Bundle, options: argparse.Namespace) -> dict:
     return {
         "removed": average("removed"),
         "target_left": average("presence_ablated"),
-        "kept": average("kept"),
-        "neighbors": average("neighbor_recognition_change"),
-        "worst": average("worst_neighbor_typical_change"),
+        "neighbors_before": average("neighbor_recognition_base"),
+        "neighbors": average("neighbor_recognition_ablated"),
+        "neighbor_kid": average("neighbor_kid_x1000"),
         "anchor": average("anchor_typical_change"),
+        "anchor_kid": average("anchor_kid_x1000"),
         "unnamed_before": before,
         "unnamed": after,
         "unnamed_likeness": likeness,
@@ -161,7 +162,7 @@ def write(lines: list[dict], out: Path) -> None:
         writer.writeheader()
         writer.writerows(lines)
     panels = {}
-    for title, column in (("targets removed", "removed"), ("neighbors kept", "kept"), ("unnamed recognised", "unnamed")):  # fmt: skip
+    for title, column in (("targets removed", "removed"), ("neighbors recognised", "neighbors"), ("unnamed recognised", "unnamed")):  # fmt: skip
         panels[title] = {
             name: [(int(line["n"]), float(line[column])) for line in lines if line["name"] == name and line[column] not in ("", None)]
             for name in dict.fromkeys(line["name"] for line in lines)

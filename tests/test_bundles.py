@@ -31,7 +31,10 @@ from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.schema import ConfigError, check_config
 from concept_ablation.plan.specs import build_plan, load_plan
 from concept_ablation.plan.table import ConceptsError, load_concepts
-from concept_ablation.report.bundles import bundle_text
+from concept_ablation.report.bundle_card import card_of
+from concept_ablation.report.bundles import bundle_text, general_text, nested_panels
+from concept_ablation.report.card import escape
+from concept_ablation.report.figures import curve_figure
 from concept_ablation.verdict import NOT_SHOWN
 from tests.stages import run_plan
 from tests.tiny import make_tiny_pipeline
@@ -413,6 +416,29 @@ def test_a_sentence_says_what_came_back_and_what_was_lost():
     assert bundle_text([line("owl"), line("fox")]) == "2 of 2 removed; all neighbors and anchors kept"
 
 
+def test_an_anchor_that_another_row_removes_is_told_and_does_not_count():
+    lines = [line("fox", anchor_kept=None, anchor_removed_by="animal"), line("animal")]
+    assert (
+        bundle_text(lines)
+        == "2 of 2 removed; anchor removed by another row: fox (bird); all neighbors and anchors kept"
+    )
+
+
+def test_nested_bundles_make_a_curve():
+    def bundle(how, *names):
+        return [line(name, how=how, removed=name != "owl") for name in names]
+
+    bundles = {
+        "a": bundle("sum", "fox", "owl"), "b": bundle("sum", "fox"), "c": bundle("ties", "fox"), "d": bundle("sum", "cat"),
+        "e": bundle("sum", "fox", "owl", "cat"),
+    }  # fmt: skip
+    panels = nested_panels(bundles)
+    assert panels["targets removed"] == {"sum": [(1, 1.0), (2, 0.5), (3, pytest.approx(2 / 3))]}
+    assert not nested_panels({"b": bundles["b"], "d": bundles["d"]})
+    drawn = curve_figure({"<b>": {"sum & more": [(1, 1.0), (10, 0.5)]}})
+    assert "<b>" not in drawn and "sum &amp; more" in drawn and drawn.count("<circle") == 2
+
+
 def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tiny_pipeline(tmp_path / "models" / "pipeline", size=32)
@@ -421,7 +447,11 @@ def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
     own = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     for layer in (
         SMALL,
-        {"concepts": "rows.csv", "results": "results", "bundles": {"named": {"sums": {"how": "sum"}}}},
+        {
+            "concepts": "rows.csv",
+            "results": "results",
+            "bundles": {"named": {"sums": {"how": "sum"}}, "general": {"images": 6}},
+        },
     ):
         merge_settings(own, layer)
     Path("rows.csv").write_text(
@@ -439,7 +469,20 @@ def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
     for each in lines:
         assert each["verdict_alone"] == summary[each["concept"]]["verdict"]
         assert each["delta"] in [plan.path(bundle.delta) for bundle in plan.bundles]
+    card = card_of("results", "both", tmp_path / "card")
+    text = (card / "README.md").read_text(encoding="utf-8")
+    assert (
+        "# models/pipeline without 2 concepts: both" in text
+        and f"**{escape(bundle_text(lines[:2]))}**" in text
+    )
+    assert "| fox | animal | " in text and escape(general_text(lines[0])) in text
+    assert len(list((card / "pictures").iterdir())) == 2 and (card / "delta.safetensors").exists()
+    assert (
+        "**fox** gives **animal**"
+        in (card_of("results", "object-fox", tmp_path / "own") / "README.md").read_text()
+    )
     page = Path("results/report/index.html").read_text(encoding="utf-8")
+    assert general_text(lines[0]) in page and lines[0]["general_images"] == 6
     assert "Bundles: one model without" in page and f">{bundle_text(lines[:2])}.</p>" in page
     again = load_plan(own, ROOT / "workflow" / "schemas", "config")[1]
     assert again.goals() == [] and not again.pending_bundles

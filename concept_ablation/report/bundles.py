@@ -127,12 +127,12 @@ def general_text(line: Mapping) -> str:
 
     def number(name: str) -> str:
         value, low, high = (line[f"general_{name}{end}"] for end in ("", "_low", "_high"))
-        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+        return f"{value:z.1f} [{low:z.1f}, {high:z.1f}]"
 
     base, after = (line[f"general_clip_score_2_5{end}"] for end in ("_base", ""))
     return (
         f"{line['general_images']} pictures of neutral prompts: KID x 1000 {number('kid_x1000')} to the base model, whose own other "
-        f"seeds lie at {number('kid_x1000_floor')}; CLIPScore {base:.3f} -> {after:.3f}"
+        f"seeds lie at {number('kid_x1000_floor')}; CLIPScore {after:.3f} (base model {base:.3f})"
     )
 
 

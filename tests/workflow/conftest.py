@@ -52,6 +52,7 @@ SMALL = {
         "scorer": {"model": "models/clip", "pretrained": None},
         "statistics": {"bootstrap": 20},
     },
+    "bundles": {"general": {"images": 4}},
     "runtime": {"device": "cpu", "sample_batch_size": 4, "threads": 1},
 }
 

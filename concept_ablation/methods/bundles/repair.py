@@ -96,7 +96,8 @@ class _Repair:
         self.spec, self.lessons = spec, lessons
         self.pipeline = load_model(spec["model"], device)
         self.settings = replace(TrainingSettings.from_spec(spec["training"]), preserve="distill")
-        self.weights = _Weights(delta_parameters(self.pipeline, tensors))
+        own = delta_parameters(self.pipeline, tensors)
+        self.weights = _Weights({name: own[name] for name in tensors})
         self.change = Change(self.weights)  # it starts at the unchanged model
         put(self.weights.parameters, tensors)
         scorers: dict[tuple, ClipScorer] = {}

@@ -66,8 +66,11 @@ class Trained(Way):
     stage = "train_bundle"
     reads: ClassVar = ("prompts", "anchors")
 
-    def mistakes(self, rows: Sequence[Any], settings: Mapping) -> Iterator[tuple[int, str]]:
-        yield from training_mistakes(rows, settings, f"how {self.name}")
+    def mistakes(
+        self, rows: Sequence[Any], settings: Mapping, what: str | None = None
+    ) -> Iterator[tuple[int, str]]:
+        """As `Way.mistakes`; what: else wants to train as this way does, such as `repair`."""
+        yield from training_mistakes(rows, settings, what or f"how {self.name}")
 
     def work(self, rows: Sequence[Any], settings: Mapping) -> dict:
         return training_work(rows, settings)

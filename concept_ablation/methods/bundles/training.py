@@ -220,6 +220,6 @@ class _Course:
 
 @torch.no_grad()
 def put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Give parameters new values, in place."""
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+    """Give those of the parameters that `values` names their values, in place."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
