@@ -158,13 +158,13 @@ def write(lines: list[dict], out: Path) -> None:
     from concept_ablation.report.figures import curve_figure
 
     with (out / "curve.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")  # a table of an earlier version
         writer.writeheader()
         writer.writerows(lines)
     panels = {}
     for title, column in (("targets removed", "removed"), ("neighbors recognised", "neighbors"), ("unnamed recognised", "unnamed")):  # fmt: skip
         panels[title] = {
-            name: [(int(line["n"]), float(line[column])) for line in lines if line["name"] == name and line[column] not in ("", None)]
+            name: [(int(line["n"]), float(line[column])) for line in lines if line["name"] == name and line.get(column) not in ("", None)]
             for name in dict.fromkeys(line["name"] for line in lines)
         }  # fmt: skip
     (out / "curve.svg").write_text(curve_figure(panels), encoding="utf-8")

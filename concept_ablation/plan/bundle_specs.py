@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from concept_ablation.common.settings import changed
+from concept_ablation.plan.bundle_training import training_work
 from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.evaluation_specs import validation_spec
 from concept_ablation.plan.graph import canonical
 from concept_ablation.plan.model_specs import clip_spec
 from concept_ablation.prompts.templates import PromptsError, general_prompts
 from concept_ablation.prompts.wording import has_word
-from concept_ablation.registries import KINDS, WAYS
+from concept_ablation.registries import KINDS
 
 OTHER_SEEDS = 10_000
 """How far the noise floor's seeds lie from those of the pictures that are compared: further than there are pictures."""
@@ -41,6 +42,7 @@ def bundle_settings(config: Mapping, name: str) -> dict:
 def way_spec(way: Any, rows: Sequence[Member], settings: Mapping) -> dict:
     """What decides the model that a `Way` makes, the same in any order of the rows."""
     spec = {"how": way.name, "scale": settings["scale"], **way.work(rows, settings)}
+    spec |= training_work(rows, settings) if "anchors" in way.reads else {}
     spec |= {name: settings[name] for name in way.settings}
     if way.defaults:
         spec["settings"] = changed({**way.defaults, **settings.get(way.name, {})}, way.defaults)
@@ -73,13 +75,14 @@ def repair_spec(
         own = _words(row) | _preserved(judged, settings["most_prompts"]) | {"concept": row.concept.name}
         own |= {"anchors": row.anchors}
         concepts.append(own | {"validation": validation_spec(judged.concept, row.own, {**limits, **spared})})
+    training = {**settings["training"], "steps": settings["repair_steps"]}
     return {
-        **WAYS["joint"].work(rows, {**settings, "training": {**settings["training"], "steps": settings["repair_steps"]}}),
+        **training_work(rows, {**settings, "training": training}),
         **_prompts(rows),
         "source": key,
         "anchors": sorted({row.anchors for row in rows}),
         "concepts": sorted(concepts, key=canonical),
-    }  # fmt: skip
+    }
 
 
 def shared_spec(bundles: Mapping[str, Sequence[Member]], names: Sequence[str], config: Mapping) -> dict:

@@ -16,6 +16,7 @@ from concept_ablation.plan.bundle_specs import (
     shared_spec,
     way_spec,
 )
+from concept_ablation.plan.bundle_training import training_mistakes
 from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.evaluation_specs import plan_judging
 from concept_ablation.plan.graph import Bundle, Plan, PlanError
@@ -147,6 +148,8 @@ def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, 
     """Line and text of what can't be made, as far as it is known before the deltas are there."""
     way, trained = WAYS[settings["how"]], {}
     yield from way.mistakes(rows, settings)
+    if "anchors" in way.reads:
+        yield from training_mistakes(rows, settings, f"how {way.name}")
     if settings["repair"]:
         yield from _repair_mistakes(rows, settings)
     for row in sorted(rows, key=lambda row: row.concept.line) if "deltas" in way.reads else ():
@@ -171,10 +174,9 @@ def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, 
 
 
 def _repair_mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, str]]:
-    """Line and text of rows that no repair can train: it takes what joint training takes, and keys and values alone."""
-    joint = WAYS["joint"]
-    if settings["how"] not in ("joint", "sequential"):
-        yield from joint.mistakes(rows, settings, "repair")
+    """Line and text of rows that no repair can train: it is one training, of keys and values alone."""
+    if "anchors" not in WAYS[settings["how"]].reads:
+        yield from training_mistakes(rows, settings, "repair")
     for row in rows:
         group = {**row.own["training"], **settings["training"]}["parameter_group"]
         if group != "cross-attn":

@@ -23,7 +23,7 @@ class Way:
     stage: ClassVar[str] = "merge_deltas"
     """The stage that makes the model."""
     reads: ClassVar[tuple[str, ...]] = ("deltas",)
-    """What it needs of the rows: `deltas`; `prompts`, of the anchors; `anchors`, their pictures."""
+    """What it needs of the rows: `deltas`; `prompts`, of the anchors; `anchors`, their pictures, and so one training's settings."""
     settings: ClassVar[tuple[str, ...]] = ()
     """The settings of `bundles` that decide its result, besides `scale`."""
     defaults: ClassVar[Mapping[str, object]] = {}
