@@ -394,6 +394,28 @@ def test_a_merged_delta_is_a_delta_like_any_other(folder, pipeline, tmp_path, fo
     assert (tmp_path / f"out.{form}").exists()
 
 
+@torch.no_grad()
+def pictures(pipeline):
+    draw = torch.Generator().manual_seed(0)
+    return torch.as_tensor(pipeline("an owl", num_inference_steps=3, generator=draw, output_type="pt").images)
+
+
+def test_a_bundle_as_a_lora_and_as_a_whole_pipeline_draws_the_same_pictures(folder, pipeline, tmp_path):
+    """The pipeline exactly; a LoRA within the error that it states, as a share of what the bundle changes."""
+    merge(folder, tmp_path, [changed(pipeline, seed=seed) for seed in range(2)])
+    delta, bound = tmp_path / "out.safetensors", 1e-3
+    base = pictures(pipeline)
+    apply_delta(pipeline, delta)
+    own = pictures(pipeline)
+    export_delta(delta, tmp_path / "whole", "pipeline")
+    assert torch.equal(pictures(load_pipeline(tmp_path / "whole", device="cpu")), own)
+    assert "relative error" in export_delta(delta, tmp_path / "lora.safetensors", "lora", error=bound)
+    plain = load_pipeline(folder, device="cpu")
+    plain.load_lora_weights(tmp_path / "lora.safetensors")
+    # The error is of weights; pictures follow it, not exactly.
+    assert (pictures(plain) - own).norm() < 10 * bound * (base - own).norm()
+
+
 # The report
 
 
