@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from concept_ablation.common.errors import did_you_mean, show
@@ -97,7 +97,8 @@ def _plan_bundle(
 ) -> Bundle:
     """Add one bundle's work: its model, perhaps repaired; what its rows are judged by; its general quality."""
     way, named = WAYS[settings["how"]], {"bundle": name, "model": model}
-    judged = [_spared(row, rows) for row in rows]
+    removed_by = {target.casefold(): row.concept.name for row in rows for target in row.concept.targets}
+    judged = [_spared(row, removed_by) for row in rows]
     key = plan.add(way.stage, name, named | way_spec(way, rows, settings))
     if settings["repair"]:
         pairs = list(zip(rows, judged, strict=True))
@@ -107,12 +108,8 @@ def _plan_bundle(
     if not settings["judge"]:
         return Bundle(name, how, key, names)
     again = [plan_judging(plan, row.concept, row.own, model, None, key) for row in judged]
-    gone = {
-        row.concept.name: peer.concept.name
-        for row in rows
-        for peer in rows
-        if peer is not row and row.concept.anchor.casefold() in _targets([peer])
-    }
+    anchors = {row.concept.name: removed_by.get(row.concept.anchor.casefold()) for row in rows}
+    gone = {name: by for name, by in anchors.items() if by}
     general = _plan_general(plan, named, rows, key, settings, config)
     return Bundle(name, how, key, names, tuple(again), gone, general)
 
@@ -133,13 +130,8 @@ def _plan_general(
     return plan.add("score_general", named["bundle"], stores | general_spec(named["bundle"], config))
 
 
-def _targets(rows: Sequence[Member]) -> set[str]:
-    return {target.casefold() for row in rows for target in row.concept.targets}
-
-
-def _spared(row: Member, rows: Sequence[Member]) -> Member:
-    """A row as it is judged in its bundle: what another row removes is no neighbor to be kept."""
-    gone = _targets(rows)
+def _spared(row: Member, gone: Collection[str]) -> Member:
+    """A row as it is judged in its bundle: what another row removes is no neighbor to be kept. gone: targets, in lower case."""
     kept = tuple(name for name in row.concept.neighbors if name.casefold() not in gone)
     return replace(row, concept=replace(row.concept, neighbors=kept))
 
