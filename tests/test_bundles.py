@@ -24,13 +24,15 @@ from concept_ablation.diffusion.delta_export import export_delta
 from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.methods.ablation.preservation import prompts_of_all, second_moment
+from concept_ablation.methods.bundles.base import Way
 from concept_ablation.methods.bundles.deltas import MergeError
 from concept_ablation.methods.bundles.stage import merge_deltas
-from concept_ablation.methods.merging import ClosedForm
+from concept_ablation.methods.merging import ClosedForm, add_up
 from concept_ablation.plan.graph import PlanError
-from concept_ablation.plan.schema import ConfigError, check_config
+from concept_ablation.plan.schema import ConfigError, check_config, load_schema
 from concept_ablation.plan.specs import build_plan, load_plan
 from concept_ablation.plan.table import ConceptsError, load_concepts
+from concept_ablation.registries import WAYS
 from concept_ablation.report.bundle_card import card_of
 from concept_ablation.report.bundles import bundle_text, general_text, nested_panels
 from concept_ablation.report.card import escape
@@ -179,6 +181,39 @@ def test_what_a_row_of_the_bundle_removes_is_no_neighbor_to_be_kept(config):
     assert {row["concept"]: row["neighbors"] for row in json.loads(build_plan(rows, config).report_spec())["rows"]} == {
         "cat-1": ["weary cat", "crying cat"], "cat-2": ["pouting cat", "crying cat"],
     }  # fmt: skip
+
+
+class Mean(Way):
+    """The mean of all changes, times a factor."""
+
+    name, defaults, schema = "mean", {"factor": 1.0}, {"factor": {"type": "number", "minimum": 0}}
+
+    def merge(self, spec, deltas, rows, pipeline):
+        factor = self.settings_of(spec)["factor"] / len(deltas.paths)
+        return {name: factor * value for name, value in add_up(deltas.changes()).items()}, {}
+
+
+MEAN = Mean()
+
+
+def test_a_new_way_is_a_file_and_a_line(config, folder, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setitem(WAYS.targets, "mean", f"{__name__}:MEAN")
+    schema = load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+    config["bundles"] |= {"how": "mean", "mean": {"factor": 3.0}}
+    check_config(config, schema, "x")
+    assert merged_spec(build_plan(BOTH, config))["settings"] == {"factor": 3.0}
+    config["bundles"]["named"] = {"both": {"mean": {"factor": 1.0}}}
+    assert merged_spec(build_plan(BOTH, config))["settings"] == {}, "a default names nothing"
+    config["bundles"]["mean"] = {"factor": -1}
+    with pytest.raises(ConfigError, match="bundles.mean.factor: -1 must be at least 0"):
+        check_config(config, schema, "x")
+    tensors = [changed(pipeline, seed=seed) for seed in (0, 1)]
+    values, metadata = merge(folder, tmp_path, tensors, "mean", settings={"factor": 3.0})
+    base = delta_parameters(pipeline, tensors[0])
+    for name, value in values.items():
+        expected = base[name] + 1.5 * sum(own[name] - base[name] for own in tensors)
+        assert torch.allclose(value, expected, atol=1e-5)
+    assert metadata["settings"]["how"] == "mean"
 
 
 def test_what_can_not_be_merged_is_told_before_anything_runs(config):

@@ -47,7 +47,21 @@ def load_schema(path: str | Path) -> dict:
     - `{registry: method_settings}`: the config's `method`.
     """
     schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return _with_layers(schema, schema.get("properties", {}))
+    found = _with_layers(schema, schema.get("properties", {}))
+    if "bundles" in found.get("properties", {}):
+        _add_ways(found["properties"]["bundles"])
+    return found
+
+
+def _add_ways(bundles: dict) -> None:
+    """Let `bundles`, and each bundle in it, have a group of settings for each way that has its own."""
+    own = {
+        name: {"type": "object", "additionalProperties": False, "properties": dict(way.schema)}
+        for name, way in WAYS.items()
+        if way.schema
+    }
+    bundles["properties"] |= own
+    bundles["properties"]["named"]["additionalProperties"]["properties"] |= own
 
 
 def _with_layers(part: object, sections: Mapping) -> object:

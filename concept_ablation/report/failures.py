@@ -56,9 +56,9 @@ def find_failures(
     for row in plan.unfinished():
         for key in plan.needed(row):
             waiting.setdefault(key, []).append(row.concept.name)
+    rows = {key for row in plan.rows for key in plan.needed(row)} if plan.bundles else set()
     for bundle in plan.bundles:
-        made = {key for end in bundle.ends for key in plan.needed(end)}
-        for key in made - {key for row in plan.rows for key in plan.needed(row)}:
+        for key in {key for end in bundle.ends for key in plan.needed(end)} - rows:
             waiting.setdefault(key, []).append(f"bundle {bundle.name}")
     found = []
     for stage, key, path in sorted(jobs, key=lambda job: (job[0], job[1] or "")):

@@ -46,6 +46,10 @@ class Way:
         """What the spec holds besides the rows, the model and `settings`."""
         return {}
 
+    def settings_of(self, spec: Mapping) -> dict:
+        """All settings of its own in a spec, those at their defaults too."""
+        return {**self.defaults, **spec.get("settings", {})}
+
     def merge(
         self, spec: Mapping, deltas: Deltas, rows: Sequence[Mapping], pipeline: DiffusionPipeline
     ) -> tuple[dict[str, Tensor], dict]:

@@ -125,7 +125,7 @@ def begin(
         steps=settings.steps * len(rows),
         preserve="distill" if settings.distills else "none",
     )
-    return Training(pipeline, data, targets, settings, seed=seed, preserved=preserved)
+    return Training(pipeline, data, targets, settings, seed=seed, preserved=["", *preserved])
 
 
 class Kept:
