@@ -87,7 +87,9 @@ def make(plan: Plan, bundle: Bundle) -> float:
     for row in plan.rows:
         for key in (row.ablation, row.anchors):
             if not Path(plan.path(key)).exists():
-                raise UserError(f"{plan.path(key)} isn't there: {row.concept.name} is not trained")
+                raise UserError(
+                    f"{plan.path(key)} isn't there: {row.concept.name} is not trained, or by other settings"
+                )
     work = {key: None for end in bundle.ends for key in plan.needed(end)}
     return sum(run(plan, key) * (plan.stages[key] in MAKES) for key in work)
 
