@@ -106,7 +106,7 @@ def curve_figure(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 
     Names and titles are escaped.
     """
-    width, height, left, top = 200, 120, 34, 26
+    width, height, left, top = 200, 120, 40, 26
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     counts = sorted({n for lines in panels.values() for points in lines.values() for n, _ in points})
     spread = math.log(counts[-1] / counts[0]) if len(counts) > 1 else 1.0
