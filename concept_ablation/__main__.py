@@ -58,9 +58,10 @@ def _import(options: argparse.Namespace) -> str:
 
 
 def _card(options: argparse.Namespace) -> str:
-    from concept_ablation.report.card import card_of_results, push
+    from concept_ablation.report.bundle_card import card_of
+    from concept_ablation.report.card import push
 
-    folder = card_of_results(options.results, options.concept, options.out, options.base_model)
+    folder = card_of(options.results, options.concept, options.out, options.base_model)
     return f"{folder}: pushed to {push(folder, options.push)}" if options.push else f"{folder}: written"
 
 
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_export(command(_export, "convert a delta to another program's format"))
     _add_import(command(_import, "convert a delta made elsewhere to this project's format"))
-    _add_card(command(_card, "write the model card of a finished concept"))
+    _add_card(command(_card, "write the model card of a finished concept, or of a bundle"))
     compare = command(_compare, "show rows that remove the same target side by side, at equal erasure")
     compare.add_argument("results", metavar="RESULTS", help="a run's results folder")
     _add_overlays(command(_check, "check the config, the table and every row's prompts; nothing is run"))
@@ -163,7 +164,9 @@ def _add_import(bring: argparse.ArgumentParser) -> None:
 
 def _add_card(card: argparse.ArgumentParser) -> None:
     card.add_argument("results", metavar="RESULTS", help="a run's results folder")
-    card.add_argument("concept", metavar="CONCEPT", help="the concept's name, as in the report")
+    card.add_argument(
+        "concept", metavar="CONCEPT", help="the concept's or the bundle's name, as in the report"
+    )
     card.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
     card.add_argument(
         "--base-model", metavar="ID", help="the base model's hub id; needed if the run used a local folder"

@@ -113,6 +113,18 @@ def method_of(spec: Mapping) -> Any:
     return METHODS[spec.get("method", DEFAULT_METHOD)]
 
 
+WAYS = Registry(
+    "way to bundle",
+    {
+        "closed-form": "concept_ablation.methods.bundles.closed_form:WAY",
+        "sum": "concept_ablation.methods.bundles.sums:WAY",
+        "ties": "concept_ablation.methods.bundles.ties:WAY",
+        "joint": "concept_ablation.methods.bundles.joint:WAY",
+        "sequential": "concept_ablation.methods.bundles.sequential:WAY",
+    },
+)
+"""The ways to make one model of many rows. An entry is a `concept_ablation.methods.bundles.base.Way`."""
+
 METRICS = Registry(
     "metric",
     {
@@ -155,6 +167,11 @@ STAGES = {
         options=DRAWING,
         neutral={"model.trust_remote_code": False},
     ),
+    "share_prompts": Stage(
+        version=1,
+        files={"prompts": "shared/{key}.json"},
+        function="concept_ablation.methods.bundles.shared:share_prompts",
+    ),
     "generate_anchors": Stage(
         version=2,
         files={"images": "anchors/{key}.parquet"},
@@ -187,8 +204,25 @@ STAGES = {
     "merge_deltas": Stage(
         version=1,
         files={"delta": "bundles/{key}/delta.safetensors"},
-        function="concept_ablation.methods.bundle:merge_deltas",
+        function="concept_ablation.methods.bundles.stage:merge_deltas",
         options=("device",),
+        neutral={"model.trust_remote_code": False},
+    ),
+    "train_bundle": Stage(
+        version=1,
+        files={
+            "delta": "trained/{key}/delta.safetensors",
+            "training": "trained/{key}/training.parquet",
+        },
+        function="concept_ablation.methods.bundles.training:train_bundle",
+        options=("device", "checkpoint_steps"),
+        neutral={"model.trust_remote_code": False},
+    ),
+    "repair_bundle": Stage(
+        version=1,
+        files={"delta": "repaired/{key}/delta.safetensors", "repair": "repaired/{key}/repair.parquet"},
+        function="concept_ablation.methods.bundles.repair:repair_bundle",
+        options=DRAWING,
         neutral={"model.trust_remote_code": False},
     ),
     "sample_base": Stage(
@@ -211,6 +245,12 @@ STAGES = {
         function="concept_ablation.evaluation.scoring:score_concept",
         options=("device",),
         neutral={"paraphrases": []},
+    ),
+    "score_general": Stage(
+        version=1,
+        files={"scores": "general/{key}.parquet"},
+        function="concept_ablation.evaluation.general:score_general",
+        options=("device",),
     ),
     "measure_interference": Stage(
         version=1,

@@ -10,8 +10,12 @@ from concept_ablation.registries import STAGES
 INPUTS = {
     "search_prompts": {"candidates": "candidates_from"},
     "generate_anchors": {"prompts": "prompts"},
-    "ablate_concept": {"anchors": "anchors", "shared": "shared_prompts"},
+    "ablate_concept": {"anchors": "anchors", "shared": "shared"},
     "merge_deltas": {"deltas": "deltas", "prompts": "prompts"},
+    "share_prompts": {"anchors": "prompts"},
+    "train_bundle": {"anchors": "anchors", "prompts": "prompts"},
+    "repair_bundle": {"source": "source", "anchors": "anchors", "prompts": "prompts"},
+    "score_general": {"samples": "samples", "base": "base", "other": "other"},
     "sample_ablated": {"delta": "delta"},
     "score_concept": {"samples": "samples", "base": "base"},
     "measure_interference": {"delta": "delta", "base": "base", "samples": "samples"},

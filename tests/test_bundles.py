@@ -24,13 +24,19 @@ from concept_ablation.diffusion.delta_export import export_delta
 from concept_ablation.diffusion.families.stable_diffusion import FAMILY
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.methods.ablation.preservation import prompts_of_all, second_moment
-from concept_ablation.methods.bundle import MergeError, merge_deltas
-from concept_ablation.methods.merging import ClosedForm
+from concept_ablation.methods.bundles.base import Way
+from concept_ablation.methods.bundles.deltas import MergeError
+from concept_ablation.methods.bundles.stage import merge_deltas
+from concept_ablation.methods.merging import ClosedForm, add_up
 from concept_ablation.plan.graph import PlanError
-from concept_ablation.plan.schema import ConfigError, check_config
+from concept_ablation.plan.schema import ConfigError, check_config, load_schema
 from concept_ablation.plan.specs import build_plan, load_plan
 from concept_ablation.plan.table import ConceptsError, load_concepts
-from concept_ablation.report.bundles import bundle_text
+from concept_ablation.registries import WAYS
+from concept_ablation.report.bundle_card import card_of
+from concept_ablation.report.bundles import bundle_text, general_text, nested_panels
+from concept_ablation.report.card import escape
+from concept_ablation.report.figures import curve_figure
 from concept_ablation.verdict import NOT_SHOWN
 from tests.stages import run_plan
 from tests.tiny import make_tiny_pipeline
@@ -54,7 +60,8 @@ def test_a_bundle_leaves_the_rows_work_as_it_is(config):
     for stage in plain.specs:
         assert plain.specs[stage].items() <= bundled.specs[stage].items()
     for stage in ("generate_anchors", "ablate_concept", "sample_base"):
-        assert plain.specs[stage] == bundled.specs[stage], "nothing else is drawn or trained"
+        more = bundled.specs[stage].keys() - plain.specs[stage].keys()
+        assert all(key.startswith("general.") for key in more), "nothing else is drawn or trained"
     (bundle,) = bundled.bundles
     assert bundle.name == "both" and bundle.concepts == ("cat-1", "ink")
     assert bundle.delta.startswith("both.")
@@ -129,9 +136,7 @@ def test_scores_and_merged_deltas_stand_for_all_where_each_file_has_to_be_fetche
     config["results"] = "my/scores"  # a folder called so makes no other file one of them
     plan = build_plan(BOTH, config)
     (bundle,) = plan.bundles
-    wanted = {plan.path(key) for row in [*plan.rows, *bundle.judged] for key in row.last} | {
-        plan.path(bundle.delta)
-    }
+    wanted = {plan.path(key) for row in plan.rows for key in row.last} | set(map(plan.path, bundle.ends))
     assert set(plan.small_files()) == wanted and len(plan.pending_files()) > len(wanted)
 
 
@@ -155,7 +160,7 @@ def test_a_judged_bundle_draws_its_rows_probes_under_its_delta(config):
     plan = build_plan(BOTH, config)
     (bundle,), rows = plan.bundles, {row.concept.name: row for row in plan.rows}
     assert plan.goals() == sorted(
-        plan.path(key) for row in [*rows.values(), *bundle.judged] for key in row.last
+        [*(plan.path(key) for row in rows.values() for key in row.last), *map(plan.path, bundle.ends[1:])]
     )
     for row in bundle.judged:
         own = rows[row.concept.name]
@@ -176,6 +181,39 @@ def test_what_a_row_of_the_bundle_removes_is_no_neighbor_to_be_kept(config):
     assert {row["concept"]: row["neighbors"] for row in json.loads(build_plan(rows, config).report_spec())["rows"]} == {
         "cat-1": ["weary cat", "crying cat"], "cat-2": ["pouting cat", "crying cat"],
     }  # fmt: skip
+
+
+class Mean(Way):
+    """The mean of all changes, times a factor."""
+
+    name, defaults, schema = "mean", {"factor": 1.0}, {"factor": {"type": "number", "minimum": 0}}
+
+    def merge(self, spec, deltas, rows, pipeline):
+        factor = self.settings_of(spec)["factor"] / len(deltas.paths)
+        return {name: factor * value for name, value in add_up(deltas.changes()).items()}, {}
+
+
+MEAN = Mean()
+
+
+def test_a_new_way_is_a_file_and_a_line(config, folder, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setitem(WAYS.targets, "mean", f"{__name__}:MEAN")
+    schema = load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+    config["bundles"] |= {"how": "mean", "mean": {"factor": 3.0}}
+    check_config(config, schema, "x")
+    assert merged_spec(build_plan(BOTH, config))["settings"] == {"factor": 3.0}
+    config["bundles"]["named"] = {"both": {"mean": {"factor": 1.0}}}
+    assert merged_spec(build_plan(BOTH, config))["settings"] == {}, "a default names nothing"
+    config["bundles"]["mean"] = {"factor": -1}
+    with pytest.raises(ConfigError, match="bundles.mean.factor: -1 must be at least 0"):
+        check_config(config, schema, "x")
+    tensors = [changed(pipeline, seed=seed) for seed in (0, 1)]
+    values, metadata = merge(folder, tmp_path, tensors, "mean", settings={"factor": 3.0})
+    base = delta_parameters(pipeline, tensors[0])
+    for name, value in values.items():
+        expected = base[name] + 1.5 * sum(own[name] - base[name] for own in tensors)
+        assert torch.allclose(value, expected, atol=1e-5)
+    assert metadata["settings"]["how"] == "mean"
 
 
 def test_what_can_not_be_merged_is_told_before_anything_runs(config):
@@ -227,7 +265,7 @@ def test_settings_have_bounds(config):
         check_config(config, CONFIG_SCHEMA, "x")
     text = str(caught.value)
     for part in (
-        "bundles.how: 'sums' is not one of closed-form, sum, ties",
+        "bundles.how: 'sums' is not one of closed-form, sum, ties, joint, sequential",
         "bundles.ridge: 0 must be at least 1e-08",
         "bundles.named.both.density: 0 must be more than 0",
         "bundles.named.both.hows: unknown key",
@@ -245,13 +283,13 @@ def test_rows_that_share_what_they_preserve_have_one_set(config):
     plan = build_plan([*BOTH, OWL], config)
     cat, ink, owl = (trained(plan)[name] for name in ("pouting cat", "ink", "owl"))
     assert "shared" not in owl and keys(before)["ink"] != keys(plan)["ink"]
-    for name in ("shared", "shared_prompts", "preserve_prompts"):
-        assert cat[name] == ink[name]
-    assert sorted(row["anchor"] for row in cat["shared"]) == ["cat", "picture"]
-    key = next(row.ablation for row in plan.rows if row.concept.name == "ink")
-    assert plan.upstream("ablate_concept", key, "shared_prompts") == [
-        plan.path(k) for k in ink["shared_prompts"]
-    ]
+    assert cat["shared"] == ink["shared"] and "preserve_prompts" not in cat
+    (key,) = plan.specs["share_prompts"]
+    spec = plan.specs["share_prompts"][key]
+    assert key == cat["shared"] and sorted(row["anchor"] for row in spec["concepts"]) == ["cat", "picture"]
+    assert plan.upstream("share_prompts", key, "prompts") == [plan.path(k) for k in spec["prompts"]]
+    row = next(row.ablation for row in plan.rows if row.concept.name == "ink")
+    assert plan.upstream("ablate_concept", row, "shared") == plan.path(key)
     again = build_plan([*BOTH, replace(OWL, bundles=("both",))], config)
     assert not {keys(plan)["ink"], keys(plan)["cat-1"]} & set(keys(again).values()), "the set has grown"
 
@@ -391,6 +429,28 @@ def test_a_merged_delta_is_a_delta_like_any_other(folder, pipeline, tmp_path, fo
     assert (tmp_path / f"out.{form}").exists()
 
 
+@torch.no_grad()
+def pictures(pipeline):
+    draw = torch.Generator().manual_seed(0)
+    return torch.as_tensor(pipeline("an owl", num_inference_steps=3, generator=draw, output_type="pt").images)
+
+
+def test_a_bundle_as_a_lora_and_as_a_whole_pipeline_draws_the_same_pictures(folder, pipeline, tmp_path):
+    """The pipeline exactly; a LoRA within the error that it states, as a share of what the bundle changes."""
+    merge(folder, tmp_path, [changed(pipeline, seed=seed) for seed in range(2)])
+    delta, bound = tmp_path / "out.safetensors", 1e-3
+    base = pictures(pipeline)
+    apply_delta(pipeline, delta)
+    own = pictures(pipeline)
+    export_delta(delta, tmp_path / "whole", "pipeline")
+    assert torch.equal(pictures(load_pipeline(tmp_path / "whole", device="cpu")), own)
+    assert "relative error" in export_delta(delta, tmp_path / "lora.safetensors", "lora", error=bound)
+    plain = load_pipeline(folder, device="cpu")
+    plain.load_lora_weights(tmp_path / "lora.safetensors")
+    # The error is of weights; pictures follow it, not exactly.
+    assert (pictures(plain) - own).norm() < 10 * bound * (base - own).norm()
+
+
 # The report
 
 
@@ -413,6 +473,29 @@ def test_a_sentence_says_what_came_back_and_what_was_lost():
     assert bundle_text([line("owl"), line("fox")]) == "2 of 2 removed; all neighbors and anchors kept"
 
 
+def test_an_anchor_that_another_row_removes_is_told_and_does_not_count():
+    lines = [line("fox", anchor_kept=None, anchor_removed_by="animal"), line("animal")]
+    assert (
+        bundle_text(lines)
+        == "2 of 2 removed; anchor removed by another row: fox (bird); all neighbors and anchors kept"
+    )
+
+
+def test_nested_bundles_make_a_curve():
+    def bundle(how, *names):
+        return [line(name, how=how, removed=name != "owl") for name in names]
+
+    bundles = {
+        "a": bundle("sum", "fox", "owl"), "b": bundle("sum", "fox"), "c": bundle("ties", "fox"), "d": bundle("sum", "cat"),
+        "e": bundle("sum", "fox", "owl", "cat"),
+    }  # fmt: skip
+    panels = nested_panels(bundles)
+    assert panels["targets removed"] == {"sum": [(1, 1.0), (2, 0.5), (3, pytest.approx(2 / 3))]}
+    assert not nested_panels({"b": bundles["b"], "d": bundles["d"]})
+    drawn = curve_figure({"<b>": {"sum & more": [(1, 1.0), (10, 0.5)]}})
+    assert "<b>" not in drawn and "sum &amp; more" in drawn and drawn.count("<circle") == 2
+
+
 def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tiny_pipeline(tmp_path / "models" / "pipeline", size=32)
@@ -421,7 +504,11 @@ def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
     own = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     for layer in (
         SMALL,
-        {"concepts": "rows.csv", "results": "results", "bundles": {"named": {"sums": {"how": "sum"}}}},
+        {
+            "concepts": "rows.csv",
+            "results": "results",
+            "bundles": {"named": {"sums": {"how": "sum"}}, "general": {"images": 6}},
+        },
     ):
         merge_settings(own, layer)
     Path("rows.csv").write_text(
@@ -439,7 +526,20 @@ def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
     for each in lines:
         assert each["verdict_alone"] == summary[each["concept"]]["verdict"]
         assert each["delta"] in [plan.path(bundle.delta) for bundle in plan.bundles]
+    card = card_of("results", "both", tmp_path / "card")
+    text = (card / "README.md").read_text(encoding="utf-8")
+    assert (
+        "# models/pipeline without 2 concepts: both" in text
+        and f"**{escape(bundle_text(lines[:2]))}**" in text
+    )
+    assert "| fox | animal | " in text and escape(general_text(lines[0])) in text
+    assert len(list((card / "pictures").iterdir())) == 2 and (card / "delta.safetensors").exists()
+    assert (
+        "**fox** gives **animal**"
+        in (card_of("results", "object-fox", tmp_path / "own") / "README.md").read_text()
+    )
     page = Path("results/report/index.html").read_text(encoding="utf-8")
+    assert general_text(lines[0]) in page and lines[0]["general_images"] == 6
     assert "Bundles: one model without" in page and f">{bundle_text(lines[:2])}.</p>" in page
     again = load_plan(own, ROOT / "workflow" / "schemas", "config")[1]
     assert again.goals() == [] and not again.pending_bundles

@@ -197,7 +197,7 @@ def copy(tmp_path):
 
 def test_an_edit_asks_for_the_stages_that_run_it_and_no_others(copy):
     changed = copy("methods.ablation.losses", "error.sum((1, 2, 3)) / mask", "error.sum((1, 2, 3)) * mask")
-    assert changed == {"ablate_concept"}
+    assert changed == {"ablate_concept", "train_bundle", "repair_bundle"}
 
 
 def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
@@ -205,6 +205,9 @@ def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
         "write_prompts",
         "ablate_concept",
         "merge_deltas",
+        "train_bundle",
+        "repair_bundle",
+        "share_prompts",
         "score_concept",  # it asks a kind for its limit, and is taken to run all that the kinds run
         "measure_interference",
     }
@@ -217,6 +220,8 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         "ablate_concept",
         "import_delta",
         "merge_deltas",
+        "train_bundle",
+        "repair_bundle",
         "sample_base",
         "sample_ablated",
         "measure_interference",
@@ -233,6 +238,7 @@ def test_an_entry_of_a_registry_asks_for_the_stages_that_read_the_registry(copy)
         == {
             "score_concept",
             "measure_interference",
+            "repair_bundle",
             "ablate_concept",  # its search for a strength measures, and is taken to measure all that the report does
         }
     )

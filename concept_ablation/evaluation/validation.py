@@ -87,17 +87,28 @@ class Validation:
     """The validation pictures of one row. `spec`: the row's ablation, whose `validation` holds what is drawn and how it is judged.
 
     `unchanged`: a context in which the pipeline is the unchanged model. Its pictures are drawn when they are first needed.
+    `scorers`: those of other rows by name, where several are judged; they share one in memory.
     Raises FeatureError, and as the row's kind needs them MemorizationError, DetectorError.
     """
 
-    def __init__(self, spec: Mapping, pipeline: DiffusionPipeline, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        spec: Mapping,
+        pipeline: DiffusionPipeline,
+        batch_size: int = 16,
+        scorers: dict[tuple, ClipScorer] | None = None,
+    ) -> None:
         self.asked, self.row, self.pipeline = spec["validation"], spec, pipeline
         self.kind, self.batch_size = KINDS[spec["kind"]], batch_size
         self.unchanged: Callable[[], AbstractContextManager] = nullcontext
         unused = dict.fromkeys((field.name for field in fields(Thresholds)), 0.0)
         self.limits = Thresholds(**{**unused, **self.asked["limits"]})
         device = str(pipeline.device)
-        scorer = ClipScorer(self.asked["scorer"]["model"], self.asked["scorer"].get("pretrained"), device)
+        name = (self.asked["scorer"]["model"], self.asked["scorer"].get("pretrained"))
+        scorers = {} if scorers is None else scorers
+        if name not in scorers:
+            scorers[name] = ClipScorer(*name, device)
+        scorer = scorers[name]
         self.models = ImageModels(self.asked, scorer, device)
         texts = self.asked["texts"]
         self.texts = dict(zip(texts, scorer.text_features(list(texts.values())), strict=True))

@@ -1,28 +1,27 @@
-"""Bundles: models without all concepts of several rows, and the work of merging the rows' deltas."""
+"""Bundles: models without all concepts of several rows, and the work of making and judging them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from concept_ablation.common.errors import did_you_mean, show
+from concept_ablation.plan.bundle_specs import (
+    Member,
+    bundle_settings,
+    general_spec,
+    probe_of,
+    repair_spec,
+    shared_spec,
+    way_spec,
+)
+from concept_ablation.plan.bundle_training import training_mistakes
 from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.evaluation_specs import plan_judging
-from concept_ablation.plan.graph import Bundle, Plan, canonical
-from concept_ablation.prompts.templates import general_prompts
-from concept_ablation.registries import KINDS, METHODS
-
-LINEAR = {"cross-attn", "embedding"}
-"""The parameter groups that a closed form merges: keys and values of the text; rows of a token embedding, which are joined."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A row as a bundle needs it: its merged settings, and the key of its anchor's prompts."""
-
-    concept: Concept
-    own: Mapping
-    prompts: str
+from concept_ablation.plan.graph import Bundle, Plan, PlanError
+from concept_ablation.prompts.templates import PromptsError
+from concept_ablation.registries import METHODS, WAYS
 
 
 def bundle_names(concept: Concept, config: Mapping) -> list[str]:
@@ -30,11 +29,6 @@ def bundle_names(concept: Concept, config: Mapping) -> list[str]:
     everywhere = config["bundles"]["all"]
     names = [*concept.bundles, *([everywhere] if everywhere else [])]
     return list(dict.fromkeys(names)) if concept.enabled else []
-
-
-def bundle_settings(config: Mapping, name: str) -> dict:
-    """The settings of one bundle: its own laid over those of all."""
-    return {**config["bundles"], **config["bundles"]["named"].get(name, {})}
 
 
 def unknown_names(concepts: Sequence[Concept], config: Mapping) -> list[str]:
@@ -56,68 +50,109 @@ def group_members(members: Sequence[Member], config: Mapping) -> dict[str, list[
     return found
 
 
-def shared_work(bundles: Mapping[str, Sequence[Member]], config: Mapping) -> dict[str, dict]:
-    """By a row's name, what its training preserves together with the bundles' other rows, where the config says so.
+def shared_work(
+    plan: Plan, bundles: Mapping[str, Sequence[Member]], config: Mapping
+) -> dict[str, Callable[[], str]]:
+    """By a row's name, what adds the prompts that its training shares with other rows, where the config says so, and gives their key.
 
-    The same for all rows of a bundle, in any order: their words, the keys of their anchors' prompts, their general prompts.
+    They are a unit of work of their own, which all rows name by its key: so planning grows with the number of rows, not its square.
     """
-    peers: dict[str, dict[str, tuple[Member, int | None]]] = {}
-    for name, rows in bundles.items():
-        settings = bundle_settings(config, name)
-        if settings["share_preserved"]:
+    names: dict[str, list[str]] = {}  # a row -> the bundles that it shares with
+    for name, rows in sorted(bundles.items()):
+        if bundle_settings(config, name)["share_preserved"]:
             for row in rows:
-                own = peers.setdefault(row.concept.name, {})
-                own |= {peer.concept.name: (peer, settings["most_prompts"]) for peer in rows}
-    return {name: _shared(list(found.values())) for name, found in peers.items()}
+                names.setdefault(row.concept.name, []).append(name)
 
+    @functools.cache
+    def add(shares: tuple[str, ...]) -> str:
+        return plan.add("share_prompts", "-".join(shares), shared_spec(bundles, shares, config))
 
-def _shared(peers: Sequence[tuple[Member, int | None]]) -> dict:
-    rows = [{**_words(row), **_preserved(row), "most_prompts": most} for row, most in peers]
-    return {
-        "shared": sorted(rows, key=canonical),
-        "shared_prompts": sorted({row.prompts for row, _ in peers}),
-        "preserve_prompts": sorted({prompt for row, _ in peers for prompt in _general(row)}),
-    }
+    return {row: functools.partial(add, tuple(shares)) for row, shares in names.items()}
 
 
 def plan_bundles(
     plan: Plan, bundles: Mapping[str, Sequence[Member]], config: Mapping, model: Mapping
 ) -> list[tuple[int, str]]:
-    """Add every bundle's work to a plan that has the rows' already; returns line and text of what can't be merged."""
-    deltas, errors = {row.concept.name: row.ablation for row in plan.rows}, []
+    """Add every bundle's work to a plan that has the rows' already; returns line and text of what can't be made."""
+    done, errors = {row.concept.name: row for row in plan.rows}, []
     for name, rows in sorted(bundles.items()):
-        settings = bundle_settings(config, name)
+        settings, rows = bundle_settings(config, name), sorted(rows, key=lambda row: row.concept.name)
         wrong = [(line, f"bundle {show(name)}: {text}") for line, text in _mistakes(rows, settings)]
         errors += wrong
-        if not wrong and all(row.concept.name in deltas for row in rows):
-            made = {deltas[row.concept.name]: row for row in rows}
-            key = plan.add("merge_deltas", name, {"bundle": name, "model": model, **_work(made, settings)})
-            judged = [_spared(row, rows) for row in rows] if settings["judge"] else []
-            again = [plan_judging(plan, concept, own, model, None, key) for concept, own in judged]
-            names = tuple(sorted(row.concept.name for row in rows))
-            again.sort(key=lambda row: row.concept.name)
-            plan.bundles.append(Bundle(name, settings["how"], key, names, tuple(again)))
+        if not wrong and all(row.concept.name in done for row in rows):
+            full = [
+                replace(row, delta=made.ablation, anchors=made.anchors)
+                for row in rows
+                for made in [done[row.concept.name]]
+            ]
+            try:
+                plan.bundles.append(_plan_bundle(plan, name, full, settings, config, model))
+            except (PlanError, PromptsError) as error:
+                errors.append((rows[0].concept.line, f"bundle {show(name)}: {error}"))
     return errors
 
 
-def _spared(row: Member, rows: Sequence[Member]) -> tuple[Concept, Mapping]:
-    """A row as it is judged in its bundle: what another row removes is no neighbor to be kept."""
-    gone = {target.casefold() for peer in rows for target in peer.concept.targets}
+def _plan_bundle(
+    plan: Plan, name: str, rows: Sequence[Member], settings: Mapping, config: Mapping, model: Mapping
+) -> Bundle:
+    """Add one bundle's work: its model, perhaps repaired; what its rows are judged by; its general quality."""
+    way, named = WAYS[settings["how"]], {"bundle": name, "model": model}
+    removed_by = {target.casefold(): row.concept.name for row in rows for target in row.concept.targets}
+    judged = [_spared(row, removed_by) for row in rows]
+    key = plan.add(way.stage, name, named | way_spec(way, rows, settings))
+    if settings["repair"]:
+        pairs = list(zip(rows, judged, strict=True))
+        key = plan.add("repair_bundle", name, named | repair_spec(key, pairs, settings, config["verdict"]))
+    names, how = tuple(row.concept.name for row in rows), settings["how"]
+    how += ", repaired" if settings["repair"] else ""
+    if not settings["judge"]:
+        return Bundle(name, how, key, names)
+    again = [plan_judging(plan, row.concept, row.own, model, None, key) for row in judged]
+    anchors = {row.concept.name: removed_by.get(row.concept.anchor.casefold()) for row in rows}
+    gone = {name: by for name, by in anchors.items() if by}
+    general = _plan_general(plan, named, rows, key, settings, config)
+    return Bundle(name, how, key, names, tuple(again), gone, general)
+
+
+def _plan_general(
+    plan: Plan, named: Mapping, rows: Sequence[Member], key: str, settings: Mapping, config: Mapping
+) -> str | None:
+    """Add the pictures and scores of a bundle's general quality; returns the scores' key, None if it has no prompts."""
+    if settings["general"]["prompts"] is None:
+        return None
+    drawn = {"model": named["model"], "sampler": config["evaluation"]["sampler"]}
+    targets = [target for row in rows for target in row.concept.targets]
+    probe, other = (probe_of(settings["general"], config, targets, again) for again in (False, True))
+    base, floor = (plan.add("sample_base", "general", {**drawn, "probe": one}) for one in (probe, other))
+    probes = [{"role": "general", **probe}]
+    samples = plan.add("sample_ablated", "general", {**drawn, "delta": key, "probes": probes})
+    stores = {"samples": samples, "base": base, "other": floor}
+    return plan.add("score_general", named["bundle"], stores | general_spec(named["bundle"], config))
+
+
+def _spared(row: Member, gone: Collection[str]) -> Member:
+    """A row as it is judged in its bundle: what another row removes is no neighbor to be kept. gone: targets, in lower case."""
     kept = tuple(name for name in row.concept.neighbors if name.casefold() not in gone)
-    return replace(row.concept, neighbors=kept), row.own
+    return replace(row, concept=replace(row.concept, neighbors=kept))
 
 
 def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, str]]:
-    """Line and text of what can't be merged, as far as it is known before the deltas are there."""
-    trained: dict[str, int] = {}
-    for row in rows:
+    """Line and text of what can't be made, as far as it is known before the deltas are there."""
+    way, trained = WAYS[settings["how"]], {}
+    yield from way.mistakes(rows, settings)
+    if "anchors" in way.reads:
+        yield from training_mistakes(rows, settings, f"how {way.name}")
+    if settings["repair"]:
+        yield from _repair_mistakes(rows, settings)
+    for row in sorted(rows, key=lambda row: row.concept.line) if "deltas" in way.reads else ():
         concept = row.concept
         # What a delta that was made elsewhere changes is seen when it is read.
         groups = set() if concept.delta else METHODS[row.own["method"]["name"]].groups(row.own)
-        if settings["how"] == "closed-form" and (other := sorted(groups - LINEAR)):
+        if way.groups is not None and (other := sorted(groups - way.groups)):
+            taking = [name for name, one in WAYS.items() if "deltas" in one.reads and one.groups is None]
             text = (
-                f"how closed-form merges keys and values of the text, and this row's training.parameter_group can be {other[0]} "
-                "(allowed: cross-attn, embedding; or set the bundle's how to sum or ties)"
+                f"how {way.name} merges {way.takes}, and this row's training.parameter_group can be {other[0]} "
+                f"(allowed: {', '.join(sorted(way.groups))}; or set the bundle's how to {' or '.join(taking)})"
             )
             yield concept.line, text
         for word in _trained_words(concept) if "embedding" in groups else ():
@@ -130,38 +165,18 @@ def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, 
                 yield concept.line, text
 
 
+def _repair_mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, str]]:
+    """Line and text of rows that no repair can train: it is one training, of keys and values alone."""
+    if "anchors" not in WAYS[settings["how"]].reads:
+        yield from training_mistakes(rows, settings, "repair")
+    for row in rows:
+        group = {**row.own["training"], **settings["training"]}["parameter_group"]
+        if group != "cross-attn":
+            yield row.concept.line, f"repair trains keys and values of the text, and this row's training.parameter_group is {group} (allowed: cross-attn)"  # fmt: skip
+
+
 def _trained_words(concept: Concept) -> list[str]:
     """The words whose tokens group `embedding` trains: of each target those that the anchor doesn't share, or all."""
     anchor = set(concept.anchor.casefold().split())
     words = [set(target.casefold().split()) for target in concept.targets]
     return sorted(set().union(*(own - anchor or own for own in words)))
-
-
-def _work(rows: Mapping[str, Member], settings: Mapping) -> dict:
-    """What decides a bundle's delta, the same in any order of the rows. `rows`: by the keys of their deltas."""
-    own = {"how": settings["how"], "scale": settings["scale"], "deltas": sorted(rows)}
-    concepts = [{**_words(rows[key]), "delta": key} for key in own["deltas"]]
-    if settings["how"] == "ties":
-        own["density"] = settings["density"]
-    if settings["how"] == "closed-form":
-        own |= {name: settings[name] for name in ("ridge", "preserve_weight")}
-        own["prompts"] = sorted({row.prompts for row in rows.values()})
-        own["general"] = sorted({prompt for row in rows.values() for prompt in _general(row)})
-        more = [_preserved(rows[key]) | {"most_prompts": settings["most_prompts"]} for key in own["deltas"]]
-        concepts = [one | words for one, words in zip(concepts, more, strict=True)]
-    return own | {"concepts": concepts}
-
-
-def _words(row: Member) -> dict:
-    concept = row.concept
-    return {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
-
-
-def _preserved(row: Member) -> dict:
-    """What says, with a row's words, which prompts are its own."""
-    templates = KINDS[row.concept.kind].templates(row.own["prompts"]["templates"])
-    return {"neighbors": list(row.concept.neighbors), "templates": templates, "prompts": row.prompts}
-
-
-def _general(row: Member) -> list[str]:
-    return general_prompts(row.own["training"]["preserve_prompts"], row.own["prompts"]["slots"])

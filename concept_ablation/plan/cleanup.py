@@ -152,7 +152,9 @@ def _entries(results: Path) -> Iterator[tuple[str, os.DirEntry]]:
     for stage in (*folders, "checkpoints", "report"):
         for entry in _scan(results / stage):
             yield stage, entry
-            if stage in ("concepts", "bundles") and entry.is_dir(follow_symlinks=False):
+            if stage in ("concepts", "bundles", "trained", "repaired") and entry.is_dir(
+                follow_symlinks=False
+            ):
                 yield from ((stage, inner) for inner in _scan(Path(entry.path)) if LEFT.fullmatch(inner.name))
     for group in ("logs", "benchmarks"):
         for rule in _scan(results / group):

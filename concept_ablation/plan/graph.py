@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import without
@@ -75,9 +75,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model without all concepts of several rows: how their deltas are merged, the key of the result, and their names.
+    """A model without all concepts of several rows: how it is made, the key of the result, and their names.
 
     `judged`: the rows once more, under this model; a neighbor that another of them removes is left out. Empty if it isn't judged.
+    `anchors_gone`: a row whose anchor another one removes -> that one's name. `general`: the key of its general quality.
     """
 
     name: str
@@ -85,6 +86,13 @@ class Bundle:
     delta: str
     concepts: tuple[str, ...]
     judged: tuple[Row, ...] = ()
+    anchors_gone: Mapping[str, str] = field(default_factory=dict)
+    general: str | None = None
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The keys of the work that all else is done for."""
+        return (self.delta, *(row.scores for row in self.judged), *([self.general] if self.general else []))
 
 
 class Plan:
@@ -182,7 +190,7 @@ class Plan:
 
     def bundle_files(self, bundle: Bundle) -> list[str]:
         """All files of a bundle: its delta and, where it is judged, what the report reads of it."""
-        files = [self.path(bundle.delta), *(file for row in bundle.judged for file in self.files(row))]
+        files = [*map(self.path, bundle.ends), *(file for row in bundle.judged for file in self.files(row))]
         return list(dict.fromkeys(files))
 
     def pending_files(self) -> list[str]:
@@ -192,7 +200,8 @@ class Plan:
 
     def small_files(self) -> list[str]:
         """Of `pending_files` the rows' tables and the bundles' deltas: the smallest that stand for all, if each has to be fetched."""
-        folders = tuple(f"{self.results}/{name}/" for name in ("scores", "interference", "bundles"))
+        small = ("scores", "interference", "bundles", "trained", "repaired", "general")
+        folders = tuple(f"{self.results}/{name}/" for name in small)
         large = STAGES["measure_interference"].files["images"].partition("{key}")[2]
         return [
             file for file in self.pending_files() if file.startswith(folders) and not file.endswith(large)
@@ -205,6 +214,7 @@ class Plan:
         interference is beside them.
         """
         found = {self.path(bundle.delta) for bundle in self.pending_bundles if not bundle.judged}
+        found |= {self.path(bundle.general) for bundle in self.pending_bundles if bundle.general}
         for row in [*self.pending, *(row for bundle in self.pending_bundles for row in bundle.judged)]:
             last = [self.path(key) for key in row.last]
             found.update(self.files(row) if any(map(has_content, last)) else last)
@@ -225,6 +235,8 @@ class Plan:
                     "name": bundle.name,
                     "how": bundle.how,
                     "rows": [self.report_row(row) for row in bundle.judged],
+                    "anchors_gone": dict(bundle.anchors_gone),
+                    "general": bundle.general and self.path(bundle.general),
                 }
                 for bundle in bundles
             ]
@@ -237,8 +249,8 @@ class Plan:
                 if isinstance(name, str) and name in self.stages:
                     yield name
 
-    def needed(self, row: Row) -> dict[str, None]:
-        """The keys of all work that a row needs, each after the work that it is made from."""
+    def needed(self, row: Row | str) -> dict[str, None]:
+        """The keys of all work that a row, or the work with this key, needs, each after the work that it is made from."""
         found: dict[str, None] = {}
 
         def visit(key: str) -> None:
@@ -247,7 +259,7 @@ class Plan:
                     visit(name)
             found[key] = None
 
-        for key in row.last:
+        for key in [row] if isinstance(row, str) else row.last:
             visit(key)
         return found
 

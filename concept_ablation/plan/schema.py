@@ -13,13 +13,13 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from concept_ablation.common.errors import UserError, did_you_mean, show
-from concept_ablation.registries import KINDS, METHODS
+from concept_ablation.registries import KINDS, METHODS, WAYS
 
 MAX_PARTS, MAX_DEPTH = 100_000, 50  # the most values and the deepest nesting of a config
 
 
 MAX_NUMBER = 1e18
-NAMES = {"kinds": KINDS}  # the registries that a schema may name
+NAMES = {"kinds": KINDS, "ways": WAYS}  # the registries that a schema may name
 
 
 class ConfigError(UserError):
@@ -41,12 +41,27 @@ def load_schema(path: str | Path) -> dict:
 
     - `{layer_of: [a, b], with: [c]}`: a group with any keys of the schema's properties a and b, none of them required,
       and property c as it is.
+    - `{part_of: a}`: the same keys as property a, none of them required.
     - `{registry: kinds}`: one of the registry's names.
     - `{registry: kinds, each: s}`: a group with a key of schema s for each of the registry's names.
     - `{registry: method_settings}`: the config's `method`.
     """
     schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return _with_layers(schema, schema.get("properties", {}))
+    found = _with_layers(schema, schema.get("properties", {}))
+    if "bundles" in found.get("properties", {}):
+        _add_ways(found["properties"]["bundles"])
+    return found
+
+
+def _add_ways(bundles: dict) -> None:
+    """Let `bundles`, and each bundle in it, have a group of settings for each way that has its own."""
+    own = {
+        name: {"type": "object", "additionalProperties": False, "properties": dict(way.schema)}
+        for name, way in WAYS.items()
+        if way.schema
+    }
+    bundles["properties"] |= own
+    bundles["properties"]["named"]["additionalProperties"]["properties"] |= own
 
 
 def _with_layers(part: object, sections: Mapping) -> object:
@@ -62,6 +77,8 @@ def _with_layers(part: object, sections: Mapping) -> object:
             return {**{key: part[key] for key in part if key != "registry"}, "enum": names}
         each = _with_layers(part["each"], sections)
         return {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(names, each)}
+    if "part_of" in part:
+        return _optional(_with_layers(sections[part["part_of"]], sections))
     if "layer_of" in part:
         inner = {name: _optional(_with_layers(sections[name], sections)) for name in part["layer_of"]}
         inner |= {name: _with_layers(sections[name], sections) for name in part.get("with", ())}

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from concept_ablation.common.remote_code import REFUSED, find_code
 from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.plan.bundle_specs import Member
 from concept_ablation.plan.bundles import (
-    Member,
     bundle_names,
     group_members,
     plan_bundles,
@@ -87,10 +87,10 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
 
     members = [made for concept in concepts for made in attempt(concept, functools.partial(member, concept))]
     bundles = group_members(members, config)
-    shared = shared_work(bundles, config)
+    shared = shared_work(plan, bundles, config)
     judged = []
     for row in members:
-        work = (row.concept, row.own, model, config["verdict"], shared.get(row.concept.name, {}))
+        work = (row.concept, row.own, model, config["verdict"], shared.get(row.concept.name))
         judged += attempt(row.concept, functools.partial(_plan_row, plan, *work))
     plan.rows = [row for row, _ in judged]
     errors += plan_bundles(plan, bundles, config, model)
@@ -116,7 +116,12 @@ def _table_model(config: Mapping) -> dict:
 
 
 def _plan_row(
-    plan: Plan, concept: Concept, own: Mapping, model: Mapping, limits: Mapping, shared: Mapping
+    plan: Plan,
+    concept: Concept,
+    own: Mapping,
+    model: Mapping,
+    limits: Mapping,
+    shared: Callable[[], str] | None,
 ) -> tuple[Row, Mapping]:
     """Add one row's work to the plan, stage by stage, but for its interference; returns it with its settings `evaluation`.
 
@@ -134,7 +139,7 @@ def _plan_ablation(
     model: Mapping,
     memory: Mapping,
     limits: Mapping,
-    shared: Mapping,
+    shared: Callable[[], str] | None,
 ) -> tuple[str | None, str]:
     """Add what makes a row's delta; returns the keys of the anchor's pictures (None if not needed) and of the delta."""
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
@@ -155,8 +160,9 @@ def _plan_ablation(
     if method.validates(own):
         work["validation"] = validation_spec(concept, own, limits)
     work |= method.work(own, templates)
-    if "preserve_prompts" in work:  # whatever preserves none has none to share
-        work |= shared
+    if shared and "preserve_prompts" in work:  # whatever preserves none has none to share
+        work["shared"] = shared()
+        del work["preserve_prompts"]
     return anchors, plan.add("ablate_concept", label, work)
 
 

@@ -6,11 +6,9 @@ escaped for Markdown, and the head is written by a YAML library.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,18 +16,22 @@ import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from concept_ablation.common.errors import UserError
-from concept_ablation.common.image_store import METADATA_KEY, ImageStore, read_store
+from concept_ablation.common.image_store import ImageStore, read_store
 from concept_ablation.registries import KINDS
-from concept_ablation.report.figures import picture_strip
+from concept_ablation.report.card_files import (
+    DELTA,
+    CardError,
+    find_base,
+    find_delta,
+    make_folder,
+    save_strip,
+)
 from concept_ablation.report.formatting import flat_settings, is_share
 from concept_ablation.report.tables import missing_rows
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
-PAIRS = 6  # pairs of pictures in a strip
 TAGS = ("concept-ablation", "stable-diffusion", "text-to-image")
-DELTA = "delta.safetensors"
 UNLISTED = (
     "base_model",
     "base_revision",
@@ -40,10 +42,6 @@ UNLISTED = (
     "anchor",
     "anchors",
 )
-
-
-class CardError(UserError):
-    """A concept that isn't in the results, or a file of it that is missing; the message names it."""
 
 
 def card_of_results(
@@ -67,14 +65,14 @@ def card_of_results(
     if not scores:
         raise CardError(f"{results}: no scores of {concept!r}; run the workflow again")
     samples = read_store(results / "samples" / f"{scores[0]['key']}.parquet")
-    delta = _find_delta(results, Path(lines[concept]["delta"]))
+    delta = find_delta(results, Path(lines[concept]["delta"]))
     return write_card(
         out_folder,
         lines[concept],
         scores,
         delta,
         samples,
-        _find_base(results, samples),
+        find_base(results, samples),
         base_model=base_model,
     )
 
@@ -84,37 +82,6 @@ def _read(path: Path) -> pa.Table:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise CardError(f"{path}: can't be read ({error}); is this the folder of a run's results?") from error
-
-
-def _find_delta(results: Path, path: Path) -> Path:
-    """The delta that the summary names: at its own path or, if the results were moved, below `results`."""
-    for found in (path, results / Path(*path.parts[-3:]), results / Path(*path.parts[-2:])):
-        if found.is_file():
-            return found
-    raise CardError(f"{path}: the delta isn't there, nor below {results}")
-
-
-def _find_base(results: Path, samples: ImageStore) -> dict[str, ImageStore]:
-    """Subject -> the base model's pictures: the stores made with the same model, sampler and probe."""
-    wanted = {}
-    for probe in samples.metadata["probes"]:
-        plain = {name: value for name, value in probe.items() if name != "role"}
-        wanted[_identity(samples.metadata, plain)] = probe["subject"]
-    found = {}
-    for path in sorted((results / "base").glob("*.parquet")):
-        metadata = json.loads((pq.read_schema(path).metadata or {}).get(METADATA_KEY, b"{}"))
-        subject = wanted.get(_identity(metadata, metadata.get("probe")))
-        if subject is not None:
-            found[subject] = read_store(path)
-    if missing := [subject for subject in wanted.values() if subject not in found]:
-        raise CardError(
-            f"{results / 'base'}: no pictures of {', '.join(missing)} by the base model; run the workflow again"
-        )
-    return found
-
-
-def _identity(metadata: Mapping, probe: object) -> str:
-    return json.dumps([metadata.get("model"), metadata.get("sampler"), probe], sort_keys=True)
 
 
 def write_card(
@@ -135,23 +102,15 @@ def write_card(
     """
     from concept_ablation.diffusion.delta import load_delta
 
-    out = Path(out_folder)
-    if out.exists() and not (
-        out.is_dir() and {p.name for p in out.iterdir()} <= {"README.md", "pictures", DELTA}
-    ):
-        raise CardError(f"{out}: holds other things; give a new folder")
+    out = make_folder(out_folder, delta_path)
     tensors, metadata = load_delta(delta_path)
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    for old in (out / "pictures").glob("*.png"):
-        old.unlink()
-    shutil.copyfile(delta_path, out / DELTA)
     strips = list(_strips(out, summary["kind"], samples, base))
     shown = _shown(summary, scores, metadata, base_model) | {
         "strips": strips,
-        "snippet": _snippet(tensors, metadata, base_model),
+        "snippet": snippet(tensors, metadata, base_model),
         "measured": ", ".join(dict.fromkeys(probe["subject"] for probe in samples.metadata["probes"])),
     }
-    text = _environment().get_template("card.md.j2").render(shown)
+    text = environment().get_template("card.md.j2").render(shown)
     (out / "README.md").write_text(text, encoding="utf-8")
     log.info("%s: card of %s", out, summary["concept"])
     return out
@@ -160,8 +119,8 @@ def write_card(
 def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_model: str | None) -> dict:
     """What the card says of a row, of its scores and of its delta's metadata."""
     return {
-        "front_matter": _front_matter(base_model or metadata.get("base_model")),
-        "base": _base_name(metadata, base_model),
+        "front_matter": front_matter(base_model or metadata.get("base_model")),
+        "base": base_name(metadata, base_model),
         "targets": ", ".join(metadata.get("targets") or [summary["target"]]),
         "anchor": summary["anchor"],
         "kind": summary["kind"],
@@ -178,18 +137,12 @@ def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_
 def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageStore]):
     """Save one PNG a probe: the base model's pictures above, the ablated model's below."""
     for number, probe in enumerate(samples.metadata["probes"], 1):
-        if not KINDS[kind].publishable and probe["role"] == "target":
-            continue
-        after, before = samples.select(probe["role"], probe["subject"]), base[probe["subject"]]
-        count = min(PAIRS, len(after), len(before))
-        if count:
-            file = f"pictures/{number}-{probe['role']}.png"
-            rows = [[store.image(position) for position in range(count)] for store in (before, after)]
-            picture_strip(rows).save(out / file)
-            yield {"role": probe["role"].capitalize(), "subject": probe["subject"], "file": file}
+        if KINDS[kind].publishable or probe["role"] != "target":
+            strip = save_strip(out, number, probe, samples, base[probe["subject"]])
+            yield from [strip] if strip else []
 
 
-def _front_matter(base_model: object) -> str:
+def front_matter(base_model: object) -> str:
     from huggingface_hub import ModelCardData
 
     named = {"base_model": base_model} if is_hub_id(base_model) else {}
@@ -211,15 +164,15 @@ def is_hub_id(name: object) -> bool:
     return True
 
 
-def _base_name(metadata: Mapping, base_model: str | None) -> str:
+def base_name(metadata: Mapping, base_model: str | None) -> str:
     """The base model as a reader is told it: no folders of the machine that made the card."""
     name = base_model or str(metadata.get("base_model"))
     return Path(name).name if os.path.isabs(name) else name
 
 
-def _snippet(names: Sequence[str] | Mapping, metadata: Mapping, base_model: str | None) -> str:
+def snippet(names: Sequence[str] | Mapping, metadata: Mapping, base_model: str | None) -> str:
     """Python that loads the base model and the delta beside the card."""
-    base = _base_name(metadata, base_model)
+    base = base_name(metadata, base_model)
     revision = None if base_model else metadata.get("base_revision")
     load = (
         f"StableDiffusionPipeline.from_pretrained({base!r}{f', revision={revision!r}' if revision else ''})"
@@ -265,7 +218,7 @@ def _with_interval(score: Mapping) -> str:
     return f"{number(score['value'])} [{number(score['ci_low'])}, {number(score['ci_high'])}]"
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     """Templates of Markdown: values are escaped by the filter `md`, not as HTML."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

@@ -56,8 +56,9 @@ def find_failures(
     for row in plan.unfinished():
         for key in plan.needed(row):
             waiting.setdefault(key, []).append(row.concept.name)
+    rows = {key for row in plan.rows for key in plan.needed(row)} if plan.bundles else set()
     for bundle in plan.bundles:
-        for key in {bundle.delta, *(key for row in bundle.judged for key in (row.samples, row.scores))}:
+        for key in {key for end in bundle.ends for key in plan.needed(end)} - rows:
             waiting.setdefault(key, []).append(f"bundle {bundle.name}")
     found = []
     for stage, key, path in sorted(jobs, key=lambda job: (job[0], job[1] or "")):
@@ -72,7 +73,7 @@ def set_empty_aside(plan: Plan) -> list[str]:
     """Set the empty files of unfinished rows aside, which Snakemake would take for results; returns their paths."""
     keys = {key for row in plan.pending for key in plan.needed(row)}
     for bundle in plan.pending_bundles:
-        keys |= {bundle.delta, *(key for row in bundle.judged for key in plan.needed(row))}
+        keys |= {key for end in bundle.ends for key in plan.needed(end)}
     files = {plan.path(key) for key in keys} | {plan.training_record(row) for row in plan.pending} - {None}
     empty = sorted(file for file in files if os.path.exists(file) and not has_content(file))
     for file in empty:

@@ -1,7 +1,9 @@
 """The report's drawings: interval bars, sparklines, thumbnails, strips of pictures."""
 
 import base64
+import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,3 +95,49 @@ def picture_strip(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
             small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             strip.paste(small, (x * (width + GAP), y * (height + GAP)))
     return strip
+
+
+COLORS = ("#2563a8", "#c2571a", "#3a7d44", "#8a4a9e", "#6b6b6b", "#a33d4a", "#1c7f86")
+"""Of the lines of a curve, in turn."""
+
+
+def curve_figure(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+    """An SVG of panels side by side, each with a line a name through its points: n, on an axis of equal ratios, and a share.
+
+    Names and titles are escaped.
+    """
+    width, height, left, top = 200, 120, 40, 26
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    counts = sorted({n for lines in panels.values() for points in lines.values() for n, _ in points})
+    spread = math.log(counts[-1] / counts[0]) if len(counts) > 1 else 1.0
+    full = (len(panels) * (width + left + 16), height + top + 30 + 16 * len(names))
+    head = f'viewBox="0 0 {full[0]} {full[1]}" width="{full[0]}" height="{full[1]}" role="img" font-size="11"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {head} font-family="system-ui, sans-serif" fill="currentColor">'
+    ]
+    for number, (title, lines) in enumerate(panels.items()):
+        x0 = number * (width + left + 16) + left
+
+        def place(n: int, share: float, x0: int = x0) -> tuple[float, float]:
+            across = math.log(n / counts[0]) / spread if len(counts) > 1 else 0.5
+            return x0 + width * across, top + height * (1 - _inside(share))
+
+        parts.append(f'<text x="{x0}" y="14" font-weight="600">{html.escape(title)}</text>')
+        for share in (0.0, 0.5, 1.0):
+            y = top + height * (1 - share)
+            parts.append(
+                f'<line x1="{x0}" x2="{x0 + width}" y1="{y}" y2="{y}" stroke="currentColor" stroke-opacity=".18"/>'
+            )
+            parts.append(f'<text x="{x0 - 4}" y="{y + 4}" text-anchor="end">{share:.0%}</text>')
+        parts += [f'<text x="{place(n, 0)[0]:.1f}" y="{top + height + 16}" text-anchor="middle">{n}</text>' for n in counts]  # fmt: skip
+        for name, points in lines.items():
+            color = COLORS[names.index(name) % len(COLORS)]
+            at = [place(*point) for point in sorted(points)]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in at]
+    for number, name in enumerate(names):
+        y, color = top + height + 36 + 16 * number, COLORS[number % len(COLORS)]
+        parts.append(f'<line x1="{left}" x2="{left + 18}" y1="{y - 4}" y2="{y - 4}" stroke="{color}" stroke-width="3"/>')  # fmt: skip
+        parts.append(f'<text x="{left + 24}" y="{y}">{html.escape(name)}</text>')
+    return "\n".join([*parts, "</svg>"])

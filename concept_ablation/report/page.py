@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 import jinja2
+import markupsafe
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,8 +26,8 @@ from concept_ablation.common.roles import POOLS, probe_roles
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
-from concept_ablation.report.bundles import bundle_text, read_bundles
-from concept_ablation.report.figures import change_bar, sparkline, target_bar
+from concept_ablation.report.bundles import bundle_text, general_text, nested_panels, read_bundles
+from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share, whole_points
 from concept_ablation.report.matrix import make_matrix
 from concept_ablation.report.sections import deciding_targets, previews, sections, victim_ids
@@ -75,9 +76,10 @@ def render(
         StoreError: a row's images can't be read.
     """
     shown = _shown(spec, scores_path, summary_path, when, read_interference(interference_path))
-    stream = (
-        environment().get_template("report.html.j2").stream(shown | {"bundles": read_bundles(bundles_path)})
-    )
+    bundles = read_bundles(bundles_path)
+    panels = nested_panels(bundles)
+    more = {"bundles": bundles, "nested": panels and markupsafe.Markup(curve_figure(panels))}
+    stream = environment().get_template("report.html.j2").stream(shown | more)
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:
         with part.open("w", encoding="utf-8") as file:
@@ -175,7 +177,9 @@ def print_summary(
     text += ["", f"{headline(lines)}."]
     measured = read_interference(interference_path)
     text += [f"Who harms whom: {interference_text(measured)}."] if measured else []
-    text += [f"Bundle {name}: {bundle_text(rows)}." for name, rows in read_bundles(bundles_path).items()]
+    for name, rows in read_bundles(bundles_path).items():
+        text.append(f"Bundle {name}: {bundle_text(rows)}.")
+        text += [f"  {found}." for found in [general_text(rows[0])] if found]
     text.append(f"Report: {report_path}")
     text += [f"Rows that are not in it, since they are not finished: {len(missing)}"] if missing else []
     print("\n".join(text), file=file or sys.stderr)
@@ -256,8 +260,9 @@ def environment() -> jinja2.Environment:
         "change_bar": change_bar,
         "is_share": is_share,
     }
-    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "bundle_text": bundle_text, "zip": zip}
+    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip}
     made.globals |= {"interference_text": interference_text, "harmed_first": harmed_first}
+    made.globals |= {"bundle_text": bundle_text, "general_text": general_text}
     made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}
     return made
 

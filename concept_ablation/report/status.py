@@ -102,7 +102,7 @@ def unfinished_keys(plan: Plan) -> list[str]:
         for key in (row.ablation, row.samples, *row.last, *row.base.values()):
             visit(key)
     for bundle in plan.pending_bundles:
-        for key in (bundle.delta, *(row.scores for row in bundle.judged)):
+        for key in bundle.ends:
             visit(key)
     return list(found)
 

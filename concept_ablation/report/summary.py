@@ -67,9 +67,10 @@ def measured_columns() -> list[Column]:
     ]
 
 
-def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds) -> dict:
+def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds, judges_anchor: bool = True) -> dict:
     """One row of the summary, from one row's scores (long), its training record and its delta.
 
+    judges_anchor: whether the anchor is to be kept; another row of a bundle may remove it, and then its change decides nothing.
     A role's columns hold the values of all its images: of the only target or of all targets pooled, of all neighbors pooled.
     """
     found = _by_place(row, scores)
@@ -86,9 +87,10 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds) -> dict:
         summary[f"{role}_images"] = found.get((role, IMAGES, "ablated"), {}).get("n")
     summary["worst_neighbor"] = found.get(("worst_neighbor", "typical", "difference"), {}).get("probe")
     targets = presence_of(row, scores.to_pylist())
+    judged = summary if judges_anchor else {name: summary[name] for name in summary if "anchor" not in name}
     return (
         summary
-        | asdict(decide(row["kind"], targets, summary, thresholds))
+        | asdict(decide(row["kind"], targets, judged, thresholds))
         | _cost(row)
         | strength_columns(row)
     )

@@ -157,8 +157,14 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
 
     found = {**spec, "rows": [moved(row) for row in spec["rows"]]}
     if "bundles" in spec:
-        bundles = [{**bundle, "rows": [moved(row) for row in bundle["rows"]]} for bundle in spec["bundles"]]
-        found["bundles"] = bundles
+        found["bundles"] = [
+            {
+                **bundle,
+                "rows": [moved(row) for row in bundle["rows"]],
+                "general": move(bundle.get("general"), str(Path(bundle["rows"][0]["scores"]).parents[1])),
+            }
+            for bundle in spec["bundles"]
+        ]
     return found
 
 

@@ -53,6 +53,7 @@ SMALL = {
         "statistics": {"bootstrap": 20},
         "interference": "none",  # what rows do to each other's concepts has a test of its own, test_harm.py
     },
+    "bundles": {"general": {"images": 4}},
     "runtime": {"device": "cpu", "sample_batch_size": 4, "threads": 1},
 }
 

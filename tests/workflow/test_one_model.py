@@ -35,23 +35,33 @@ def test_a_new_row_of_a_bundle_trains_itself_alone(bundled):
     bundled.write(HEADER + CAT + WRY + INK + NEON)
     jobs = bundled.jobs("small.yaml")
     bundled.write(HEADER + CAT + WRY + INK)
-    # Its own pictures and scores, and those of the three rows under the new bundle.
-    assert (jobs["ablate_concept"], jobs["merge_deltas"], jobs["sample_ablated"], jobs["score_concept"]) == (
-        1,
-        1,
-        4,
-        4,
-    )
+    # Its own pictures and scores, and those of the three rows under the new bundle, which also draws the neutral prompts.
+    counted = ("ablate_concept", "merge_deltas", "sample_ablated", "score_concept", "score_general")
+    assert tuple(jobs[rule] for rule in counted) == (1, 1, 5, 4, 1)
     assert jobs["aggregate_bundles"] == jobs["render_report"] == 1
 
 
 def test_another_way_to_merge_trains_nothing(bundled):
     (bundled.folder / "sum.yaml").write_text(
-        yaml.safe_dump({**SMALL, "bundles": {"how": "sum"}}), encoding="utf-8"
+        yaml.safe_dump({**SMALL, "bundles": {**SMALL["bundles"], "how": "sum"}}), encoding="utf-8"
     )
     jobs = bundled.jobs("sum.yaml")
-    assert jobs["merge_deltas"] == 1 and jobs["sample_ablated"] == 2
+    assert jobs["merge_deltas"] == 1 and jobs["sample_ablated"] == 3
     assert not jobs.keys() & {"ablate_concept", "generate_anchors", "sample_base"}
+
+
+def test_a_trained_bundle_reads_no_delta_and_its_repair_comes_after(bundled):
+    own = {"how": "sequential", "repair": True, "training": {"preserve": "none"}}
+    (bundled.folder / "trained.yaml").write_text(
+        yaml.safe_dump({**SMALL, "bundles": {**SMALL["bundles"], **own}}), encoding="utf-8"
+    )
+    jobs = bundled.jobs("trained.yaml")
+    assert jobs["train_bundle"] == jobs["repair_bundle"] == 1 and "merge_deltas" not in jobs
+    done = bundled.snakemake("--cores", "1", "--configfile", "trained.yaml")
+    assert done.returncode == 0, done.stdout
+    assert len(list(bundled.folder.glob("results/repaired/both.*/repair.parquet"))) == 1
+    assert "sequential, repaired" in (bundled.folder / "results/report/bundles.csv").read_text()
+    assert bundled.jobs("trained.yaml") == {}
 
 
 def test_a_lost_delta_is_merged_again(bundled):

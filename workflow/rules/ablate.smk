@@ -8,7 +8,7 @@ rule ablate_concept:
     """Remove one concept from the model."""
     input:
         anchors=lambda wildcards: plan.upstream("ablate_concept", wildcards.key, "anchors"),
-        shared=lambda wildcards: plan.upstream("ablate_concept", wildcards.key, "shared_prompts"),
+        shared=lambda wildcards: plan.upstream("ablate_concept", wildcards.key, "shared"),
     output:
         delta=file_of("ablate_concept", "delta"),
         training=file_of("ablate_concept", "training"),

@@ -181,7 +181,9 @@ def _inner_cells(start: int, extent: int, vae_factor: int) -> slice:
 
 
 def _square(image: Image.Image) -> Image.Image:
-    """The middle square of an image, RGB."""
+    """The middle square of an image, RGB; an image that is so already isn't copied."""
+    if image.mode == "RGB" and image.width == image.height:
+        return image
     side, (width, height) = min(image.size), image.size
     left, top = (width - side) // 2, (height - side) // 2
     return image.convert("RGB").crop((left, top, left + side, top + side))

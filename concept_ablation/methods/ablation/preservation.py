@@ -65,16 +65,18 @@ def read_rows(rows: Sequence[Mapping], keys: Sequence[str], paths: Sequence[str 
     return found
 
 
-def prompts_of_all(rows: Sequence[Mapping], general: Sequence[str]) -> list[str]:
+def prompts_of_all(
+    rows: Sequence[Mapping], general: Sequence[str], gone: Sequence[str] | None = None
+) -> list[str]:
     """What several rows preserve together, each prompt once; those that name a target of any row are left out.
 
-    rows: as `read_rows` gives them. general: prompts of no row.
+    rows: as `read_rows` gives them. general: prompts of no row. gone: the targets that count; None: those of `rows`.
     """
     found = dict.fromkeys(general)
     for row in rows:
         own = {**row, "training": {"style_templates": row["templates"]}, "preserve_prompts": ()}
         found |= dict.fromkeys(preserved_prompts(own, row["anchor_prompts"]))
-    targets = {target for row in rows for target in row["targets"]}
+    targets = {target for row in rows for target in row["targets"]} if gone is None else set(gone)
     return [prompt for prompt in found if not any(has_word(prompt, target) for target in targets)]
 
 

@@ -21,7 +21,7 @@ from concept_ablation.diffusion.stages import load_model
 from concept_ablation.evaluation.validation import Spending, Validation
 from concept_ablation.methods.ablation.checkpoints import load_checkpoint, save_checkpoint
 from concept_ablation.methods.ablation.data import AnchorData
-from concept_ablation.methods.ablation.preservation import preserved_prompts, prompts_of_all
+from concept_ablation.methods.ablation.preservation import preserved_prompts
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings, renamed
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import Training
@@ -80,7 +80,7 @@ class _Run:
         self.pipeline = load_model(spec["model"], device)
         self.tokenizers = family_of(self.pipeline).tokenizers(self.pipeline)
         self.data = AnchorData.from_store(anchors_path)
-        self.targets = _target_prompts(spec, self.data, anchors_path)
+        self.targets = target_prompts(spec, self.data, anchors_path)
         self.records: list[dict] = []
         self.found = Search()
 
@@ -105,7 +105,7 @@ class _Run:
     def _preserved(self) -> list[str]:
         """The row's preserved prompts; those of all rows of its bundles where these share them."""
         if "shared" in self.spec:
-            return prompts_of_all(self.spec["shared"], self.spec["preserve_prompts"])
+            return list(self.spec["shared"])
         return preserved_prompts(self.spec, self.data.prompts)
 
     def describe(self, rung: Mapping) -> dict[str, object]:
@@ -219,7 +219,7 @@ class _Run:
         return state
 
 
-def _target_prompts(spec: Mapping, data: AnchorData, anchors_path: str | Path) -> list[tuple[str, ...]]:
+def target_prompts(spec: Mapping, data: AnchorData, anchors_path: str | Path) -> list[tuple[str, ...]]:
     """Each image's target prompts: made from its own, or those that were searched for, the same for all."""
     kind = KINDS[spec["kind"]]
     if kind.searches_prompts:
