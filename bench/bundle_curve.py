@@ -37,7 +37,6 @@ from concept_ablation.registries import STAGES, WAYS
 
 READ = ("concepts", "anchors", "prompts")
 MAKES = ("merge_deltas", "train_bundle", "repair_bundle")
-SAMPLER = {"scheduler": "dpmsolver++", "steps": 10}
 COLUMNS = (
     *("name", "how", "n", "removed", "target_left", "neighbors_before", "neighbors", "neighbor_kid", "anchor", "anchor_kid"),
     *("unnamed_before", "unnamed", "unnamed_likeness", "kid", "kid_low", "kid_high", "kid_floor", "clip", "clip_base"),
@@ -53,7 +52,6 @@ def make_plan(options: argparse.Namespace, how: str, count: int) -> Plan:
         config["evaluation"][name]["model"] = str(options.embedded / model)
     target, anchor, neighbor, neutral = options.images
     config["evaluation"]["images"] |= {"target": target, "anchor": anchor, "neighbor": neighbor}
-    config["evaluation"]["sampler"] |= SAMPLER
     config["bundles"] |= {"all": f"first-{count}", "how": how, "named": {}}
     config["bundles"]["general"]["images"] = neutral
     merge(config["bundles"], yaml.safe_load(options.set) or {})

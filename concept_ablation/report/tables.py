@@ -31,6 +31,10 @@ FORMULA = (
 )
 
 
+FILES = ("scores", "images", "samples", "base", "delta", "training", "strength", "interference")
+"""The entries of a report's row that name files."""
+
+
 class TableError(UserError):
     """A row's file is missing or has other columns; the message names it."""
 
@@ -140,19 +144,7 @@ def relocate_paths(spec: Mapping, results: str | Path) -> dict:
 
     def moved(row: Mapping) -> dict:
         old = str(Path(row["scores"]).parents[1])
-        files = {
-            name: move(row.get(name), old)
-            for name in (
-                "scores",
-                "images",
-                "samples",
-                "base",
-                "delta",
-                "training",
-                "strength",
-                "interference",
-            )
-        }
+        files = {name: move(row[name], old) for name in FILES if row.get(name) is not None}
         return {**row, **files, "delta_shown": row["delta"]}
 
     found = {**spec, "rows": [moved(row) for row in spec["rows"]]}
