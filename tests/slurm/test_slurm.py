@@ -48,6 +48,7 @@ SMALL = {
     "evaluation": {
         "images": {"target": 4, "anchor": 4, "neighbor": 4},
         "sampler": SAMPLER,
+        "interference": "none",  # its jobs are like sample_ablated's, and would add a third
         "statistics": {"bootstrap": 20},
     },
     "runtime": {"device": "cpu"},  # the cluster's GPUs are fakes
