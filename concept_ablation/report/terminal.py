@@ -70,13 +70,14 @@ class RunState:
     def seconds_left(self) -> float | None:
         """How long the rest will take at the present number of jobs at once; None while a stage of it wasn't measured yet."""
         total = 0.0
-        for stage, count in self.left.items():
+        # Copies, since the display's thread asks while jobs begin and end.
+        for stage, count in list(self.left.items()):
             if count > 0:
                 known = self.took.get(stage) or [self.before[name] for name in [stage] if name in self.before]
                 if not known:
                     return None
                 total += count * statistics.mean(known)
-        spent = sum(time.monotonic() - job.began for job in self.running.values())
+        spent = sum(time.monotonic() - job.began for job in list(self.running.values()))
         return max(0.0, total - spent) / max(1, len(self.running))
 
 

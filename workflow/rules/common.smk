@@ -13,7 +13,6 @@ from concept_ablation.plan.schema import read_config
 from concept_ablation.plan.snapshot import delete_snapshot, load_snapshot, save_snapshot
 from concept_ablation.plan.specs import load_plan
 from concept_ablation.registries import STAGES
-from concept_ablation.report import terminal
 from concept_ablation.report.failures import set_empty_aside
 
 # This project's checkout, also if another workflow uses it as a module.
@@ -67,6 +66,20 @@ def start_warm(plan, workflow):
             warm.start(runtime["threads"], Path(plan.results) / "logs" / "warm_start.log")
         except OSError as error:
             logger.warning(f"Jobs can't start warm, so each takes some seconds more: {error}")
+
+
+def show_run(plan, logs):
+    """Show the run in the terminal, if there is one, in the place of Snakemake's lines."""
+    from concept_ablation.report import terminal  # here, since every job on another machine reads this file
+
+    terminal.show(plan, logger, logs)
+
+
+def end_show():
+    """Let Snakemake's lines come again."""
+    from concept_ablation.report import terminal
+
+    terminal.end()
 
 
 def print_report(plan):
@@ -134,19 +147,19 @@ onstart:
     if not workflow.local_exec:
         save_snapshot(plan, config, Path(".snakemake") / "plans")
     logger.info(plan.summary())
-    terminal.show(plan, logger, log)
+    show_run(plan, log)
     start_warm(plan, workflow)
 
 
 onsuccess:
     warm.stop()
-    terminal.end()
+    end_show()
     delete_snapshot()
     print_report(plan)
 
 
 onerror:
     warm.stop()
-    terminal.end()
+    end_show()
     delete_snapshot()
     print_failures(plan, workflow.scheduler)
