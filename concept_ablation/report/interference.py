@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from concept_ablation.common.files import damaged
 from concept_ablation.common.interference_table import COLUMNS, MEASURES
-from concept_ablation.report.tables import TableError, report_rows, write_table
+from concept_ablation.report.tables import TableError, read_part, report_rows, write_table
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def aggregate_interference(spec: Mapping, out_path: str | Path) -> None:
 
 def _lines(row: Mapping) -> Iterator[dict]:
     measured = row["interference"]
-    found = _read(measured["scores"])
+    found = read_part(measured["scores"], "measurements of other rows' subjects", COLUMNS).to_pylist()
     if len(found) != len(measured["victims"]):
         raise damaged(TableError, measured["scores"], "other victims than planned")
     for victim, line in zip(measured["victims"], found, strict=True):
@@ -67,18 +66,6 @@ def _lines(row: Mapping) -> Iterator[dict]:
             "change": min(line[f"{name}_change"] for name in MEASURES),
             "images": str(row["samples"] if victim["probed"] else measured["images"]),
         }
-
-
-def _read(path: str | Path) -> list[dict]:
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise TableError(f"{path}: there is no such table; run again") from None
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(TableError, path, f"a table that can't be read ({error})") from error
-    if table.schema.names != COLUMNS.names:
-        raise damaged(TableError, path, "these columns are not this version's")
-    return table.to_pylist()
 
 
 def adjust(values: Sequence[float]) -> list[float]:

@@ -83,7 +83,7 @@ def aggregate_images(spec: Mapping, out_path: str | Path) -> None:
     about, writer = {METADATA_KEY: json.dumps(describe(spec))}, None
     with atomic_output(out_path) as part, contextlib.ExitStack() as open_file:
         for bundle, row in models:
-            table = _read_record(row["images"])
+            table = read_part(row["images"], "records of pictures")
             table = table.add_column(0, "bundle", pa.array([bundle] * len(table), pa.string()))
             if writer is None:
                 writer = open_file.enter_context(pq.ParquetWriter(part, table.schema.with_metadata(about)))
@@ -92,16 +92,6 @@ def aggregate_images(spec: Mapping, out_path: str | Path) -> None:
             writer.write_table(table.cast(writer.schema))
         if writer is None:  # no row is finished
             pq.write_table(pa.table({}).replace_schema_metadata(about), part)
-
-
-def _read_record(path: str | Path) -> pa.Table:
-    """A row's record of its pictures. Raises TableError."""
-    try:
-        return pq.read_table(path)
-    except FileNotFoundError:
-        raise TableError(f"{path}: there is no such record of pictures; run again") from None
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(TableError, path, f"a record of pictures can't be read ({error})") from error
 
 
 def describe(spec: Mapping) -> dict:
@@ -202,12 +192,20 @@ def escape_formulas(table: pa.Table) -> pa.Table:
 
 def read_scores(path: str | Path) -> pa.Table:
     """The long table of one row. Raises TableError."""
+    return read_part(path, "scores", COLUMNS).cast(COLUMNS)
+
+
+def read_part(path: str | Path, what: str, columns: pa.Schema | None = None) -> pa.Table:
+    """One row's table of which the report is made, with the names of `columns` if these are given.
+
+    what: what it holds, in the plural, for messages. Raises TableError if it is missing, damaged, or of another version.
+    """
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
-        raise TableError(f"{path}: there are no such scores; run again") from None
+        raise TableError(f"{path}: there are no such {what}; run again") from None
     except (OSError, pa.ArrowException) as error:
-        raise damaged(TableError, path, f"scores can't be read ({error})") from error
-    if table.schema.names != COLUMNS.names:
+        raise damaged(TableError, path, f"{what} can't be read ({error})") from error
+    if columns is not None and table.schema.names != columns.names:
         raise damaged(TableError, path, "these columns are not this version's")
-    return table.cast(COLUMNS)
+    return table
