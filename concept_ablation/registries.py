@@ -202,7 +202,7 @@ STAGES = {
         neutral={"model.trust_remote_code": False},
     ),
     "merge_deltas": Stage(
-        version=1,
+        version=2,
         files={"delta": "bundles/{key}/delta.safetensors"},
         function="concept_ablation.methods.bundles.stage:merge_deltas",
         options=("device",),

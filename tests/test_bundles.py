@@ -10,6 +10,7 @@ import test_plan
 import torch
 import yaml
 from test_plan import CAT, CONCEPTS_SCHEMA, CONFIG_SCHEMA, INK, ROOT, WEARY, keys
+from transformers import AutoTokenizer
 
 from concept_ablation.common.settings import merge as merge_settings
 from concept_ablation.diffusion.delta import (
@@ -27,6 +28,7 @@ from concept_ablation.methods.ablation.preservation import prompts_of_all, secon
 from concept_ablation.methods.bundles.base import Way
 from concept_ablation.methods.bundles.deltas import MergeError
 from concept_ablation.methods.bundles.stage import merge_deltas
+from concept_ablation.methods.bundles.vocabulary import frequent_words, words_of_targets
 from concept_ablation.methods.merging import ClosedForm, add_up
 from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.schema import ConfigError, check_config, load_schema
@@ -330,6 +332,7 @@ def merge(folder, tmp_path, tensors, how="closed-form", **settings):
         prompts[-1].write_text(json.dumps({"prompts": texts}))
     spec = {"bundle": "both", "model": {"path": str(folder), "revision": None}, "how": how, "concepts": ROWS}
     spec |= {"ridge": 1e-4, "preserve_weight": 1.0, "density": 0.5, "scale": 1.0}
+    spec |= {"settings": {"vocabulary": 0}} if how == "closed-form" else {}
     spec |= {"prompts": list(PROMPTS), "general": ["a house", "two owls"], **settings}
     out = tmp_path / "out.safetensors"
     merge_deltas(spec, deltas, out, prompts=prompts, device="cpu")
@@ -366,13 +369,41 @@ def test_the_stage_merges_by_the_tokens_of_the_rows_prompts(folder, pipeline, tm
             sums.add(((name, value - base[name]) for name, value in own.items()), moment(prompts, 1))
         kept = ["", "a house", "a bird", "a bird on a roof", "duck", "a duck", "a duck on a roof"]
         kept += ["an animal", "one animal", "dog", "a dog", "one dog"]  # no owl, which another row removes
-        expected, fit = sums.solve(moment(kept, 0), 1.0, 1e-4)
+        expected, fit = sums.solve(moment(kept, 0), 1.0, 1e-4, reach=1.15)
         for name, value in merged.items():
             assert torch.allclose(value, (base[name] + expected[name]).float(), atol=1e-5)
     assert metadata["fit"]["lost"] == pytest.approx(fit.lost, rel=1e-3)
     assert metadata["targets"] == ["owl", "fox"] and metadata["bundle"] == "both"
     assert [concept["delta"] for concept in metadata["concepts"]] == ["owl.1", "fox.1"]
     assert metadata["base_model"] == str(folder) and metadata["settings"]["how"] == "closed-form"
+
+
+def test_the_vocabulary_is_of_whole_words_without_those_of_targets():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "embedded" / "emoji-diffusion" / "tokenizer")
+    rows = [
+        {"kind": "object", "targets": ["Pouting cat"]},
+        {"kind": "memorization", "targets": ["haunted house album cover"]},
+    ]
+    words = frequent_words(tokenizer, 3000, words_of_targets(rows))
+    assert {"owl", "dog", "house", "album"} <= set(words) and not {"cat", "pouting"} & set(words)
+    assert len(words) == len(set(words)) > 200 and all(word.isalpha() and len(word) > 2 for word in words)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
+    assert frequent_words(tokenizer, 20, words_of_targets(rows)) == words[:20]
+
+
+@torch.no_grad()
+def test_what_no_row_names_moves_less_with_the_vocabulary(folder, pipeline, tmp_path, monkeypatch):
+    """Of the tiny model, whose tokenizer has no words: these come from elsewhere."""
+    monkeypatch.setattr(f"{frequent_words.__module__}.frequent_words", lambda _tokenizer, count, _: ["castle", "moon"][:count])
+    tensors, sizes = [changed(pipeline, seed=seed) for seed in (0, 1)], []
+    token = FAMILY.encode_prompts(pipeline, ["a picture of a castle"]).hidden[0, 1:]
+    for vocabulary in (0, 2):
+        values, _ = merge(folder, tmp_path, tensors, settings={"vocabulary": vocabulary, "reach": 1.0})
+        base = delta_parameters(pipeline, values)
+        sizes.append(
+            sum(float((token @ (own - base[name]).T).square().sum()) for name, own in values.items())
+        )
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_prompts_that_name_a_target_of_any_row_are_not_preserved():

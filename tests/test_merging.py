@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from concept_ablation.methods.ablation.preservation import NullSpace, second_moment, span
-from concept_ablation.methods.merging import ClosedForm, add_up, join, ties, trim
+from concept_ablation.methods.merging import (
+    ROUNDS,
+    ClosedForm,
+    add_up,
+    join,
+    moved_by,
+    ties,
+    trim,
+    weighted_moment,
+)
 
 WIDTH, OUT = 12, 5
 
@@ -143,6 +152,59 @@ def test_one_change_in_the_null_space_of_what_is_preserved_merges_to_itself_at_a
         found, _ = solve([(change, tokens, 1.0)], preserved, weight)
         both = torch.cat([preserved, tokens]).T
         assert torch.allclose(found @ both, change @ both, atol=1e-4)
+
+
+def test_words_are_preserved_and_the_farthest_weighs_most(draw):
+    """Against a dense computation of the same rounds, token by token."""
+    rows, preserved, words = (
+        [(draw(OUT, WIDTH), draw(8, WIDTH), 1.0) for _ in range(3)],
+        draw(6, WIDTH),
+        draw(9, 4, WIDTH),
+    )
+
+    def merged(words, rounds=ROUNDS):
+        sums = ClosedForm()
+        for change, tokens, weight in rows:
+            sums.add([("layer", change)], second_moment([tokens]), weight)
+        return sums.solve(second_moment([preserved]), 2.0, 1e-3, words)[0]["layer"]
+
+    def moved(change):
+        return (words @ change.T).square().sum(-1).mean(-1)
+
+    moment = sum(tokens.T @ tokens / len(tokens) for _, tokens, _ in rows)
+    wanted = sum(change @ (tokens.T @ tokens / len(tokens)) for change, tokens, _ in rows)
+    shares = np.full(len(words), 1 / len(words))
+    for number in range(ROUNDS + 1):
+        own = sum(share * word.T @ word / len(word) for share, word in zip(shares, words, strict=True))
+        kept = (preserved.T @ preserved / len(preserved) + own) / 2
+        ridge = 1e-3 * float(moment.trace()) / len(rows) / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+        dense = wanted @ torch.linalg.inv(moment + 2.0 * len(rows) * kept + ridge)
+        if number == 0:
+            equal = dense
+        shares = shares * moved(dense).sqrt().numpy()
+        shares /= shares.sum()
+    found = merged(words)
+    assert torch.allclose(found, dense, atol=1e-9)
+    assert moved(found).max() < moved(equal).max() < moved(merged(None)).max()
+
+
+def test_the_words_sums_are_the_dense_ones_whatever_the_blocks(draw, monkeypatch):
+    words, shares, change = draw(7, 3, WIDTH), torch.rand(7, dtype=torch.float64), draw(OUT, WIDTH)
+    monkeypatch.setattr("concept_ablation.methods.merging.WORDS_AT_ONCE", 2)
+    dense = sum(share * second_moment([word]) for share, word in zip(shares, words, strict=True))
+    assert torch.allclose(weighted_moment(words, shares), dense)
+    assert torch.allclose(moved_by(words, change.T @ change), (words @ change.T).square().sum(-1).mean(-1))
+
+
+def test_a_reach_is_how_far_the_rows_tokens_move_along_their_own_changes(draw):
+    rows = [(draw(OUT, WIDTH), draw(8, WIDTH), weight) for weight in (1.0, 2.0)]
+    sums = ClosedForm()
+    for change, tokens, weight in rows:
+        sums.add([("layer", change)], second_moment([tokens]), weight)
+    found = sums.solve(second_moment([draw(6, WIDTH)]), 2.0, 1e-3, reach=1.2)[0]["layer"]
+    along = sum(w * float(((tokens @ found.T) * (tokens @ own.T)).sum(1).mean()) for own, tokens, w in rows)
+    own = sum(w * float((tokens @ own.T).square().sum(1).mean()) for own, tokens, w in rows)
+    assert along == pytest.approx(1.2 * own)
 
 
 def test_a_sum_takes_a_tensor_that_a_change_lacks_as_unchanged():

@@ -1,13 +1,14 @@
 """`how: closed-form`: the change of keys and values that does to each row's tokens what the row's own does; see `merging`.
 
 A row's tokens are those of its target prompts, as training words them, without begin-of-text, which every prompt has. Preserved are
-all tokens of the empty prompt and of the rows' anchors, neighbors and general prompts, but for prompts that name a target of any row.
+all tokens of the empty prompt and of the rows' anchors, neighbors and general prompts, but for prompts that name a target of any row;
+and the words that the text encoder knows (`vocabulary`), without those of targets.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from concept_ablation.methods.bundles.base import Way
 
@@ -20,17 +21,23 @@ log = logging.getLogger(__name__)
 
 
 class ClosedFormMerge(Way):
-    """Of keys and values of the text. `ridge`, `preserve_weight`: see `merging`."""
+    """Of keys and values of the text. `ridge`, `preserve_weight`, `reach`: see `merging`. `vocabulary`: most words that are preserved."""
 
     name = "closed-form"
     reads = ("deltas", "prompts")
     settings = ("ridge", "preserve_weight")
+    defaults: ClassVar = {"vocabulary": 3000, "reach": 1.15}
+    schema: ClassVar = {
+        "vocabulary": {"type": "integer", "minimum": 0, "maximum": 100_000},
+        "reach": {"type": "number", "exclusiveMinimum": 0, "maximum": 10},
+    }
     groups = frozenset({"cross-attn", "embedding"})  # rows of a token embedding are joined
     takes = "keys and values of the text"
 
     def merge(self, spec, deltas, rows, pipeline):
         from concept_ablation.methods.ablation.conditioning import Encoder
         from concept_ablation.methods.ablation.preservation import prompts_of_all, second_moment
+        from concept_ablation.methods.bundles.vocabulary import frequent_words, word_tokens, words_of_targets
         from concept_ablation.methods.merging import ClosedForm
 
         _check_linear(deltas, pipeline)
@@ -42,7 +49,10 @@ class ClosedFormMerge(Way):
             return {}, {"fit": {}}
         kept = ["", *prompts_of_all(rows, spec["general"])]
         preserved = second_moment(encoder.hidden(kept)).to(where)
-        merged, fit = sums.solve(preserved, spec["preserve_weight"], spec["ridge"])
+        own = self.settings_of(spec)
+        words = frequent_words(pipeline.tokenizer, own["vocabulary"], words_of_targets(rows))
+        tokens = word_tokens(encoder, words).to(where) if words else None
+        merged, fit = sums.solve(preserved, spec["preserve_weight"], spec["ridge"], tokens, own["reach"])
         log.info(
             "lost %.3f of what the rows change, moved preserved tokens by %.3f of it", fit.lost, fit.moved
         )
