@@ -1,10 +1,10 @@
 """What merging many deltas costs: seconds and peak memory, with deltas of Stable Diffusion 1.4's keys and values.
 
-    python bench/merge.py [--deltas 50] [--how closed-form sum ties]
+    python bench/merge.py [--deltas 50] [--how closed-form sum ties] [--words 3000]
 
 The deltas are random numbers of its 32 shapes, 77 MB each. A handful of files lies in a temporary folder and is read again and again,
 so they come from the system's cache: a disk adds the time of reading 77 MB a delta (of `ties` twice that). Encoding the rows'
-prompts isn't part of it; their tokens are random, too. Prints a Markdown table.
+prompts and words isn't part of it; their tokens are random, too. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ def changes(base: dict[str, Tensor], folder: Path, count: int) -> Iterator[Itera
         yield ((name, value - base[name]) for name, value in iterate_delta(path))
 
 
-def merge(how: str, folder: Path, count: int, told: multiprocessing.Queue) -> None:
+def merge(how: str, folder: Path, count: int, words: int, told: multiprocessing.Queue) -> None:
     """Merge in a process of its own, so that its peak is its own; tells seconds, and MB before and at most."""
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in shapes().items()}
     tokens = [torch.randn(1, TOKENS, WIDTH, generator=generator) for _ in range(FILES)]
+    known = torch.randn(words, 76, WIDTH, generator=generator, dtype=torch.float16) if words else None
     before, began = peak(), time.monotonic()
     if how == "closed-form":
         sums = ClosedForm()
         for number, change in enumerate(changes(base, folder, count)):
             sums.add(change, second_moment([tokens[number % FILES]]))
-        merged, _ = sums.solve(second_moment(tokens), 1.0, 1e-3)
+        merged, _ = sums.solve(second_moment(tokens), 3.0, 3e-2, known, 1.15)
     elif how == "sum":
         merged = add_up(changes(base, folder, count))
     else:
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--how", nargs="+", choices=("closed-form", "sum", "ties"), default=("closed-form", "sum", "ties")
     )
+    parser.add_argument("--words", type=int, default=3000, help="that closed-form preserves")
     options = parser.parse_args()
     print(
         "| how | deltas | seconds | a delta | 1,000 reckoned | MB before | MB at most |\n|---|---|---|---|---|---|---|"
@@ -88,7 +90,7 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         for how in options.how:
             told = context.Queue()
-            process = context.Process(target=merge, args=(how, folder, options.deltas, told))
+            process = context.Process(target=merge, args=(how, folder, options.deltas, options.words, told))
             process.start()
             seconds, before, most = told.get()
             process.join()

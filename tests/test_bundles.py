@@ -394,7 +394,9 @@ def test_the_vocabulary_is_of_whole_words_without_those_of_targets():
 @torch.no_grad()
 def test_what_no_row_names_moves_less_with_the_vocabulary(folder, pipeline, tmp_path, monkeypatch):
     """Of the tiny model, whose tokenizer has no words: these come from elsewhere."""
-    monkeypatch.setattr(f"{frequent_words.__module__}.frequent_words", lambda _tokenizer, count, _: ["castle", "moon"][:count])
+    monkeypatch.setattr(
+        f"{frequent_words.__module__}.frequent_words", lambda _tokenizer, count, _: ["castle", "moon"][:count]
+    )
     tensors, sizes = [changed(pipeline, seed=seed) for seed in (0, 1)], []
     token = FAMILY.encode_prompts(pipeline, ["a picture of a castle"]).hidden[0, 1:]
     for vocabulary in (0, 2):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 4
-"""Rounds in which the words' weights are found. The farthest word moved .69, .44, .40 and .36 of a row's change after 0, 2, 4 and 8."""
+"""Rounds in which the words' weights are found. Of 45 rows the farthest word moved .83, .66, .53, .44 and .41 of a row's change after 0, 1, 2, 4 and 8."""
 WORDS_AT_ONCE = 256
 
 Change = Iterable[tuple[str, Tensor]]
