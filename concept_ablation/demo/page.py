@@ -203,11 +203,11 @@ def _asked(page: Page) -> dict[str, gradio.Component]:
         ),
         "several": gr.Radio(WAYS, value="both", label="Several at once", visible=False),
     }
-    with gr.Row(equal_height=True):
+    with gr.Row():
         made["seed"] = gr.Number(
             first.examples[0].seed, label="Seed", precision=0, minimum=0, maximum=SEEDS - 1, min_width=140
         )
-        made["another"] = gr.Button("Another seed", min_width=140)
+        made["another"] = gr.Button("Another seed", elem_id="another", min_width=140)
     return made | {"draw": gr.Button("Draw", variant="primary")}
 
 

@@ -53,7 +53,7 @@ def check(request: Request, catalogue: Catalogue) -> None:
         raise RequestError(f"the prompt has {len(request.prompt)} characters (allowed: {LONGEST})")
     if not isinstance(request.seed, int) or not 0 <= request.seed < SEEDS:
         raise RequestError(f"seed {show(request.seed)}: a whole number from 0 to {SEEDS - 1} is allowed")
-    if not 0 <= request.strength <= STRONGEST:
+    if not isinstance(request.strength, int | float) or not 0 <= request.strength <= STRONGEST:
         raise RequestError(f"strength {show(request.strength)}: 0 to {STRONGEST:g} is allowed")
     if request.several not in get_args(Several):
         raise RequestError(f"{show(request.several)} is unknown (allowed: {', '.join(get_args(Several))})")
