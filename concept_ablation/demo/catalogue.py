@@ -32,12 +32,14 @@ class Example:
 class Choice:
     """A row or a bundle that can be tried.
 
-    name: its name, with "bundle" before it for a bundle. short: what its pictures are titled with. about: what it removes. delta: the
-    path of its delta. sampler: the one of its pictures in the report. veiled: whether the report hides them until a reader asks.
+    name: its name, with "bundle" before it for a bundle. short: the target, if no other row removes it, else the name. title: of its
+    pictures. about: what it removes. delta: the path of its delta. sampler: the one of its pictures in the report. veiled: whether the
+    report hides them until a reader asks.
     """
 
     name: str
     short: str
+    title: str
     about: str
     delta: str
     sampler: Mapping[str, object]
@@ -104,10 +106,12 @@ def _sampling(plan: Plan, row: Row) -> Mapping:
 def _of_row(plan: Plan, row: Row, only: bool) -> Choice:
     """A row. `only`: no other row removes the same, so that its target names it."""
     concept, spec = row.concept, _sampling(plan, row)
+    short = concept.target if only else concept.name
     about = f"{concept.target} → {concept.anchor} · {concept.kind}"
     return Choice(
         name=concept.name,
-        short=concept.target if only else concept.name,
+        short=short,
+        title=f"without {short}",
         about=about if only else f"{about} · {concept.name}",
         delta=plan.path(row.ablation),
         sampler=spec["sampler"],
@@ -122,6 +126,7 @@ def _of_bundle(plan: Plan, bundle: Bundle, sampler: Mapping[str, object]) -> Cho
     return Choice(
         name=f"bundle {bundle.name}",
         short=f"bundle {bundle.name}",
+        title=f"bundle {bundle.name}",
         about=f"bundle {bundle.name}: {len(bundle.concepts)} concepts · {bundle.how}",
         delta=plan.path(bundle.delta),
         sampler=specs[0]["sampler"] if specs else sampler,

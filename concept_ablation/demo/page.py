@@ -193,7 +193,7 @@ def _asked(page: Page) -> dict[str, gradio.Component]:
     gr, choices, first = page.gradio, page.catalogue.choices, page.first
     made = {
         "prompt": gr.Textbox(
-            first.examples[0].prompt, label="Prompt", max_length=LONGEST, lines=2, max_lines=4
+            first.examples[0].prompt, label="Prompt", max_length=LONGEST, lines=1, max_lines=4
         ),
         "names": gr.Dropdown(
             [(choice.about, choice.name) for choice in choices.values()],
@@ -219,7 +219,7 @@ def _more(page: Page) -> dict[str, gradio.Component]:
         "examples": gr.Dropdown(
             page.examples([first.name]),
             value=None,
-            label="Prompts and seeds of the report, for its very pictures",
+            label="Prompts and seeds of the report",
         ),
     }
     gr.HTML(ABOUT, elem_classes="ca-about", js_on_load=None)

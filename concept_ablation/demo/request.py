@@ -90,11 +90,9 @@ def pictures_of(request: Request, catalogue: Catalogue) -> list[Picture]:
     choices = _chosen(request, catalogue)
     pictures = [Picture("base model", {})]
     if len(choices) < 2 or request.several != "added":
-        pictures += [
-            Picture(f"without {choice.short}", {choice.delta: request.strength}) for choice in choices
-        ]
+        pictures += [Picture(choice.title, {choice.delta: request.strength}) for choice in choices]
     if len(choices) > 1 and request.several != "each":
-        names = "without " + " + ".join(choice.short for choice in choices) + ", added up"
+        names = " + ".join(choice.short for choice in choices) + ", added up"
         pictures.append(Picture(names, {choice.delta: request.strength for choice in choices}))
     return pictures
 
