@@ -227,7 +227,7 @@ def test_unsafe_pictures_are_veiled_until_a_reader_asks(visit):
     )
     tile = page.locator("#history .thumbnail-item img").first
     tile.wait_for()
-    page.locator(".ca-unveil").click()
+    page.get_by_text("Show these pictures").click()
     assert not page.locator("#answer img").first.evaluate(blurred)
     # In the history it stays beyond recognition: neighbouring pixels hardly differ.
     source = tile.get_attribute("src")
@@ -235,8 +235,10 @@ def test_unsafe_pictures_are_veiled_until_a_reader_asks(visit):
     assert np.abs(np.diff(small[:, :120], axis=1)).max() < 16
     # Drawn again, it is veiled again.
     page.get_by_role("button", name="Another seed").click()
-    page.wait_for_function("!document.querySelector('.ca-unveil input').checked")
+    page.wait_for_function("!document.querySelector('.ca-note').textContent.includes('seed 3 ')")
+    assert page.locator("#answer img").first.evaluate(blurred)
     settled(page, 2)
+    assert page.locator("#answer img").last.evaluate(blurred)
 
 
 def test_values_of_the_table_and_prompts_are_text(visit):

@@ -103,7 +103,8 @@ class Page:
                 html.escape(str(error)), title="This can't be drawn", print_exception=False
             ) from None
         note = f"{len(pictures)} pictures in {time.monotonic() - began:.1f} s"
-        kept = [Answer(request, tuple(pictures), note), *kept][:KEPT]
+        others = [one for one in kept if one.request != request]
+        kept = [Answer(request, tuple(pictures), note), *others][:KEPT]
         yield self.show(request, pictures, note), self.tiles(kept), kept
 
     def show(self, request: Request, pictures: Sequence[Picture], note: str) -> str:
