@@ -52,6 +52,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# torch's threads sleep while they wait for each other. Spinning, two of them took 13 times the CPU time on a busy machine.
+WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class PortError(UserError):
@@ -130,6 +132,7 @@ def serve(
         )  # so that the folder is removed
         for name, value in {**QUIET, "GRADIO_TEMP_DIR": folder}.items():
             os.environ[name] = value
+        os.environ.setdefault(*WAITING)
         import_gradio()
         listener = stack.enter_context(_listen(port))
         blocks = make_page(*load())
