@@ -314,7 +314,7 @@ def test_a_tiles_words_name_what_it_shows():
     pictures = [Picture(f"p{number}", {}, None) for number in range(6)]
     assert (
         caption(Request("a fox", 5, ("a",), 0.5), pictures)
-        == "a fox · seed 5: p0 | p1 | p2 | p3 and 2 more, strength 0.5"
+        == "a fox · seed 5: p0 | p1 | p2 | p5 and 2 more, strength 0.5"
     )
 
 

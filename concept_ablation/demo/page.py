@@ -206,9 +206,15 @@ def _asked(page: Page) -> dict[str, gradio.Component]:
     }
     with gr.Row():
         made["seed"] = gr.Number(
-            first.examples[0].seed, label="Seed", precision=0, minimum=0, maximum=SEEDS - 1, min_width=140
+            first.examples[0].seed,
+            label="Seed",
+            precision=0,
+            minimum=0,
+            maximum=SEEDS - 1,
+            scale=3,
+            min_width=160,
         )
-        made["another"] = gr.Button("Another seed", elem_id="another", min_width=140)
+        made["another"] = gr.Button("Another seed", elem_id="another", scale=2, min_width=110)
     return made | {"draw": gr.Button("Draw", variant="primary")}
 
 

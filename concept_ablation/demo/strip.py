@@ -50,8 +50,8 @@ def _address(image: Image.Image) -> str:
 
 
 def tile(pictures: Sequence[Picture], veiled: bool) -> Image.Image:
-    """The first pictures of an answer side by side, small; beyond recognition if they are `veiled`."""
-    images = [picture.image for picture in pictures if picture.image][:MOST]
+    """The first pictures of an answer and its last side by side, small; beyond recognition if they are `veiled`."""
+    images = _some([picture.image for picture in pictures if picture.image])
     made = Image.new("RGBA", (len(images) * (TILE + GAP) - GAP, TILE))
     for place, image in enumerate(images):
         small = image.resize((TILE, TILE), Image.Resampling.LANCZOS)
@@ -65,7 +65,12 @@ def tile(pictures: Sequence[Picture], veiled: bool) -> Image.Image:
 
 def caption(request: Request, pictures: Sequence[Picture]) -> str:
     """What a tile of the history shows, in words."""
-    words = [picture.title for picture in pictures]
-    text = " | ".join(words[:MOST]) + (f" and {len(words) - MOST} more" if len(words) > MOST else "")
+    text = " | ".join(_some([picture.title for picture in pictures]))
+    text += f" and {len(pictures) - MOST} more" if len(pictures) > MOST else ""
     strength = f", strength {request.strength:g}" if request.names and request.strength != 1 else ""
     return f"{request.prompt} · seed {request.seed}: {text}{strength}"
+
+
+def _some(values: Sequence) -> list:
+    """All of a few values; of many the first, and the last, which is the sum if there is one."""
+    return list(values) if len(values) <= MOST else [*values[: MOST - 1], values[-1]]
