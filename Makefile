@@ -3,6 +3,7 @@
 #   make report      make the report again from the results that are there
 #   make check       check the config, the table and all prompts; run nothing
 #   make status      show which rows are done, running, ended or failed (WATCH=1: again every few seconds)
+#   make demo        a page on this machine that draws any prompt by finished rows (PORT=7860; installs gradio)
 #   make gc          list files that no row refers to (REMOVE=1: remove them)
 #   make clean       remove results and caches, keep .venv
 #   make embedded    train the embedded models again (hours)
@@ -16,13 +17,14 @@
 #   make slurm-test  rows on a SLURM cluster that is started on this machine (as root; about 7 minutes)
 #   make test-s3     results in a bucket: installs and starts an S3 server on this machine (about 5 minutes)
 #   make page-test   the report in a browser: installs Debian's chromium if it is missing (as root; about a minute)
+#   make demo-test   the page of make demo in a browser (installs as page-test does, and gradio)
 # Everything runs in .venv. CORES=4 limits the cores; PYTHON=python3.12 picks the interpreter that makes .venv.
 PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check status gc test test-world slurm-test test-s3 page-test sweep fuzz chaos lint format report embedded clean install
+.PHONY: run check status gc test test-world slurm-test test-s3 page-test demo demo-test chromium sweep fuzz chaos lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -44,6 +46,10 @@ check: .venv/.installed
 status: .venv/.installed
 	python -m concept_ablation status $(if $(WATCH),--watch)
 
+demo: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[dev,demo]'
+	python -m concept_ablation demo $(if $(PORT),--port $(PORT))
+
 gc: .venv/.installed
 	python -m concept_ablation gc $(if $(REMOVE),--remove)
 
@@ -63,11 +69,17 @@ test-s3: .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[dev,s3-test]'
 	OMP_NUM_THREADS=1 pytest -m s3
 
-page-test: .venv/.installed
+page-test: .venv/.installed chromium
 	$(BIN)/pip install --quiet --editable '.[dev,page-test]'
+	OMP_NUM_THREADS=1 pytest -m browser tests/test_page.py
+
+demo-test: .venv/.installed chromium
+	$(BIN)/pip install --quiet --editable '.[dev,page-test,demo]'
+	OMP_NUM_THREADS=1 pytest -m demo tests/test_demo_page.py
+
+chromium:
 	[ -n "$$CHROMIUM" ] || command -v chromium || [ "$$(id -u)" != 0 ] || { apt-get -qq update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core; }
-	OMP_NUM_THREADS=1 pytest -m browser tests/test_page.py
 
 fuzz: .venv/.installed
 	pytest -m fuzz tests/test_fuzz.py

@@ -24,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(options.run(options))
     except (UserError, OSError) as error:  # errors about files count as the user's
-        text = str(error) if options.run in (_check, _compare, _gc, _status) else " ".join(str(error).split())
+        text = (
+            str(error)
+            if options.run in (_check, _compare, _demo, _gc, _status)
+            else " ".join(str(error).split())
+        )
         print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
@@ -99,6 +103,22 @@ def _status(options: argparse.Namespace) -> str:
     return watch(told) if options.watch else told()
 
 
+def _demo(options: argparse.Namespace) -> str:
+    from concept_ablation.demo.server import serve
+    from concept_ablation.plan.checks import read_table
+
+    def load():
+        from concept_ablation.demo.catalogue import make_catalogue
+        from concept_ablation.demo.studio import Studio
+        from concept_ablation.diffusion.stages import load_model
+
+        config, plan = read_table(options.configfile)
+        catalogue = make_catalogue(plan, config["evaluation"]["sampler"])
+        return catalogue, Studio(load_model(catalogue.model, config["runtime"]["device"]))
+
+    return serve(load, options.port, lambda text: print(text, flush=True))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m concept_ablation",
@@ -129,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     status = command(_status, "show how far a run is, how long it will take and how much disk it uses")
     _add_overlays(status)
     status.add_argument("--watch", action="store_true", help="show it again every few seconds, until Ctrl-C")
+    demo = command(_demo, "serve a page on this machine that draws any prompt by finished rows; needs gradio")
+    _add_overlays(demo)
+    demo.add_argument(
+        "--port", type=int, default=7860, metavar="N", help="the page's port; 0: any free one (default: 7860)"
+    )
     return parser
 
 

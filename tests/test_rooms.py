@@ -20,10 +20,11 @@ ALLOWED = {
     "evaluation": {"common", "registries", "kinds", "diffusion", "verdict"},
     "methods": {"common", "registries", "prompts", "diffusion", "evaluation"},
     "report": {"common", "registries", "plan", "verdict"},
+    "demo": {"common", "registries", "prompts", "plan", "diffusion"},
     "models": {"diffusion"},
     "jobs": {"common", "registries"},
     "__init__": set(),
-    "__main__": {"common", "plan", "report", "diffusion"},
+    "__main__": {"common", "plan", "report", "diffusion", "demo"},
 }
 LAZY = {("report", "diffusion")}  # a model card reads the delta that it is about
 # What planning may not load: it runs whenever Snakemake reads the workflow, and in every job.
