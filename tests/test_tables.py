@@ -195,14 +195,14 @@ def test_thresholds_come_from_the_config():
         read_thresholds({"rows": [], "verdict": given})
 
 
-def score_line(concept, role, metric, model, value, low=None, high=None, probe=""):
+def score_line(concept, role, metric, side, value, low=None, high=None, probe=""):
     line = dict.fromkeys(COLUMNS.names, "") | {
         "pooled": is_pooled(role),
         "concept": concept,
         "probe": probe,
         "role": role,
         "metric": metric,
-        "model": model,
+        "side": side,
     }
     return line | {"value": value, "ci_low": value if low is None else low, "ci_high": high or value, "n": 40}
 

@@ -34,7 +34,7 @@ FORMS = {
     "interval": (("", "ablated", True),),
     "value": (("", "ablated", False),),
 }
-"""`Metric.summary_form` -> the columns that it makes: end of the name, model of the long table, whether with its interval."""
+"""`Metric.summary_form` -> the columns that it makes: end of the name, side in the long table, whether with its interval."""
 
 COUNTED, IMAGES = ("target", "anchor", "neighbor"), "image_similarity"
 """The roles whose images the summary counts, and the metric that counts them: every image has it."""
@@ -46,7 +46,7 @@ class Column(NamedTuple):
     name: str
     role: str
     metric: str
-    model: str
+    side: str
     interval: bool
 
 
@@ -61,9 +61,9 @@ def measured_columns() -> list[Column]:
         return form != "change", ROLES.index(role), list(FORMS).index(form), metric != LEADING.get(role)
 
     return [
-        Column(column + end, role, metric, model, interval)
+        Column(column + end, role, metric, side, interval)
         for column, role, metric, form in sorted(entries, key=place)
-        for end, model, interval in FORMS[form]
+        for end, side, interval in FORMS[form]
     ]
 
 
@@ -79,7 +79,7 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds, judges_anc
     summary |= {"neighbors": "; ".join(row["neighbors"]), "measure": measure}
     for column in measured_columns():
         metric = measure if column.metric == PRESENCE else column.metric
-        line = found.get((column.role, metric, column.model), {})
+        line = found.get((column.role, metric, column.side), {})
         summary[column.name] = line.get("value")
         if column.interval:
             summary |= {f"{column.name}_low": line.get("ci_low"), f"{column.name}_high": line.get("ci_high")}
@@ -106,12 +106,12 @@ def training_record(row: Mapping) -> dict[str, list]:
 
 
 def _by_place(row: Mapping, scores: pa.Table) -> dict[tuple[str, str, str], dict]:
-    """(role, metric, model) -> line, where a role of several subjects means all of them pooled."""
+    """(role, metric, side) -> line, where a role of several subjects means all of them pooled."""
     pooled = {"neighbor": POOLS["neighbor"], "anchor": "anchor", "worst_neighbor": WORST}
     pooled["target"] = POOLS["target"] if len(row["targets"]) > 1 else "target"
     role_of = {place: role for role, place in pooled.items()}
     return {
-        (role_of[line["role"]], line["metric"], line["model"]): line
+        (role_of[line["role"]], line["metric"], line["side"]): line
         for line in scores.to_pylist()
         if line["role"] in role_of
     }
