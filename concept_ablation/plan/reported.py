@@ -39,7 +39,14 @@ def reported_row(plan: Plan, row: Row) -> dict:
         "delta": plan.path(row.ablation),
         "training": plan.training_record(row),
         "strength": plan.training_record(row, "strength"),
+        "jobs": _jobs(plan, row),
     }
+
+
+def _jobs(plan: Plan, row: Row) -> list[str]:
+    """`stage/key` of all work that a row is made from. Its victims' base pictures are other rows'."""
+    keys = {**plan.needed(row.scores), **({row.interference.key: None} if row.interference else {})}
+    return [f"{plan.stages[key]}/{key}" for key in keys]
 
 
 def _bundle(plan: Plan, bundle: Bundle) -> dict:
@@ -49,4 +56,7 @@ def _bundle(plan: Plan, bundle: Bundle) -> dict:
         "rows": [reported_row(plan, row) for row in bundle.judged],
         "anchors_gone": dict(bundle.anchors_gone),
         "general": bundle.general and plan.path(bundle.general),
+        "jobs": [f"{plan.stages[key]}/{key}" for key in plan.needed(bundle.general)]
+        if bundle.general
+        else [],
     }

@@ -128,6 +128,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
     from concept_ablation.report.bundles import aggregate_bundles
+    from concept_ablation.report.costs import aggregate_costs, row_costs
     from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import print_summary, render
     from concept_ablation.report.tables import aggregate_images, aggregate_scores
@@ -147,13 +148,15 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
             harm = folder / "interference.parquet" if plan.measures_interference else None
             if harm:
                 aggregate_interference(spec, harm)
-            aggregate_scores(spec, scores, summary, harm)
+            costs = aggregate_costs(spec, plan.results, folder / "costs.parquet")
+            aggregate_scores(spec, scores, summary, harm, row_costs(costs))
             aggregate_images(spec, folder / "images.parquet")
             mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
             bundles = folder / "bundles.parquet" if spec.get("bundles") else None
             if bundles:
                 aggregate_bundles(spec, summary, bundles)
-            render(spec, scores, summary, page, bundles_path=bundles, interference_path=harm)
+            more = {"interference_path": harm, "costs_path": folder / "costs.parquet"}
+            render(spec, scores, summary, page, bundles_path=bundles, **more)
         except ValueError as error:
             path = getattr(error, "damaged", None)
             if path is None or not path.exists():  # a damaged file once set aside is no longer there

@@ -28,6 +28,16 @@ ROLES = ("target", "anchor", "neighbor", "worst_neighbor")
 LEADING = {"target": PRESENCE, "anchor": PRESENCE, "neighbor": "recognition"}
 """The metric that a role is judged by first: its columns stand before the role's others."""
 
+COSTS = {
+    "cost_seconds": pa.float64(),
+    "cost_cpu_seconds": pa.float64(),
+    "cost_own_seconds": pa.float64(),
+    "cost_jobs": pa.int64(),
+    "cost_jobs_ran": pa.int64(),
+    "cost_jobs_unmeasured": pa.int64(),
+}
+"""The columns of what a row cost, see `costs.row_costs`."""
+
 FORMS = {
     "change": (("_base", "base", True), ("_ablated", "ablated", True), ("_change", "difference", True)),
     "models": (("_base", "base", False), ("_ablated", "ablated", False)),
@@ -152,5 +162,6 @@ def summary_schema() -> pa.Schema:
         ]
         + [(name, pa.float64()) for name in cost]
         + list(STRENGTH.items())
+        + list(COSTS.items())
         + [("delta", pa.string())]
     )

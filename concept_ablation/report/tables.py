@@ -44,6 +44,7 @@ def aggregate_scores(
     scores_path: str | Path,
     summary_path: str | Path,
     interference_path: str | Path | None = None,
+    costs: Mapping[str, Mapping] | None = None,
 ) -> None:
     """Writes all rows' scores (long) and the summary (wide), each as Parquet and, beside it, as CSV.
 
@@ -51,6 +52,7 @@ def aggregate_scores(
         spec: "rows" (each: concept, kind, targets, target, anchor, neighbors, scores, samples, base, delta, and where they
             exist training, image), "verdict" (all thresholds), and perhaps "missing", the names of unfinished rows.
         scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
+        costs: what each row cost, as `costs.row_costs` gives it.
         interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
 
     Raises:
@@ -62,7 +64,8 @@ def aggregate_scores(
     def read_all() -> Iterator[pa.Table]:
         for row in rows:
             table = read_scores(row["scores"])
-            summary.append(summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"])))
+            own = summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"]))
+            summary.append(own | (costs or {}).get(row["concept"], {}))
             yield table
 
     about = {METADATA_KEY: json.dumps(describe(spec))}
@@ -156,17 +159,31 @@ def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema)
     Each file is there whole or not at all.
     """
     options, count = pa.csv.WriteOptions(quoting_style="needed"), 0
+    flat = pa.schema([field.with_type(_flat(field.type)) for field in schema])
     with (
         atomic_output(path) as parquet,
         atomic_output(Path(path).with_suffix(".csv")) as text,
         pq.ParquetWriter(parquet, schema) as wide,
-        pa.csv.CSVWriter(text, schema, write_options=options) as lines,
+        pa.csv.CSVWriter(text, flat, write_options=options) as lines,
     ):
         for batch in _batches(tables):
             wide.write_table(batch)
-            lines.write_table(escape_formulas(batch))
+            lines.write_table(escape_formulas(_joined(batch)))
             count += batch.num_rows
     return count
+
+
+def _flat(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_list(kind) else kind
+
+
+def _joined(table: pa.Table) -> pa.Table:
+    """`table` without lists, which CSV lacks: their texts separated by `; `."""
+    for number, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            column = pc.binary_join(table.column(number), "; ")
+            table = table.set_column(number, field.with_type(pa.string()), column)
+    return table
 
 
 def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

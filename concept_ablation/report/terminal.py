@@ -28,8 +28,8 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.progress import VARIABLE, Progress, read_progress
 from concept_ablation.plan.graph import Plan, Row
 from concept_ablation.plan.reported import reported_row
-from concept_ablation.report.formatting import points, printable, share
-from concept_ablation.report.status import duration, read_costs, unfinished_keys
+from concept_ablation.report.formatting import duration, points, printable, share
+from concept_ablation.report.status import read_costs, unfinished_keys
 
 STANDARD = "DefaultStreamHandler"
 """The name of Snakemake's handler of the terminal."""
