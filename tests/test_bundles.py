@@ -533,7 +533,7 @@ def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
         ("both", "closed-form", "object-fox"), ("both", "closed-form", "object-owl"),
         ("sums", "sum", "object-fox"), ("sums", "sum", "object-owl"),
     ]  # fmt: skip
-    assert [each["neighbors"] for each in lines[:2]] == ["dog", "duck"], "the owl is gone"
+    assert [each["neighbors"] for each in lines[:2]] == [["dog"], ["duck"]], "the owl is gone"
     summary = {each["concept"]: each for each in pq.read_table("results/report/summary.parquet").to_pylist()}
     for each in lines:
         assert each["verdict_alone"] == summary[each["concept"]]["verdict"]

@@ -63,7 +63,7 @@ def make_results(folder, *, target="owl", kind="object", base_model="tiny", tens
     save_delta(delta, tensors or {"unet.a": torch.ones(1)}, metadata | settings | {"anchor": "bird"})
     words = {"concept": "row", "kind": kind, "target": target, "anchor": "bird"}
     summary = words | {
-        "neighbors": "hen; duck",
+        "neighbors": ["hen", "duck"],
         "verdict": "removed, neighbors kept",
         "firmness": "provisional",
     }

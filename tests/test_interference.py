@@ -372,7 +372,7 @@ def test_the_summary_has_every_rows_victims(tmp_path):
     make_page(tmp_path, rows)
     lines = pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
     found = {line["concept"]: (line["victims"], line["victims_measured"]) for line in lines}
-    assert found == {"fox": ("owl; pencil", 3), "neon": ("", 1), "alone": (None, None)}
+    assert found == {"fox": (["owl", "pencil"], 3), "neon": ([], 1), "alone": (None, None)}
 
 
 def test_one_row_has_no_matrix(tmp_path):

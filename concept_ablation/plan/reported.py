@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 def reported(plan: Plan, rows: Sequence[Row], bundles: Sequence[Bundle]) -> dict:
     """The report's spec, see `tables.aggregate_scores`: rows and bundles with their files, and the report's settings."""
     spec = {"rows": [reported_row(plan, row) for row in rows], **plan.report}
+    if rows:  # a table has one base model
+        spec["model"] = plan.specs["sample_ablated"][rows[0].samples]["model"]
     if bundles:
         spec["bundles"] = [_bundle(plan, bundle) for bundle in bundles]
     return spec
@@ -40,6 +42,7 @@ def reported_row(plan: Plan, row: Row) -> dict:
         "training": plan.training_record(row),
         "strength": plan.training_record(row, "strength"),
         "jobs": _jobs(plan, row),
+        "keys": {"row_key": row.scores, "samples_key": row.samples, "delta_key": row.ablation},
     }
 
 

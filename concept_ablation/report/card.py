@@ -124,7 +124,7 @@ def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_
         "targets": ", ".join(metadata.get("targets") or [summary["target"]]),
         "anchor": summary["anchor"],
         "kind": summary["kind"],
-        "neighbors": summary["neighbors"].replace(";", ","),
+        "neighbors": ", ".join(summary["neighbors"]),
         "verdict": summary["verdict"],
         "provisional": summary["firmness"] == "provisional",
         "hidden": not KINDS[summary["kind"]].publishable,

@@ -31,7 +31,7 @@ COLUMNS = pa.schema(
         ("rows", pa.list_(pa.string())),
         ("bundles", pa.list_(pa.string())),
         ("ran", pa.bool_()),
-        ("finished", pa.timestamp("s", "UTC")),
+        ("finished", pa.string()),
         ("seconds", pa.float64()),
         ("cpu_seconds", pa.float64()),
         ("peak_memory_mb", pa.float64()),
@@ -136,7 +136,9 @@ def _line(job: str, rows: list[str], bundles: list[str], results: Path, began: f
         "rows": rows,
         "bundles": bundles,
         "ran": found.ended >= began if known else None,
-        "finished": None if found.ended is None else datetime.fromtimestamp(int(found.ended), UTC),
+        "finished": None
+        if found.ended is None
+        else f"{datetime.fromtimestamp(found.ended, UTC):%Y-%m-%dT%H:%M:%SZ}",
         "seconds": found.seconds,
         "cpu_seconds": found.cpu_seconds,
         "peak_memory_mb": found.peak_memory_mb,

@@ -128,6 +128,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
     from concept_ablation.report.bundles import aggregate_bundles
+    from concept_ablation.report.columns import write_columns
     from concept_ablation.report.costs import aggregate_costs, row_costs
     from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import print_summary, render
@@ -151,6 +152,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
             costs = aggregate_costs(spec, plan.results, folder / "costs.parquet")
             aggregate_scores(spec, scores, summary, harm, row_costs(costs))
             aggregate_images(spec, folder / "images.parquet")
+            write_columns(folder / "columns.json")
             mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
             bundles = folder / "bundles.parquet" if spec.get("bundles") else None
             if bundles:

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import damaged
 from concept_ablation.common.roles import POOLS, WORST
+from concept_ablation.common.run_id import run_id
+from concept_ablation.common.versions import versions
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.strength import COLUMNS as STRENGTH
 from concept_ablation.report.strength import strength_columns
@@ -27,6 +29,26 @@ PRESENCE = "presence"
 ROLES = ("target", "anchor", "neighbor", "worst_neighbor")
 LEADING = {"target": PRESENCE, "anchor": PRESENCE, "neighbor": "recognition"}
 """The metric that a role is judged by first: its columns stand before the role's others."""
+
+LIMITS = {
+    "neighbor_loss": "neighbor_recognition_limit",
+    "worst_neighbor_loss": "worst_neighbor_typical_limit",
+    "anchor_loss": "anchor_typical_limit",
+}
+"""A loss that the verdict limits -> the column of the least change that counts as kept, which is negative."""
+
+MADE_WITH = {
+    "base_model": "path",
+    "base_revision": "revision",
+    "base_fingerprint": "fingerprint",
+}
+"""The summary's columns of the base model -> their names in a report's spec."""
+
+VERSIONS = ("concept_ablation", "torch", "diffusers")
+"""The packages whose versions the summary has as columns, `version_<name>`; the tables' metadata have more."""
+
+KEYS = ("row_key", "samples_key", "delta_key")
+"""The summary's keys: of a row's scores, which stand for the row; of its pictures; and of its delta."""
 
 COSTS = {
     "cost_seconds": pa.float64(),
@@ -86,7 +108,8 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds, judges_anc
     found = _by_place(row, scores)
     measure = KINDS[row["kind"]].measure
     summary = {name: row[name] for name in ("concept", "kind", "target", "anchor")}
-    summary |= {"neighbors": "; ".join(row["neighbors"]), "measure": measure}
+    summary |= {"neighbors": list(row["neighbors"]), "measure": measure} | _keys(row)
+    summary |= {limit: -getattr(thresholds, f"{loss}_max") for loss, limit in LIMITS.items()}
     for column in measured_columns():
         metric = measure if column.metric == PRESENCE else column.metric
         line = found.get((column.role, metric, column.side), {})
@@ -104,6 +127,20 @@ def summarise(row: Mapping, scores: pa.Table, thresholds: Thresholds, judges_anc
         | _cost(row)
         | strength_columns(row)
     )
+
+
+def made_with(spec: Mapping) -> dict:
+    """The summary's columns that are the same in all lines: the base model, the run that made the table, and its versions."""
+    model, installed = spec.get("model") or {}, versions()
+    return (
+        {column: model.get(name) for column, name in MADE_WITH.items()}
+        | {"run": run_id()}
+        | {f"version_{name}": installed[name] for name in VERSIONS}
+    )
+
+
+def _keys(row: Mapping) -> dict:
+    return {name: row.get("keys", {}).get(name) for name in KEYS}
 
 
 def training_record(row: Mapping) -> dict[str, list]:
@@ -147,13 +184,16 @@ def summary_schema() -> pa.Schema:
         for column in measured_columns()
         for end in (("", "_low", "_high") if column.interval else ("",))
     ]
-    texts = ["concept", "kind", "target", "anchor", "neighbors", "verdict", "firmness", "measure"]
-    texts += ["deciding_target", "worst_neighbor", "victims"]
+    texts = ["verdict", "firmness", "measure", "deciding_target", "worst_neighbor"]
     flags = ["removed", "kept", "anchor_kept"]
-    target = ["target_limit", *(f"target_excess{end}" for end in ("", "_low", "_high"))]
+    about = [*KEYS, *MADE_WITH, "run", *(f"version_{name}" for name in VERSIONS)]
+    target = [*LIMITS.values(), "target_limit", *(f"target_excess{end}" for end in ("", "_low", "_high"))]
     cost = ["training_seconds", "peak_memory_mb", "delta_mb"]
     return pa.schema(
-        [(name, pa.string()) for name in texts]
+        [(name, pa.string()) for name in ("concept", "kind", "target", "anchor")]
+        + [("neighbors", pa.list_(pa.string()))]
+        + [(name, pa.string()) for name in texts]
+        + [("victims", pa.list_(pa.string()))]
         + [(name, pa.bool_()) for name in flags]
         + [(name, pa.float64()) for name in [*target, *measured]]
         + [
@@ -163,5 +203,5 @@ def summary_schema() -> pa.Schema:
         + [(name, pa.float64()) for name in cost]
         + list(STRENGTH.items())
         + list(COSTS.items())
-        + [("delta", pa.string())]
+        + [(name, pa.string()) for name in ("delta", *about)]
     )

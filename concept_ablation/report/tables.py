@@ -11,25 +11,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from concept_ablation import __version__
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
+from concept_ablation.common.run_id import run_id
 from concept_ablation.common.score_table import COLUMNS
-from concept_ablation.report.summary import summarise, summary_schema
+from concept_ablation.common.versions import versions
+from concept_ablation.report import csv_table
+from concept_ablation.report.summary import made_with, summarise, summary_schema
 from concept_ablation.report.victims import read_interference, victim_columns
 from concept_ablation.verdict import read_thresholds
 
 log = logging.getLogger(__name__)
 LINES = 20_000  # of the long table, in memory at once
-FORMULA = (
-    "^([=+@\\-\t\r\n\uff1d\uff0b\uff0d\uff20])"  # how a text starts that spreadsheets run, also in full width
-)
-
 
 FILES = ("scores", "images", "samples", "base", "delta", "training", "strength", "interference")
 """The entries of a report's row that name files."""
@@ -65,7 +62,7 @@ def aggregate_scores(
         for row in rows:
             table = read_scores(row["scores"])
             own = summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"]))
-            summary.append(own | (costs or {}).get(row["concept"], {}))
+            summary.append(own | made_with(spec) | (costs or {}).get(row["concept"], {}))
             yield table
 
     about = {METADATA_KEY: json.dumps(describe(spec))}
@@ -98,8 +95,16 @@ def aggregate_images(spec: Mapping, out_path: str | Path) -> None:
 
 
 def describe(spec: Mapping) -> dict:
-    """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the program's version."""
-    return {"rows": len(spec["rows"]), "missing": list(spec.get("missing", [])), "version": __version__}
+    """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the base model, the run that made them
+    and the versions of what it ran with."""
+    return {
+        "rows": len(spec["rows"]),
+        "missing": list(spec.get("missing", [])),
+        "model": spec.get("model"),
+        "run": run_id(),
+        "version": __version__,
+        "versions": versions(),
+    }
 
 
 def mark_complete(spec: Mapping, path: str | Path) -> None:
@@ -158,32 +163,19 @@ def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema)
 
     Each file is there whole or not at all.
     """
-    options, count = pa.csv.WriteOptions(quoting_style="needed"), 0
-    flat = pa.schema([field.with_type(_flat(field.type)) for field in schema])
+    count = 0
     with (
         atomic_output(path) as parquet,
         atomic_output(Path(path).with_suffix(".csv")) as text,
         pq.ParquetWriter(parquet, schema) as wide,
-        pa.csv.CSVWriter(text, flat, write_options=options) as lines,
+        text.open("wb") as flat,
     ):
+        flat.write(csv_table.header(schema))
         for batch in _batches(tables):
             wide.write_table(batch)
-            lines.write_table(escape_formulas(_joined(batch)))
+            flat.write(csv_table.lines(batch))
             count += batch.num_rows
     return count
-
-
-def _flat(kind: pa.DataType) -> pa.DataType:
-    return pa.string() if pa.types.is_list(kind) else kind
-
-
-def _joined(table: pa.Table) -> pa.Table:
-    """`table` without lists, which CSV lacks: their texts separated by `; `."""
-    for number, field in enumerate(table.schema):
-        if pa.types.is_list(field.type):
-            column = pc.binary_join(table.column(number), "; ")
-            table = table.set_column(number, field.with_type(pa.string()), column)
-    return table
 
 
 def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -196,15 +188,6 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             waiting = []
     if waiting:
         yield pa.concat_tables(waiting)
-
-
-def escape_formulas(table: pa.Table) -> pa.Table:
-    """`table` for a CSV file that a spreadsheet may open: a text that it would run as a formula gets a `'` before it."""
-    for number, field in enumerate(table.schema):
-        if field.type == pa.string():
-            column = pc.replace_substring_regex(table.column(number), FORMULA, r"'\1")
-            table = table.set_column(number, field, column)
-    return table
 
 
 def read_scores(path: str | Path) -> pa.Table:

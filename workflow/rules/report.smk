@@ -19,6 +19,7 @@ rule aggregate_scores:
         images="<results>/report/images.parquet",
         costs="<results>/report/costs.parquet",
         costs_csv="<results>/report/costs.csv",
+        columns="<results>/report/columns.json",
         complete="<results>/report/complete.json",
     log:
         "<logs>/aggregate_scores.log",

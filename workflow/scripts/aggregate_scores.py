@@ -7,6 +7,7 @@ from concept_ablation.jobs.job import start_job
 
 start_job(snakemake)
 
+from concept_ablation.report.columns import write_columns
 from concept_ablation.report.costs import aggregate_costs, row_costs
 from concept_ablation.report.tables import aggregate_images, aggregate_scores, mark_complete, relocate_paths
 
@@ -16,4 +17,5 @@ costs = row_costs(aggregate_costs(spec, results, snakemake.output.costs))
 interference = next(iter(snakemake.input.interference), None)
 aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary, interference, costs)
 aggregate_images(spec, snakemake.output.images)
+write_columns(snakemake.output.columns)
 mark_complete(spec, snakemake.output.complete)
