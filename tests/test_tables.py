@@ -307,7 +307,7 @@ def test_columns_of_csv_keep_their_types(tmp_path):
     )
     copy = pd.read_csv(tmp_path / "t.csv", dtype=types)
     assert {name: str(kind) for name, kind in copy.dtypes.items()} == types and len(copy) == 8
-    for name, (kind, values) in fields.items():
+    for name, (_, values) in fields.items():
         expected = (
             ["; ".join(value) or None if value is not None else None for value in values]
             if name == "list"

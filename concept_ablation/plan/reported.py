@@ -41,6 +41,7 @@ def reported_row(plan: Plan, row: Row) -> dict:
         "delta": plan.path(row.ablation),
         "training": plan.training_record(row),
         "strength": plan.training_record(row, "strength"),
+        "confidence": plan.specs["score_concept"][row.scores]["statistics"]["confidence"],
         "jobs": _jobs(plan, row),
         "keys": {"row_key": row.scores, "samples_key": row.samples, "delta_key": row.ablation},
     }

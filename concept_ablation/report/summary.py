@@ -14,6 +14,7 @@ from concept_ablation.common.roles import POOLS, WORST
 from concept_ablation.common.run_id import run_id
 from concept_ablation.common.versions import versions
 from concept_ablation.registries import KINDS, METRICS
+from concept_ablation.report.discoveries import CLAIMS
 from concept_ablation.report.strength import COLUMNS as STRENGTH
 from concept_ablation.report.strength import strength_columns
 from concept_ablation.verdict import Thresholds, decide, presence_of
@@ -185,7 +186,8 @@ def summary_schema() -> pa.Schema:
         for end in (("", "_low", "_high") if column.interval else ("",))
     ]
     texts = ["verdict", "firmness", "measure", "deciding_target", "worst_neighbor"]
-    flags = ["removed", "kept", "anchor_kept"]
+    flags = ["removed", "kept", "anchor_kept", *(f"{claim}_controlled" for claim in CLAIMS)]
+    chances = [f"{claim}_p{end}" for claim in CLAIMS for end in ("", "_adjusted")]
     about = [*KEYS, *MADE_WITH, "run", *(f"version_{name}" for name in VERSIONS)]
     target = [*LIMITS.values(), "target_limit", *(f"target_excess{end}" for end in ("", "_low", "_high"))]
     cost = ["training_seconds", "peak_memory_mb", "delta_mb"]
@@ -195,7 +197,7 @@ def summary_schema() -> pa.Schema:
         + [(name, pa.string()) for name in texts]
         + [("victims", pa.list_(pa.string()))]
         + [(name, pa.bool_()) for name in flags]
-        + [(name, pa.float64()) for name in [*target, *measured]]
+        + [(name, pa.float64()) for name in [*chances, *target, *measured]]
         + [
             (name, pa.int64())
             for name in [*(f"{role}_images" for role in COUNTED), "victims_measured", "steps"]

@@ -21,6 +21,7 @@ from concept_ablation.common.run_id import run_id
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.versions import versions
 from concept_ablation.report import csv_table
+from concept_ablation.report.discoveries import claim_columns, claim_p
 from concept_ablation.report.summary import made_with, summarise, summary_schema
 from concept_ablation.report.victims import read_interference, victim_columns
 from concept_ablation.verdict import read_thresholds
@@ -55,18 +56,20 @@ def aggregate_scores(
     Raises:
         TableError: a row's file is missing or damaged. ValueError: an unknown or missing threshold.
     """
-    rows, thresholds, summary = report_rows(spec), read_thresholds(spec), []
+    rows, thresholds, summary, claims = report_rows(spec), read_thresholds(spec), [], []
     measured = read_interference(interference_path)
 
     def read_all() -> Iterator[pa.Table]:
         for row in rows:
             table = read_scores(row["scores"])
             own = summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"]))
+            claims.append(claim_p(row, table.to_pylist(), own["verdict"], thresholds))
             summary.append(own | made_with(spec) | (costs or {}).get(row["concept"], {}))
             yield table
 
     about = {METADATA_KEY: json.dumps(describe(spec))}
     scores = write_table(read_all(), scores_path, COLUMNS.with_metadata(about))
+    summary = [line | more for line, more in zip(summary, claim_columns(claims), strict=True)]
     columns = summary_schema()
     wide = pa.Table.from_pylist(summary, schema=columns)
     write_table([wide], summary_path, columns.with_metadata(about))
