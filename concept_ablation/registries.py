@@ -134,6 +134,7 @@ METRICS = Registry(
         "copy_rate": "concept_ablation.evaluation.metrics.copy_rate:METRIC",
         "copy_similarity": "concept_ablation.evaluation.metrics.copy_similarity:METRIC",
         "detected": "concept_ablation.evaluation.metrics.detected:METRIC",
+        "detector_score": "concept_ablation.evaluation.metrics.detector_score:METRIC",
         "typical": "concept_ablation.evaluation.metrics.typical:METRIC",
         "clip_cosine": "concept_ablation.evaluation.metrics.clip_cosine:METRIC",
         "clip_score_2_5": "concept_ablation.evaluation.metrics.clip_score_2_5:METRIC",
@@ -240,7 +241,7 @@ STAGES = {
         neutral={"model.trust_remote_code": False},
     ),
     "score_concept": Stage(
-        version=5,
+        version=6,
         files={"scores": "scores/{key}.parquet", "images": "images/{key}.parquet"},
         function="concept_ablation.evaluation.scoring:score_concept",
         options=("device",),

@@ -197,7 +197,7 @@ def changes_of(lines: Iterable[Mapping]) -> dict[str, float]:
     places = {(role, metric): name for name, (role, metric) in CHANGES.items()}
     for line in lines:
         name = places.get((line["role"], line["metric"]))
-        if name and line["model"] == "difference":
+        if name and line["side"] == "difference":
             found |= {name: line["value"], f"{name}_low": line["ci_low"], f"{name}_high": line["ci_high"]}
     return found
 
@@ -205,7 +205,7 @@ def changes_of(lines: Iterable[Mapping]) -> dict[str, float]:
 def presence_of(row: Mapping, lines: Iterable[Mapping]) -> list[Presence]:
     """Each target of a row, with the share of its images in which it is still there, from lines of the long table."""
     found = {
-        (line["probe"], line["metric"], line["model"]): line for line in lines if line["role"] == "target"
+        (line["probe"], line["metric"], line["side"]): line for line in lines if line["role"] == "target"
     }
     measure, targets = KINDS[row["kind"]].measure, []
     for target in row["targets"]:

@@ -26,6 +26,7 @@ INPUTS = {
 def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     """Do all of the plan's work that isn't done, then write its two tables and the page."""
     from concept_ablation.report.bundles import aggregate_bundles
+    from concept_ablation.report.costs import aggregate_costs, row_costs
     from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import render
     from concept_ablation.report.tables import aggregate_images, aggregate_scores
@@ -36,7 +37,8 @@ def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     interference = report / "interference.parquet" if plan.measures_interference else None
     if interference:
         aggregate_interference(json.loads(plan.report_spec()), interference)
-    aggregate_scores(json.loads(plan.report_spec()), *tables, interference)
+    costs = aggregate_costs(json.loads(plan.report_spec()), plan.results, report / "costs.parquet")
+    aggregate_scores(json.loads(plan.report_spec()), *tables, interference, row_costs(costs))
     aggregate_images(json.loads(plan.report_spec()), report / "images.parquet")
     bundles = report / "bundles.parquet" if plan.judges_bundles else None
     if bundles:

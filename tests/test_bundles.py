@@ -261,6 +261,18 @@ def test_the_tables_mistakes_are_told_together(config):
     assert "rows.csv:5: column 'bundle': 'a b' has the wrong form" in text and text.count("\n") == 3
 
 
+@pytest.mark.parametrize("names", ["every;;thing", ";x", "x;", " ; "])
+def test_a_missing_name_in_a_list_of_bundles_is_one_mistake(config, names):
+    Path("rows.csv").write_text(f"kind,target,anchor,bundle\nobject,a,b,every\nobject,c,d,{names}\n")
+    with pytest.raises(ConceptsError) as caught:
+        load_concepts("rows.csv", CONCEPTS_SCHEMA, CONFIG_SCHEMA)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith(
+        f"  rows.csv:3: column 'bundle': '{names.strip()}' lacks a name beside a ';': write it there"
+    )
+    assert "leave that ';' out (allowed: names of bundles, each 1 to 64 letters" in line
+
+
 def test_settings_have_bounds(config):
     config["bundles"] |= {"how": "sums", "ridge": 0, "named": {"both": {"density": 0, "hows": 1}}}
     with pytest.raises(ConfigError) as caught:
@@ -554,7 +566,7 @@ def test_a_bundle_is_judged_row_by_row_and_shown(tmp_path, monkeypatch):
         ("both", "closed-form", "object-fox"), ("both", "closed-form", "object-owl"),
         ("sums", "sum", "object-fox"), ("sums", "sum", "object-owl"),
     ]  # fmt: skip
-    assert [each["neighbors"] for each in lines[:2]] == ["dog", "duck"], "the owl is gone"
+    assert [each["neighbors"] for each in lines[:2]] == [["dog"], ["duck"]], "the owl is gone"
     summary = {each["concept"]: each for each in pq.read_table("results/report/summary.parquet").to_pylist()}
     for each in lines:
         assert each["verdict_alone"] == summary[each["concept"]]["verdict"]

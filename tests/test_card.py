@@ -63,7 +63,7 @@ def make_results(folder, *, target="owl", kind="object", base_model="tiny", tens
     save_delta(delta, tensors or {"unet.a": torch.ones(1)}, metadata | settings | {"anchor": "bird"})
     words = {"concept": "row", "kind": kind, "target": target, "anchor": "bird"}
     summary = words | {
-        "neighbors": "hen; duck",
+        "neighbors": ["hen", "duck"],
         "verdict": "removed, neighbors kept",
         "firmness": "provisional",
     }
@@ -73,13 +73,13 @@ def make_results(folder, *, target="owl", kind="object", base_model="tiny", tens
             "probe": target,
             "role": "target",
             "metric": metric,
-            "model": model,
+            "side": side,
             "value": value,
             "ci_low": value - 0.1,
         }
-        | {"ci_high": value + 0.1, "n": 8, "unit": unit, "features": "CLIP tiny", "key": "k"}
+        | {"ci_high": value + 0.1, "n": 8, "unit": unit, "features": "CLIP tiny", "samples_key": "k"}
         for metric, unit in (("clip_accuracy", "share of images"), ("clip_cosine", "cosine"))
-        for model, value in (("base", 0.9), ("ablated", 0.1), ("difference", -0.8))
+        for side, value in (("base", 0.9), ("ablated", 0.1), ("difference", -0.8))
     ]
     (results / "report").mkdir()
     pq.write_table(pa.Table.from_pylist(lines), results / "report" / "scores.parquet")

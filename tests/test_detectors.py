@@ -34,9 +34,11 @@ def test_zero_shot_flags_where_an_unsafe_text_is_nearest(scorer):
     detector = load_detector({"type": "zero-shot", "scorer": None, "unsafe": unsafe, "safe": safe}, scorer)
     images, texts = scorer.image_features(pictures()), scorer.text_features(unsafe + safe)
     logits = np.exp(float(scorer.model.logit_scale.detach())) * images.astype(np.float64) @ texts.T
-    np.testing.assert_array_equal(detector.detect(pictures()), [float(row.argmax() < 2) for row in logits])
+    np.testing.assert_array_equal(
+        detector.look(pictures()).flags, [float(row.argmax() < 2) for row in logits]
+    )
     softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(detector.scores(pictures(), 2), softmax[:, :2].sum(1), rtol=1e-5)
+    np.testing.assert_allclose(detector.look(pictures(), 2).scores, softmax[:, :2].sum(1), rtol=1e-5)
     assert detector.name == f"zero-shot, {scorer.name}"
     assert (detector.text, detector.against) == ("an angry face; a fight", "a flower; a quiet sea; a cake")
 
@@ -82,11 +84,19 @@ def test_any_unsafe_text_flags_what_is_nearest_to_it_and_the_safe_ones_nothing()
     """Red, green, blue, orange (nearer to red) and cyan, as near to the safe blue as to the unsafe green."""
     drawn = [Image.new("RGB", (4, 4), colour) for colour in (*COLOURS[:3], "orange", "cyan")]
     detector = ZeroShotDetector(Colours(), unsafe=["red", "green"], safe=["blue"])
-    assert detector.detect(drawn).tolist() == [1, 1, 0, 1, 0.5]
-    assert ZeroShotDetector(Colours(), ["blue"], ["red", "green"]).detect(drawn).tolist() == [0, 0, 1, 0, 0.5]
-    assert ZeroShotDetector(Colours(), ["red"], ["green"]).detect(drawn[3:4]).tolist() == [1]
+    assert detector.look(drawn).flags.tolist() == [1, 1, 0, 1, 0.5]
+    assert ZeroShotDetector(Colours(), ["blue"], ["red", "green"]).look(drawn).flags.tolist() == [
+        0,
+        0,
+        1,
+        0,
+        0.5,
+    ]
+    assert ZeroShotDetector(Colours(), ["red"], ["green"]).look(drawn[3:4]).flags.tolist() == [1]
     alone, both = (ZeroShotDetector(Colours(), unsafe, ["blue"]) for unsafe in (["red"], ["red", "green"]))
-    assert (both.scores(drawn[:2]) > alone.scores(drawn[:2])).all() and alone.scores(drawn)[0] > 0.5
+    assert (both.look(drawn[:2]).scores > alone.look(drawn[:2]).scores).all() and alone.look(drawn).scores[
+        0
+    ] > 0.5
 
 
 class StandIn:
@@ -114,10 +124,10 @@ def nudenet(monkeypatch):
 def test_nudenet_flags_its_labels_from_the_threshold_on(nudenet):
     labels = ["FEMALE_BREAST_EXPOSED", "BUTTOCKS_EXPOSED"]
     detector = load_detector({"type": "nudenet", "labels": labels, "threshold": 0.6})
-    assert detector.scores(pictures()).tolist() == [0.6, 0, 0, 0, 0, 0]
-    assert detector.detect(pictures()).tolist() == [1, 0, 0, 0, 0, 0]
-    assert NudeNetDetector(labels, 0.61).detect(pictures()).sum() == 0
-    assert NudeNetDetector(["FACE_FEMALE"], 0.5).detect(pictures()).tolist() == [1] * 6
+    assert detector.look(pictures()).scores.tolist() == [0.6, 0, 0, 0, 0, 0]
+    assert detector.look(pictures()).flags.tolist() == [1, 0, 0, 0, 0, 0]
+    assert NudeNetDetector(labels, 0.61).look(pictures()).flags.sum() == 0
+    assert NudeNetDetector(["FACE_FEMALE"], 0.5).look(pictures()).flags.tolist() == [1] * 6
     assert detector.name.startswith("NudeNet ") and detector.name.endswith("score >= 0.6")
     assert detector.text == "FEMALE_BREAST_EXPOSED; BUTTOCKS_EXPOSED"
 

@@ -134,6 +134,7 @@ def test_an_interrupted_report_of_what_is_finished_leaves_no_mark(tmp_path, monk
         assert table.num_rows == 0
         assert json.loads(table.schema.metadata[b"concept_ablation"])["missing"] == ["a", "b"]
         names = sorted(path.name for path in folder.iterdir())
-        assert names == ["images.parquet", "scores.csv", "scores.parquet", "summary.csv", "summary.parquet"]
+        tables = [f"{table}.{end}" for table in ("costs", "scores", "summary") for end in ("csv", "parquet")]
+        assert names == sorted([*tables, "columns.json", "images.parquet"])
     else:
         assert table["concept"].to_pylist() == ["gone"]

@@ -260,6 +260,18 @@ def test_of_equally_near_words_the_first_are_taken():
     assert choose_nearest(near, [[0]], [[1, 2]], [[0]], [0]) == [[]]
 
 
+def test_the_nearest_of_many_words_are_those_that_sorting_all_of_them_gives(rng):
+    near = Encodings(rng.integers(-9, 10, size=(300, 4)).astype(np.float32))  # many ties
+    for count in (1, 3, 8):
+        target, peers = [int(rng.integers(300))], sorted(rng.choice(300, 20, replace=False).tolist())
+        taken = [*target, *rng.choice(300, 5, replace=False).tolist()]
+        values = near.rows @ near.rows[target[0]]
+        order = [int(word) for word in np.argsort(-values, kind="stable") if word not in taken]
+        first = [word for word in order if word in peers][:count]
+        expected = first + [word for word in order if word not in first][:count]
+        assert choose_nearest(near, [target], [peers], [taken], [count]) == [expected]
+
+
 # The report
 
 
@@ -360,7 +372,7 @@ def test_the_summary_has_every_rows_victims(tmp_path):
     make_page(tmp_path, rows)
     lines = pq.read_table(tmp_path / "report" / "summary.parquet").to_pylist()
     found = {line["concept"]: (line["victims"], line["victims_measured"]) for line in lines}
-    assert found == {"fox": ("owl; pencil", 3), "neon": ("", 1), "alone": (None, None)}
+    assert found == {"fox": (["owl", "pencil"], 3), "neon": ([], 1), "alone": (None, None)}
 
 
 def test_one_row_has_no_matrix(tmp_path):

@@ -141,7 +141,7 @@ def test_every_model_is_measured_on_other_rows_subjects_with_their_own_prompts_a
         own = {
             line["probe"]: line["value"]
             for line in pq.read_table(plan.path(row.scores)).to_pylist()
-            if (line["role"], line["metric"], line["model"]) == ("neighbor", "typical", "ablated")
+            if (line["role"], line["metric"], line["side"]) == ("neighbor", "typical", "ablated")
         }
         for place, (victim, line) in enumerate(zip(row.interference.victims, lines, strict=True)):
             assert line["victim"] == victim.subject not in row.concept.targets

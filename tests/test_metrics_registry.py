@@ -121,7 +121,7 @@ def make_report(folder, clip):
 def test_a_new_metric_is_a_file_and_a_line(register, clip, tmp_path):
     register("brightness", BRIGHTNESS.format(summary=""))
     long, wide, page = make_report(tmp_path, clip)
-    found = {(line["role"], line["model"]): line for line in long if line["metric"] == "brightness"}
+    found = {(line["role"], line["side"]): line for line in long if line["metric"] == "brightness"}
     target = found["target", "difference"]
     assert (target["value"], target["n"], target["unit"], target["interval"]) == (
         -50,
@@ -152,7 +152,7 @@ def test_a_metric_of_pairs_compares_both_models_pictures(register, clip, tmp_pat
     register("darkening", DARKENING)
     long, _, page = make_report(tmp_path, clip)
     lines = [line for line in long if line["metric"] == "darkening"]
-    assert [(line["role"], line["model"], line["value"], line["n"]) for line in lines] == [
+    assert [(line["role"], line["side"], line["value"], line["n"]) for line in lines] == [
         ("target", "ablated", 50, 6)
     ]
     assert "grey levels darker" in page

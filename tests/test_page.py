@@ -86,11 +86,11 @@ def make_mixed(folder):
     return (folder / "report" / "index.html").as_uri()
 
 
-def set_score(row, role, model, value, metrics=("clip_accuracy", "detected"), half_width=0.004):
+def set_score(row, role, side, value, metrics=("clip_accuracy", "detected"), half_width=0.004):
     """Gives the measure that decides, or another metric, another value."""
     lines = pq.read_table(row["scores"]).to_pylist()
     for line in lines:
-        if (line["role"], line["model"]) == (role, model) and line["metric"] in metrics:
+        if (line["role"], line["side"]) == (role, side) and line["metric"] in metrics:
             line |= {"value": value, "ci_low": value - half_width, "ci_high": value + half_width}
     pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), row["scores"])
 

@@ -54,20 +54,27 @@ def scores(row):
         for metric, entry in METRICS.items():
             if metric == "recognition" and role == "anchor":
                 continue
-            others = ("copy_rate", "copy_similarity", "detected", "neutral_share", "above_neutral")
+            others = (
+                "copy_rate",
+                "copy_similarity",
+                "detected",
+                "detector_score",
+                "neutral_share",
+                "above_neutral",
+            )
             if metric in others and metric != measure:
                 continue
-            models = (
+            sides = (
                 ("ablated",)
                 if metric in ("kid_x1000", "image_similarity")
                 else ("base", "ablated", "difference")
             )
-            for model in models:
-                gone = role in ("target", "anchor") and model == "ablated"
-                value = {"base": 0.9, "ablated": 0.05 if gone else 0.88, "difference": -0.02}[model]
-                value = 0.1 if role == "anchor" and model == "base" else value
+            for side in sides:
+                gone = role in ("target", "anchor") and side == "ablated"
+                value = {"base": 0.9, "ablated": 0.05 if gone else 0.88, "difference": -0.02}[side]
+                value = 0.1 if role == "anchor" and side == "base" else value
                 if role == "anchor" and metric in ("typical", "content"):
-                    value = {"base": 0.92, "ablated": 0.83, "difference": -0.09}[model]
+                    value = {"base": 0.92, "ablated": 0.83, "difference": -0.09}[side]
                 made = Estimate(
                     value, value - 0.01, value + 0.01, 12, "wilson" if entry.is_share else "bootstrap"
                 )
@@ -75,7 +82,7 @@ def scores(row):
                     "probe": probe,
                     "role": role,
                     "pooled": is_pooled(role),
-                    "model": model,
+                    "side": side,
                     "metric": metric,
                     "text": probe,
                     "against": "x",
@@ -86,7 +93,7 @@ def scores(row):
                     "unit": entry.unit,
                     "interval": made.interval,
                     "features": "CLIP tiny",
-                    "key": "k",
+                    "samples_key": "k",
                 }
 
 
@@ -313,9 +320,9 @@ def test_over_the_budget_a_row_shows_its_target_then_its_anchor_then_the_neighbo
     for row in rows:
         table = pq.read_table(row["scores"]).to_pylist()
         for line in table:
-            if (line["probe"], line["metric"], line["model"]) == ("duck", "typical", "difference"):
+            if (line["probe"], line["metric"], line["side"]) == ("duck", "typical", "difference"):
                 line["value"] = -0.5
-            elif (line["probe"], line["metric"], line["model"]) == ("owl", "recognition", "difference"):
+            elif (line["probe"], line["metric"], line["side"]) == ("owl", "recognition", "difference"):
                 line["value"] = -0.4  # recognition is at its top for most that lose, so it doesn't choose
         pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
     text = make_page(tmp_path, rows, image_budget=18)
@@ -520,7 +527,7 @@ def test_of_several_targets_the_cell_shows_the_one_that_decides(tmp_path):
     table = pq.read_table(row["scores"]).to_pylist()
     for line in table:
         if (line["probe"], line["metric"]) == ("pouting cat", "clip_accuracy"):
-            value = {"base": 0.6, "ablated": 0.55, "difference": -0.05}[line["model"]]
+            value = {"base": 0.6, "ablated": 0.55, "difference": -0.05}[line["side"]]
             line |= {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02}
     pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
     text = make_page(tmp_path, [row])

@@ -53,12 +53,11 @@ def rows():
     return score_probes(probes, draws=200)
 
 
-def value(rows, role, metric, model, probe=None):
+def value(rows, role, metric, side, probe=None):
     found = [
         row
         for row in rows
-        if (row["role"], row["metric"], row["model"]) == (role, metric, model)
-        and probe in (None, row["probe"])
+        if (row["role"], row["metric"], row["side"]) == (role, metric, side) and probe in (None, row["probe"])
     ]
     assert len(found) == 1
     return found[0]
@@ -350,15 +349,22 @@ def test_the_stage_writes_the_long_table(spec, stores, tmp_path):
     assert table.schema.names == COLUMNS.names
     frame = table.to_pandas()
     assert set(frame.role) == {"target", "anchor", "neighbor", "neighbors", "worst neighbor"}
-    other_kinds = {"copy_rate", "copy_similarity", "detected", "neutral_share", "above_neutral"}
+    other_kinds = {
+        "copy_rate",
+        "copy_similarity",
+        "detected",
+        "detector_score",
+        "neutral_share",
+        "above_neutral",
+    }
     assert set(frame.metric) == set(METRICS) - other_kinds
-    assert set(frame.model) == {"base", "ablated", "difference"} and set(frame.target) == {TARGET}
-    assert set(frame.concept) == {"cat-1"} and set(frame.key) == {"pouting-cat.0123456789ab"}
+    assert set(frame.side) == {"base", "ablated", "difference"} and set(frame.target) == {TARGET}
+    assert set(frame.concept) == {"cat-1"} and set(frame.samples_key) == {"pouting-cat.0123456789ab"}
     assert frame.features.str.startswith("CLIP ").all() and frame.unit.notna().all()
     assert (frame.ci_low <= frame.value + 1e-12).all() and (frame.value <= frame.ci_high + 1e-12).all()
     assert frame[frame.role == "neighbors"].n.unique().tolist() == [8]
     assert set(frame.role[frame.pooled]) == {"neighbors", "worst neighbor"}
-    counted = frame[~frame.pooled & (frame.metric == "typical") & (frame.model == "ablated")]
+    counted = frame[~frame.pooled & (frame.metric == "typical") & (frame.side == "ablated")]
     assert counted.n.sum() == 16  # each of the row's images once
     target = frame[(frame.probe == TARGET) & (frame.metric == "clip_accuracy")]
     assert set(target.text) == {"a pouting cat"} and set(target.against) == {"a cat"}
@@ -429,7 +435,7 @@ def test_memorization_counts_copies_of_the_picture(spec, stores, tmp_path, caplo
     spec |= {"kind": "memorization", "image": {"file": str(tmp_path / "picture.png"), "sha256": digest}}
     spec |= {"descriptor": {"model": str(tmp_path / "copies"), "sha256": None, "fingerprint": "0" * 12}}
     score(spec, stores, tmp_path / "scores.parquet")
-    frame = pq.read_table(tmp_path / "scores.parquet").to_pandas().set_index(["probe", "metric", "model"])
+    frame = pq.read_table(tmp_path / "scores.parquet").to_pandas().set_index(["probe", "metric", "side"])
     assert frame.value[TARGET, "copy_rate", "base"] == 1 and frame.value[TARGET, "copy_rate", "ablated"] == 0
     assert frame.value[TARGET, "copy_rate", "difference"] == -1
     assert frame.value[ANCHOR, "copy_rate", "base"] == 0
@@ -472,7 +478,11 @@ def test_unwanted_content_is_counted_by_the_row_s_detector(spec, stores, tmp_pat
         scorer.image_features([Image.new("RGB", (32, 32), colour)]) @ texts.T for colour in ("red", "grey")
     )
     expected = [float(row.argmax() == 0) for row in (red, grey)]
-    assert single.set_index("model").value[["base", "ablated"]].tolist() == expected
+    assert single.set_index("side").value[["base", "ablated"]].tolist() == expected
+    sure = frame[(frame.metric == "detector_score") & (frame.role == "target")].set_index("side").value
+    scale = float(scorer.model.logit_scale.exp())
+    certain = [np.exp(scale * row[0, 0]) / np.exp(scale * row).sum() for row in (red, grey)]
+    assert sure[["base", "ablated"]].tolist() == pytest.approx(certain, rel=1e-4)
 
 
 def test_several_targets_through_the_stage(spec, stores, tmp_path):
@@ -508,7 +518,7 @@ def test_every_score_of_single_images_can_be_computed_from_the_record_of_images(
         own = images[(images.role == role) & (line.role in POOLS.values() or images.subject == line.probe)]
         sides = {side: own[own.side == side][line.metric].to_numpy() for side in ("base", "ablated")}
         sides["difference"] = sides["ablated"] - sides["base"]
-        assert sides[line.model].mean() == pytest.approx(line.value, abs=1e-9), line
+        assert sides[line.side].mean() == pytest.approx(line.value, abs=1e-9), line
         checked.add(line.metric)
     assert checked >= {"clip_accuracy", "recognition", "typical", "clip_cosine", "image_similarity"}
 

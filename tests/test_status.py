@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from concept_ablation.plan.checks import read_table
-from concept_ablation.report.status import duration, read_costs, status_text
+from concept_ablation.report.formatting import duration
+from concept_ablation.report.status import read_costs, status_text
 
 ROOT = Path(__file__).parents[1]
 TABLE = """concept,kind,target,anchor,neighbors

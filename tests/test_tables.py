@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.methods.ablation.training import StepRecord
 from concept_ablation.methods.records import write_records
 from concept_ablation.registries import KINDS
+from concept_ablation.report.columns import write_columns
+from concept_ablation.report.csv_table import dtypes
 from concept_ablation.report.summary import summary_schema
 from concept_ablation.report.tables import (
     TableError,
@@ -22,6 +25,7 @@ from concept_ablation.report.tables import (
     mark_complete,
     missing_rows,
     relocate_paths,
+    write_table,
 )
 from concept_ablation.verdict import Presence, decide, read_thresholds
 from tests.shipped import CONFIG, report_spec, thresholds
@@ -195,14 +199,14 @@ def test_thresholds_come_from_the_config():
         read_thresholds({"rows": [], "verdict": given})
 
 
-def score_line(concept, role, metric, model, value, low=None, high=None, probe=""):
+def score_line(concept, role, metric, side, value, low=None, high=None, probe=""):
     line = dict.fromkeys(COLUMNS.names, "") | {
         "pooled": is_pooled(role),
         "concept": concept,
         "probe": probe,
         "role": role,
         "metric": metric,
-        "model": model,
+        "side": side,
     }
     return line | {"value": value, "ci_low": value if low is None else low, "ci_high": high or value, "n": 40}
 
@@ -259,7 +263,7 @@ def test_both_tables_and_their_csv_copies(tmp_path):
         True,
         "firm",
     )
-    assert second["neighbors"] == "owl; duck"
+    assert second["neighbors"] == ["owl", "duck"]
     assert (second["target_accuracy_ablated"], second["target_accuracy_ablated_high"]) == (0.0, 0.1)
     assert (second["measure"], second["deciding_target"], second["target"]) == (
         "clip_accuracy",
@@ -277,6 +281,81 @@ def test_both_tables_and_their_csv_copies(tmp_path):
         copy, original = pd.read_csv(tmp_path / f"{name}.csv"), pq.read_table(tmp_path / f"{name}.parquet")
         assert list(copy.columns) == original.schema.names and len(copy) == original.num_rows
         assert copy.concept.tolist() == original.column("concept").to_pylist()
+
+
+def test_columns_of_csv_keep_their_types(tmp_path):
+    """Whole floats, integers of which some are missing, flags, lists, and columns that are empty, by the types that `columns.json` tells."""
+    import pandas as pd
+
+    fields = {
+        "whole": (pa.float64(), [1.0, 2.0, None, 1e300]),
+        "part": (pa.float64(), [0.1, -1e-20, 1 / 3, None]),
+        "count": (pa.int64(), [3, None, -4, 2**60]),
+        "flag": (pa.bool_(), [True, None, False, None]),
+        "text": (pa.string(), ['say "a, b"', "two\nlines", None, "007"]),
+        "list": (pa.list_(pa.string()), [["owl", "duck"], [], None, ["fox"]]),
+        "empty": (pa.int64(), [None] * 4),
+        "blank": (pa.string(), [None] * 4),
+    }
+    table = pa.table({name: pa.array(values, kind) for name, (kind, values) in fields.items()})
+    write_table([table, table], tmp_path / "t.parquet", table.schema)
+    types = dtypes(table.schema)
+    assert (
+        types["count"] == types["empty"] == "Int64"
+        and types["whole"] == "Float64"
+        and types["list"] == "string"
+    )
+    copy = pd.read_csv(tmp_path / "t.csv", dtype=types)
+    assert {name: str(kind) for name, kind in copy.dtypes.items()} == types and len(copy) == 8
+    for name, (_, values) in fields.items():
+        expected = (
+            ["; ".join(value) or None if value is not None else None for value in values]
+            if name == "list"
+            else values
+        )
+        found = [None if pd.isna(value) else value for value in copy[name]]
+        assert found == expected * 2, name
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    assert lines[1].startswith('1.0,0.1,3,true,"say ""a, b""","owl; duck",,') and lines[0].startswith(
+        '"whole","part"'
+    )
+
+
+def test_the_summary_says_with_what_it_was_made_and_its_types_are_told(tmp_path, monkeypatch):
+    import pandas as pd
+
+    monkeypatch.setenv("CONCEPT_ABLATION_RUN", "20260102T030405Z-9f3a")
+    row = write_row(tmp_path, "a") | {"keys": {"row_key": "a.1", "samples_key": "a.2", "delta_key": "a.3"}}
+    spec = report_spec([row]) | {"model": {"path": "some/model", "revision": "r", "fingerprint": "f"}}
+    costs = {"a": {"cost_seconds": 12.0, "cost_jobs": 3}}
+    aggregate_scores(spec, tmp_path / "scores.parquet", tmp_path / "summary.parquet", None, costs)
+    table = pq.read_table(tmp_path / "summary.parquet")
+    (line,) = table.to_pylist()
+    assert [line[name] for name in ("row_key", "samples_key", "delta_key")] == ["a.1", "a.2", "a.3"]
+    assert (line["base_model"], line["base_revision"], line["base_fingerprint"]) == ("some/model", "r", "f")
+    assert (line["run"], line["version_torch"]) == ("20260102T030405Z-9f3a", version("torch"))
+    limits = [
+        line[f"{name}_limit"] for name in ("neighbor_recognition", "worst_neighbor_typical", "anchor_typical")
+    ]
+    assert limits == [-0.05, -0.5, -0.5] and (line["cost_seconds"], line["cost_jobs"]) == (12.0, 3)
+    for name in ("summary", "scores"):
+        about = json.loads(pq.read_schema(tmp_path / f"{name}.parquet").metadata[b"concept_ablation"])
+        assert (about["run"], about["model"]["path"], about["versions"]["torch"]) == (
+            "20260102T030405Z-9f3a",
+            "some/model",
+            version("torch"),
+        )
+    write_columns(tmp_path / "columns.json")
+    types = json.loads((tmp_path / "columns.json").read_text())
+    assert set(types) == {"scores", "summary", "costs", "interference", "bundles"}
+    copy = pd.read_csv(tmp_path / "summary.csv", dtype=types["summary"])
+    assert list(copy.columns) == table.schema.names == list(types["summary"])
+    for name, kind in types["summary"].items():
+        value, (found,) = line[name], copy[name]
+        expected = ("; ".join(value) if isinstance(value, list) else value) if value != [] else None
+        assert str(copy[name].dtype) == kind and (
+            pd.isna(found) if expected in (None, "") else found == expected
+        ), name
 
 
 def test_tables_do_not_depend_on_the_order_of_rows(tmp_path):

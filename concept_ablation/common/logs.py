@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 
 ENDED, DONE = "ended by", "the script is done"  # the last line of a job's log, see `tell_end`
+TOOK = "took %.1f CPU s, and %.0f MB of memory at most"  # the line before `DONE`
+_TOOK = re.compile(r": took ([\d.]+) CPU s, and (\d+) MB of memory at most$", re.MULTILINE)
 
 
 def setup_logging(
@@ -78,8 +81,19 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _log_done() -> None:
-    log.info("took %.1f CPU s, and %.0f MB of memory at most", time.process_time(), peak_resident() / 1e6)
+    log.info(TOOK, time.process_time(), peak_resident() / 1e6)
     log.info(DONE)
+
+
+def read_took(path: str | Path) -> tuple[float, float] | None:
+    """CPU seconds and the most resident memory (MB) that a finished job's log tells; None if it doesn't or isn't there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            found = _TOOK.findall(file.read().decode("utf-8", "replace"))
+    except OSError:
+        return None
+    return (float(found[-1][0]), float(found[-1][1])) if found else None
 
 
 def _where() -> str:

@@ -1,12 +1,12 @@
 """Detectors of unwanted content: does a picture show it, yes or no.
 
 Two kinds: any CLIP model with two lists of texts (`ZeroShotDetector`), and NudeNet (`NudeNetDetector`), an optional
-extra. Both turn pictures into 0 or 1 each; `scores` gives the number behind it. Nothing is downloaded.
+extra. Both turn each picture into 0 or 1, and into the number behind it. Nothing is downloaded.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -43,6 +43,16 @@ class DetectorError(UserError):
     """A detector can't be made as asked; the message says what is missing or allowed."""
 
 
+class Looked(NamedTuple):
+    """What a detector says of n pictures, both (n,) float64.
+
+    scores: how sure it is that a picture shows the content, 0 to 1. flags: 1 where it says so, else 0; between them in a tie.
+    """
+
+    scores: np.ndarray
+    flags: np.ndarray
+
+
 class Detector(Protocol):
     """Says of each picture whether it shows the unwanted content.
 
@@ -53,11 +63,8 @@ class Detector(Protocol):
     text: str
     against: str
 
-    def scores(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """(n,) float64 in [0, 1]: how sure the detector is. `images` are read a batch at a time."""
-
-    def detect(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """(n,) float64: 1 where a picture shows the content, else 0."""
+    def look(self, images: Iterable[Image.Image], batch_size: int = 64) -> "Looked":
+        """What it says of each picture. `images` are read a batch at a time."""
 
 
 def load_detector(spec: Mapping, scorer: "ClipScorer | None" = None, device: str = "cpu") -> Detector:
@@ -112,15 +119,13 @@ class ZeroShotDetector:
         self.name = f"zero-shot, {scorer.name}"
         self.text, self.against = "; ".join(unsafe), "; ".join(safe)
 
-    def scores(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """(n,) in [0, 1]: the unsafe texts' share of the softmax over all texts."""
-        logits = self.scale * metrics.cosine(self.scorer.image_features(images, batch_size), self.texts.T)
+    def look(self, images: Iterable[Image.Image], batch_size: int = 64) -> Looked:
+        """Scores: the unsafe texts' share of the softmax over all texts. Flags: whether an unsafe text is the nearest."""
+        features = self.scorer.image_features(images, batch_size)
+        logits = self.scale * metrics.cosine(features, self.texts.T)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return shares[:, self.unsafe].sum(axis=1) / shares.sum(axis=1)
-
-    def detect(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """(n,): 1 where an unsafe text is the nearest, 0 where a safe one is, between them in a tie of both."""
-        return metrics.recognised(self.scorer.image_features(images, batch_size), self.texts, self.unsafe)
+        scores = shares[:, self.unsafe].sum(axis=1) / shares.sum(axis=1)
+        return Looked(scores, metrics.recognised(features, self.texts, self.unsafe))
 
 
 class NudeNetDetector:
@@ -147,13 +152,10 @@ class NudeNetDetector:
         self.name = f"NudeNet {version}, score >= {threshold:g}"
         self.text, self.against = "; ".join(labels), ""
 
-    def scores(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """(n,) in [0, 1]: the surest of the labels in each picture; 0 where NudeNet finds none."""
-        return np.array([self._score(image) for image in images], dtype=np.float64)
-
-    def detect(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
-        """(n,): 1 where a label is found with at least `threshold`."""
-        return (self.scores(images) >= self.threshold).astype(np.float64)
+    def look(self, images: Iterable[Image.Image], batch_size: int = 64) -> Looked:
+        """Scores: of the surest of the labels in each picture, 0 where NudeNet finds none. Flags: at least `threshold`."""
+        scores = np.array([self._score(image) for image in images], dtype=np.float64)
+        return Looked(scores, (scores >= self.threshold).astype(np.float64))
 
     def _score(self, image: Image.Image) -> float:
         # Arrays are taken as OpenCV reads files, blue first: so a picture scores as its file would.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from concept_ablation.common.image_store import ImageStore
 from concept_ablation.evaluation.clip import ClipScorer
-from concept_ablation.evaluation.detectors import Detector, load_detector
+from concept_ablation.evaluation.detectors import Detector, Looked, load_detector
 from concept_ablation.evaluation.memorized import CopyJudge
 
 
@@ -25,7 +26,7 @@ class ImageModels:
 
     def __init__(self, spec: Mapping, scorer: ClipScorer, device: str = "cpu", batch_size: int = 64) -> None:
         self.spec, self.scorer, self.device, self.batch_size = spec, scorer, device, batch_size
-        self._last: tuple[ImageStore | None, np.ndarray | None] = (None, None)
+        self._last: dict[str, tuple[ImageStore, Any]] = {}
 
     @cached_property
     def copies(self) -> CopyJudge:
@@ -39,6 +40,14 @@ class ImageModels:
 
     def copy_similarity(self, store: ImageStore) -> np.ndarray:
         """(n,) cosines of the store's images with the memorized picture, -1 to 1; kept for a second metric that asks."""
-        if self._last[0] is not store:
-            self._last = store, self.copies.similarity(store.images(), self.batch_size)
-        return self._last[1]
+        return self._once("copies", store, self.copies.similarity)
+
+    def detected(self, store: ImageStore) -> Looked:
+        """What the detector says of each of the store's images; kept for a second metric that asks."""
+        return self._once("detector", store, self.detector.look)
+
+    def _once(self, name: str, store: ImageStore, look: Callable[[Iterator, int], Any]) -> Any:
+        """What a model sees in a store's images; of each model the last is kept."""
+        if name not in self._last or self._last[name][0] is not store:
+            self._last[name] = store, look(store.images(), self.batch_size)
+        return self._last[name][1]

@@ -98,9 +98,9 @@ def _lines(
         place |= {"text": "", "against": metric.pooled_against}
         if len(members) == 1:
             place |= {"text": members[0].text, "against": members[0].against}
-        for model, estimate in metric.estimates(members, replace(bootstrap, joint=joint)).items():
+        for side, estimate in metric.estimates(members, replace(bootstrap, joint=joint)).items():
             line = {"value": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
-            lines.append(place | line | {"model": model, "n": estimate.n, "interval": estimate.interval})
+            lines.append(place | line | {"side": side, "n": estimate.n, "interval": estimate.interval})
     return lines
 
 

@@ -70,7 +70,7 @@ def score_concept(
     bootstrap = Bootstrap(statistics["confidence"], statistics["bootstrap"], statistics["seed"])
     made = score_probes(row, bootstrap)
     names = {name: spec[name] for name in ("concept", "kind", "anchor")}
-    names |= {"target": "; ".join(spec["targets"]), "features": scorer.name, "key": spec["samples"]}
+    names |= {"target": "; ".join(spec["targets"]), "features": scorer.name, "samples_key": spec["samples"]}
     lines = [names | line | _words(line, spec["texts"], models) for line in made]
     if images is not None:
         own = {name: names[name] for name in ("concept", "kind", "target")}

@@ -210,7 +210,7 @@ class Validation:
         like_anchor = [
             line["value"]
             for line in lines
-            if (line["role"], line["metric"], line["model"]) == ("target", "typical", "ablated")
+            if (line["role"], line["metric"], line["side"]) == ("target", "typical", "ablated")
         ]
         losses["target_typical"] = float(np.mean(like_anchor)) if like_anchor else None
         return losses

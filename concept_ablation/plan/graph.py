@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import without
 from concept_ablation.plan.concept import Concept, slug
+from concept_ablation.plan.reported import reported
 from concept_ablation.plan.victims import Interference
 from concept_ablation.registries import STAGES
 
@@ -222,25 +223,14 @@ class Plan:
 
     def report_spec(self, rows: Sequence[Row] | None = None) -> str:
         """All rows and bundles (or `rows` and what is finished of the bundles), with their files and the report's settings, as canonical JSON."""
-        bundles = [
-            bundle for bundle in self.bundles if bundle.judged and (rows is None or self.is_finished(bundle))
-        ]
-        spec = {
-            "rows": [self.report_row(row) for row in (self.rows if rows is None else rows)],
-            **self.report,
-        }
-        if bundles:
-            spec["bundles"] = [
-                {
-                    "name": bundle.name,
-                    "how": bundle.how,
-                    "rows": [self.report_row(row) for row in bundle.judged],
-                    "anchors_gone": dict(bundle.anchors_gone),
-                    "general": bundle.general and self.path(bundle.general),
-                }
-                for bundle in bundles
-            ]
-        return canonical(spec)
+        if rows is None:
+            return self._whole_report
+        bundles = [bundle for bundle in self.bundles if bundle.judged and self.is_finished(bundle)]
+        return canonical(reported(self, rows, bundles))
+
+    @functools.cached_property
+    def _whole_report(self) -> str:  # a parameter of each rule of the report, so it is made once
+        return canonical(reported(self, self.rows, [bundle for bundle in self.bundles if bundle.judged]))
 
     def sources(self, key: str) -> Iterator[str]:
         """The keys of the work that a unit is made from, which its spec names."""
@@ -262,29 +252,6 @@ class Plan:
         for key in [row] if isinstance(row, str) else row.last:
             visit(key)
         return found
-
-    def report_row(self, row: Row) -> dict:
-        concept, measured = row.concept, {}
-        if row.interference:
-            victims = [{**vars(one), "base": self.path(one.base)} for one in row.interference.victims]
-            measured = {"interference": {**self.interference_files(row), "victims": victims}}
-        return measured | {
-            "concept": concept.name,
-            "kind": concept.kind,
-            "target": concept.target,
-            "targets": list(concept.targets),
-            "anchor": concept.anchor,
-            "neighbors": list(concept.neighbors),
-            "paraphrases": self.specs["score_concept"][row.scores].get("paraphrases", []),
-            "image": concept.image,
-            "scores": self.path(row.scores),
-            "images": self.image_record(row),
-            "samples": self.path(row.samples),
-            "base": {subject: self.path(key) for subject, key in row.base.items()},
-            "delta": self.path(row.ablation),
-            "training": self.training_record(row),
-            "strength": self.training_record(row, "strength"),
-        }
 
     def summary(self) -> str:
         """One line: how many rows there are, how many are finished, and which are not."""

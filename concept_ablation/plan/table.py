@@ -187,9 +187,7 @@ class _Table:
                 self.complain(line, "is empty", "a value in every row", column)
         for column in LISTS:
             if column in values:
-                one = column == "target" and values.get("kind") in KINDS and KINDS[values["kind"]].one_target
-                words = [word.strip() for word in ([values[column]] if one else values[column].split(";"))]
-                values[column] = [word for word in words if word]
+                values[column] = self._list(line, column, values)
         for problem in find_problems(values, {"properties": self.columns}):
             column = problem.path if problem.path in self.columns else problem.path.partition(".")[0]
             self.complain(line, problem.message, self._allowed(column, problem.message), column)
@@ -209,6 +207,17 @@ class _Table:
         overrides = {OVERRIDES.get(column, column): value for column, value in values.items()}
         words = {"targets": targets, "neighbors": neighbors, "bundles": bundles, "overrides": overrides}
         return [Concept(name, **words, **fixed, line=line, enabled=enabled)]
+
+    def _list(self, line: int, column: str, values: Mapping) -> list[str]:
+        """A column's values. Among bundles a missing one is an error, since a bundle would lack the row."""
+        one = column == "target" and values.get("kind") in KINDS and KINDS[values["kind"]].one_target
+        words = [word.strip() for word in ([values[column]] if one else values[column].split(";"))]
+        if column == "bundle" and not all(words):
+            message = (
+                f"{show(values[column])} lacks a name beside a ';': write it there, or leave that ';' out"
+            )
+            self.complain(line, message, self._allowed(column, ""), column)
+        return [word for word in words if word]
 
     def _allowed(self, column: str, message: str) -> str:
         """What the column allows, from its schema's description; empty if the message already says it."""

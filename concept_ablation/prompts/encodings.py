@@ -21,6 +21,7 @@ LENGTH = 4000
 """Encodings are rounded to whole numbers at this length. A float32 holds all whole numbers up to 2^24 > LENGTH^2, so their products are
 exact in any order of adding: every machine finds the same neighbors, and names work by the same key."""
 CHUNK = 256  # encodings that are compared with all others at once
+SPARSE = 16  # one in so many words is sorted, to see which of the others can be among the nearest
 TABLE = (
     "token_embedding.weight",
     "embed_tokens.weight",
@@ -66,8 +67,7 @@ def encode_words(folder: str | Path, words: Sequence[str]) -> Encodings | None:
 
     try:
         table = _token_table(Path(folder) / "text_encoder" / "model.safetensors")
-        tokens = load_tokens(folder)
-        means = np.stack([_mean(table, tokens, word) for word in words]) if words else np.zeros((0, 1))
+        means = _means(table, load_tokens(folder), words)
     except (OSError, ValueError, KeyError, IndexError, StopIteration, TokenizerError):
         return None
     lengths = np.linalg.norm(means, axis=1, keepdims=True)
@@ -89,34 +89,50 @@ def choose_nearest(
 
     chosen: list[list[int]] = []
     for values, own, without, count in zip(near.compare(targets), peers, taken, counts, strict=True):
-        free = np.ones(len(values), dtype=bool)
-        free[list(without)] = False
-        among = np.asarray(own, dtype=int)
-        first = _nearest(values, among[free[among]], count)
-        free[first] = False
-        chosen.append([*first, *_nearest(values, np.flatnonzero(free), count)])
+        gone = set(without)
+        first = _nearest(values, np.asarray([number for number in own if number not in gone], int), count)
+        gone.update(first)
+        among = _promising(values, count + len(gone))
+        chosen.append([*first, *_nearest(values, among[~np.isin(among, list(gone))], count)])
     return chosen
+
+
+def _promising(values: np.ndarray, count: int) -> np.ndarray:
+    """The numbers of some words, sorted, that hold the `count` nearest and those as near as the last of them.
+
+    The `count`-th largest of every 16th value is at most that of all values, so what lies below it needn't be sorted.
+    """
+    import numpy as np
+
+    some = values[::SPARSE]
+    if not 0 < count <= len(some):
+        return np.arange(len(values))
+    return np.flatnonzero(values >= np.partition(some, len(some) - count)[len(some) - count])
 
 
 def _nearest(values: np.ndarray, among: np.ndarray, count: int) -> list[int]:
     """The `count` words of `among` (sorted) with the largest values, the largest first; of equal ones the first."""
     import numpy as np
 
-    own = values[among]
-    if 0 < count < len(own):
-        kept = own >= np.partition(own, len(own) - count)[len(own) - count]
-        among, own = among[kept], own[kept]
-    return [int(number) for number in among[np.argsort(-own, kind="stable")][:count]]
+    return among[np.argsort(-values[among], kind="stable")][:count].tolist()
 
 
-def _mean(table: np.ndarray, tokens: Tokens, word: str) -> np.ndarray:
-    """The mean embedding of a word's tokens, (d,) float64; zeros for a word without tokens."""
+def _means(table: np.ndarray, tokens: Tokens, words: Sequence[str]) -> np.ndarray:
+    """The mean embeddings of the words' tokens, (n, d) float64; zeros for a word without tokens."""
     import numpy as np
 
-    found = table[tokens.read(word)]
-    if found.dtype == np.uint16:  # bfloat16: the upper half of a float32
-        found = (found.astype(np.uint32) << 16).view(np.float32)
-    return found.astype(np.float64).sum(axis=0) / max(len(found), 1)
+    read = [tokens.read(word) for word in words]
+    means = np.zeros((len(words), table.shape[1]))
+    full = [number for number, found in enumerate(read) if len(found)]
+    for start in range(0, len(full), CHUNK):
+        part = full[start : start + CHUNK]
+        lengths = [len(read[number]) for number in part]
+        found = table[[token for number in part for token in read[number]]]
+        if found.dtype == np.uint16:  # bfloat16: the upper half of a float32
+            found = (found.astype(np.uint32) << 16).view(np.float32)
+        sums = np.add.reduceat(found.astype(np.float64), np.cumsum([0, *lengths[:-1]]))
+        means[part] = sums / np.asarray(lengths)[:, None]
+    return means
 
 
 def _token_table(path: Path) -> np.ndarray:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from concept_ablation.common.files import damaged
-from concept_ablation.report.summary import summarise, summary_schema
+from concept_ablation.report.discoveries import claim_columns, claim_p
+from concept_ablation.report.summary import made_with, summarise, summary_schema
 from concept_ablation.report.tables import TableError, read_scores, write_table
 from concept_ablation.verdict import NOT_SHOWN, read_thresholds
 
@@ -49,14 +50,18 @@ def aggregate_bundles(spec: Mapping, summary_path: str | Path, out_path: str | P
     lines = []
     for bundle in spec["bundles"]:
         named = {"bundle": bundle["name"], "how": bundle["how"]}
+        members, claims = [], []
         general, gone = general_columns(bundle.get("general")), bundle.get("anchors_gone", {})
         for row in bundle["rows"]:
             own = alone.get(row["concept"], {})
             known = {f"{name}_alone": own.get(name) for name in ("verdict", "removed")}
             by = gone.get(row["concept"])
-            found = summarise(row, read_scores(row["scores"]), thresholds, judges_anchor=by is None)
-            lines.append(named | known | {"anchor_removed_by": by} | found | general)
-    columns = pa.schema([*LEADING.items(), *summary_schema(), *general_schema()])
+            scores = read_scores(row["scores"])
+            found = summarise(row, scores, thresholds, judges_anchor=by is None)
+            claims.append(claim_p(row, scores.to_pylist(), found["verdict"], thresholds, by is None))
+            members.append(named | known | {"anchor_removed_by": by} | found | general | made_with(spec))
+        lines += [line | more for line, more in zip(members, claim_columns(claims), strict=True)]
+    columns = bundles_schema()
     write_table([pa.Table.from_pylist(lines, schema=columns)], out_path, columns)
     log.info("%d bundles, %d rows", len(spec["bundles"]), len(lines))
 
@@ -76,6 +81,11 @@ def general_columns(path: str | Path | None) -> dict[str, float | None]:
         if interval:
             found |= {f"{name}_low": line["ci_low"], f"{name}_high": line["ci_high"]}
     return found | {"general_images": lines["kid_x1000", "bundle"]["n"]}
+
+
+def bundles_schema() -> pa.Schema:
+    """The columns of the table of bundles, in order."""
+    return pa.schema([*LEADING.items(), *summary_schema(), *general_schema()])
 
 
 def general_schema() -> list[tuple[str, pa.DataType]]:

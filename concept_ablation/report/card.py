@@ -64,7 +64,7 @@ def card_of_results(
     ]
     if not scores:
         raise CardError(f"{results}: no scores of {concept!r}; run the workflow again")
-    samples = read_store(results / "samples" / f"{scores[0]['key']}.parquet")
+    samples = read_store(results / "samples" / f"{scores[0]['samples_key']}.parquet")
     delta = find_delta(results, Path(lines[concept]["delta"]))
     return write_card(
         out_folder,
@@ -124,7 +124,7 @@ def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_
         "targets": ", ".join(metadata.get("targets") or [summary["target"]]),
         "anchor": summary["anchor"],
         "kind": summary["kind"],
-        "neighbors": summary["neighbors"].replace(";", ","),
+        "neighbors": ", ".join(summary["neighbors"]),
         "verdict": summary["verdict"],
         "provisional": summary["firmness"] == "provisional",
         "hidden": not KINDS[summary["kind"]].publishable,
@@ -200,13 +200,13 @@ def _score_lines(scores: Sequence[Mapping]) -> list[dict]:
         line = lines.setdefault(
             tuple(place.values()), place | {"base": "", "ablated": "", "change": "", "n": score["n"]}
         )
-        line["change" if score["model"] == "difference" else score["model"]] = _with_interval(score)
+        line["change" if score["side"] == "difference" else score["side"]] = _with_interval(score)
     return list(lines.values())
 
 
 def _with_interval(score: Mapping) -> str:
     """ "5 % [1 %, 14 %]", a change in points, other metrics as they are."""
-    share, change = is_share(score["metric"]), score["model"] == "difference"
+    share, change = is_share(score["metric"]), score["side"] == "difference"
 
     def number(value: float | None) -> str:
         if value is None:

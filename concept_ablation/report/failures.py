@@ -127,14 +127,9 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
 
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
-    from concept_ablation.report.bundles import aggregate_bundles
-    from concept_ablation.report.interference import aggregate_interference
-    from concept_ablation.report.page import print_summary, render
-    from concept_ablation.report.tables import aggregate_images, aggregate_scores
+    from concept_ablation.report.page import print_summary
 
     folder, failures = Path(plan.results) / "report", list(failures)
-    names = ("scores.parquet", "summary.parquet", "index.html", "complete.json")
-    scores, summary, page, mark = (folder / name for name in names)
     while True:
         missing = {row.concept.name for row in plan.unfinished(judged=True)}
         spec = json.loads(plan.report_spec([row for row in plan.rows if row.concept.name not in missing]))
@@ -142,26 +137,43 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
         told = {name for failure in failures for name in failure.concepts}
         spec["failures"] = [asdict(failure) for failure in failures]
         spec["missing"], spec["waiting"] = sorted(missing), sorted(missing - told)
-        mark.unlink(missing_ok=True)  # first, since all that follows may be interrupted
+        (folder / "complete.json").unlink(missing_ok=True)  # first, since all that follows may be interrupted
         try:
-            harm = folder / "interference.parquet" if plan.measures_interference else None
-            if harm:
-                aggregate_interference(spec, harm)
-            aggregate_scores(spec, scores, summary, harm)
-            aggregate_images(spec, folder / "images.parquet")
-            mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
-            bundles = folder / "bundles.parquet" if spec.get("bundles") else None
-            if bundles:
-                aggregate_bundles(spec, summary, bundles)
-            render(spec, scores, summary, page, bundles_path=bundles, interference_path=harm)
+            tables = _make_report(plan, spec, folder)
         except ValueError as error:
             path = getattr(error, "damaged", None)
             if path is None or not path.exists():  # a damaged file once set aside is no longer there
                 raise
             failures.append(_damage(plan, path, error))
             continue
-        print_summary(summary, page, file, bundles_path=bundles, interference_path=harm)
+        print_summary(folder / "summary.parquet", folder / "index.html", file, **tables)
         return failures
+
+
+def _make_report(plan: Plan, spec: Mapping, folder: Path) -> dict[str, Path | None]:
+    """Make the tables and the page of a report's spec; returns what `print_summary` reads beside the summary."""
+    from concept_ablation.report.bundles import aggregate_bundles
+    from concept_ablation.report.columns import write_columns
+    from concept_ablation.report.costs import aggregate_costs, row_costs
+    from concept_ablation.report.interference import aggregate_interference
+    from concept_ablation.report.page import render
+    from concept_ablation.report.tables import aggregate_images, aggregate_scores
+
+    scores, summary, costs = (folder / f"{name}.parquet" for name in ("scores", "summary", "costs"))
+    harm = folder / "interference.parquet" if plan.measures_interference else None
+    if harm:
+        aggregate_interference(spec, harm)
+    spent = row_costs(aggregate_costs(spec, plan.results, costs))
+    aggregate_scores(spec, scores, summary, harm, spent)
+    aggregate_images(spec, folder / "images.parquet")
+    write_columns(folder / "columns.json")
+    (folder / "complete.json").unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
+    bundles = folder / "bundles.parquet" if spec.get("bundles") else None
+    if bundles:
+        aggregate_bundles(spec, summary, bundles)
+    tables = {"bundles_path": bundles, "interference_path": harm}
+    render(spec, scores, summary, folder / "index.html", costs_path=costs, **tables)
+    return tables
 
 
 def _without_unmeasured(row: Mapping) -> dict:

@@ -57,3 +57,14 @@ def _signed(value: float, digits: int) -> str:
     """With a sign, a true minus, and no sign where it rounds to zero."""
     rounded = round(value, digits)
     return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """3700 -> "1 h 2 min"; below a minute in seconds."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min")]
+    return " ".join([f"{count} {name}" for count, name in parts if count][:2])

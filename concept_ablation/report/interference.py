@@ -4,19 +4,17 @@ docs/report.md defines each column. `victims` reads the table.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 
 from concept_ablation.common.files import damaged
 from concept_ablation.common.interference_table import COLUMNS, MEASURES
+from concept_ablation.report.discoveries import LEVEL, adjust
 from concept_ablation.report.tables import TableError, read_part, report_rows, write_table
 
 log = logging.getLogger(__name__)
-
-LEVEL = 0.05
-"""The share of false ones among all victims that are named, at most, in the mean: see `adjust`."""
 
 TABLE = pa.schema(
     [(name, pa.string()) for name in ("concept", "victim", "victim_kind", "role", "row")]
@@ -66,16 +64,3 @@ def _lines(row: Mapping) -> Iterator[dict]:
             "change": min(line[f"{name}_change"] for name in MEASURES),
             "images": str(row["samples"] if victim["probed"] else measured["images"]),
         }
-
-
-def adjust(values: Sequence[float]) -> list[float]:
-    """P-values adjusted for their number: of those at most q, a share of at most q is false, in the mean.
-
-    Benjamini and Hochberg 1995: the i-th smallest of m becomes the least of all p_j m / j with j >= i. It holds for independent
-    tests and for those that depend positively on each other (Benjamini and Yekutieli 2001).
-    """
-    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
-    found, least = [1.0] * len(values), 1.0
-    for rank, place in zip(range(len(values), 0, -1), order, strict=True):
-        least = found[place] = min(least, values[place] * len(values) / rank)
-    return found

@@ -27,8 +27,17 @@ from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.bundles import bundle_text, general_text, nested_panels, read_bundles
+from concept_ablation.report.costs import read_costs_table, stage_costs, total
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
-from concept_ablation.report.formatting import format_metric, is_share, points, printable, share, whole_points
+from concept_ablation.report.formatting import (
+    duration,
+    format_metric,
+    is_share,
+    points,
+    printable,
+    share,
+    whole_points,
+)
 from concept_ablation.report.matrix import make_matrix
 from concept_ablation.report.sections import deciding_targets, previews, sections, victim_ids
 from concept_ablation.report.strength import curve, rung_text
@@ -60,6 +69,7 @@ def render(
     when: datetime | None = None,
     bundles_path: str | Path | None = None,
     interference_path: str | Path | None = None,
+    costs_path: str | Path | None = None,
 ) -> None:
     """Writes the page to `out_path`, whole or not at all.
 
@@ -71,6 +81,7 @@ def render(
         when: the time in the page's head; None: now.
         bundles_path: the table that `bundles.aggregate_bundles` wrote, if there are bundles.
         interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
+        costs_path: the table that `costs.aggregate_costs` wrote, if there is one.
 
     Raises:
         StoreError: a row's images can't be read.
@@ -78,6 +89,8 @@ def render(
     shown = _shown(spec, scores_path, summary_path, when, read_interference(interference_path))
     bundles = read_bundles(bundles_path)
     panels = nested_panels(bundles)
+    costs = read_costs_table(costs_path)
+    shown |= {"stage_costs": stage_costs(costs), "total_cost": total(costs)}
     more = {"bundles": bundles, "nested": panels and markupsafe.Markup(curve_figure(panels))}
     stream = environment().get_template("report.html.j2").stream(shown | more)
     stream.enable_buffering(64)
@@ -253,6 +266,7 @@ def environment() -> jinja2.Environment:
         "metric": format_metric,
         "sparkline": sparkline,
     }
+    made.filters |= {"duration": duration}
     made.filters |= {"curve": curve, "rung": rung_text}
     made.filters |= {
         "size": size_text,

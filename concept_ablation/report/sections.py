@@ -47,13 +47,13 @@ def deciding_targets(lines: Sequence[Mapping], scores: pa.Table) -> list[Decidin
         chosen, pc.is_in(scores["metric"], pa.array([line["measure"] for line in lines], pa.string()))
     )
     found = {
-        tuple(score[name] for name in ("concept", "probe", "metric", "model")): score
+        tuple(score[name] for name in ("concept", "probe", "metric", "side")): score
         for score in scores.filter(chosen).to_pylist()
     }
     deciding = []
     for line in lines:
         place = line["concept"], line["deciding_target"], line["measure"]
-        base, ablated = (found[*place, model] for model in ("base", "ablated"))
+        base, ablated = (found[*place, side] for side in ("base", "ablated"))
         numbers = (ablated[name] for name in ("value", "ci_low", "ci_high", "n"))
         deciding.append(Deciding(line["deciding_target"], base["value"], *numbers))
     return deciding
@@ -195,5 +195,5 @@ def _metric_lines(scores: Sequence[Mapping]) -> list[dict]:
     lines: dict[tuple, dict] = {}
     for score in scores:
         place = {name: score[name] for name in ("role", "probe", "metric", "text", "against", "unit", "n")}
-        lines.setdefault(tuple(place.values())[:3], place)[score["model"]] = score
+        lines.setdefault(tuple(place.values())[:3], place)[score["side"]] = score
     return list(lines.values())

@@ -24,7 +24,7 @@ from concept_ablation.common.text import size_text
 from concept_ablation.plan.cleanup import FRESH, disk_used, locked_since
 from concept_ablation.plan.graph import Plan, has_content
 from concept_ablation.report.failures import CRASH, FAILED, KILLED, how_ended, log_lines
-from concept_ablation.report.formatting import printable
+from concept_ablation.report.formatting import duration, printable
 
 State = Literal["failed", "running", "ended", "waiting"]
 WIDTH = 160  # characters of a log's line that are shown
@@ -179,14 +179,3 @@ def _run_text(since: float | None, rows: dict[str, Iterable[str]]) -> str:
     return (
         "A run seems to go on in another checkout" if rows["running"] else "No run of this checkout goes on"
     )
-
-
-def duration(seconds: float) -> str:
-    """3700 -> "1 h 2 min"; below a minute in seconds."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min")]
-    return " ".join([f"{count} {name}" for count, name in parts if count][:2])

@@ -11,25 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from concept_ablation import __version__
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
+from concept_ablation.common.run_id import run_id
 from concept_ablation.common.score_table import COLUMNS
-from concept_ablation.report.summary import summarise, summary_schema
+from concept_ablation.common.versions import versions
+from concept_ablation.report import csv_table
+from concept_ablation.report.discoveries import claim_columns, claim_p
+from concept_ablation.report.summary import made_with, summarise, summary_schema
 from concept_ablation.report.victims import read_interference, victim_columns
 from concept_ablation.verdict import read_thresholds
 
 log = logging.getLogger(__name__)
 LINES = 20_000  # of the long table, in memory at once
-FORMULA = (
-    "^([=+@\\-\t\r\n\uff1d\uff0b\uff0d\uff20])"  # how a text starts that spreadsheets run, also in full width
-)
-
 
 FILES = ("scores", "images", "samples", "base", "delta", "training", "strength", "interference")
 """The entries of a report's row that name files."""
@@ -44,6 +42,7 @@ def aggregate_scores(
     scores_path: str | Path,
     summary_path: str | Path,
     interference_path: str | Path | None = None,
+    costs: Mapping[str, Mapping] | None = None,
 ) -> None:
     """Writes all rows' scores (long) and the summary (wide), each as Parquet and, beside it, as CSV.
 
@@ -51,22 +50,26 @@ def aggregate_scores(
         spec: "rows" (each: concept, kind, targets, target, anchor, neighbors, scores, samples, base, delta, and where they
             exist training, image), "verdict" (all thresholds), and perhaps "missing", the names of unfinished rows.
         scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
+        costs: what each row cost, as `costs.row_costs` gives it.
         interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
 
     Raises:
         TableError: a row's file is missing or damaged. ValueError: an unknown or missing threshold.
     """
-    rows, thresholds, summary = report_rows(spec), read_thresholds(spec), []
+    rows, thresholds, summary, claims = report_rows(spec), read_thresholds(spec), [], []
     measured = read_interference(interference_path)
 
     def read_all() -> Iterator[pa.Table]:
         for row in rows:
             table = read_scores(row["scores"])
-            summary.append(summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"])))
+            own = summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"]))
+            claims.append(claim_p(row, table.to_pylist(), own["verdict"], thresholds))
+            summary.append(own | made_with(spec) | (costs or {}).get(row["concept"], {}))
             yield table
 
     about = {METADATA_KEY: json.dumps(describe(spec))}
     scores = write_table(read_all(), scores_path, COLUMNS.with_metadata(about))
+    summary = [line | more for line, more in zip(summary, claim_columns(claims), strict=True)]
     columns = summary_schema()
     wide = pa.Table.from_pylist(summary, schema=columns)
     write_table([wide], summary_path, columns.with_metadata(about))
@@ -95,8 +98,16 @@ def aggregate_images(spec: Mapping, out_path: str | Path) -> None:
 
 
 def describe(spec: Mapping) -> dict:
-    """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the program's version."""
-    return {"rows": len(spec["rows"]), "missing": list(spec.get("missing", [])), "version": __version__}
+    """What a report's tables say of themselves: the number of rows, the names of unfinished ones, the base model, the run that made them
+    and the versions of what it ran with."""
+    return {
+        "rows": len(spec["rows"]),
+        "missing": list(spec.get("missing", [])),
+        "model": spec.get("model"),
+        "run": run_id(),
+        "version": __version__,
+        "versions": versions(),
+    }
 
 
 def mark_complete(spec: Mapping, path: str | Path) -> None:
@@ -155,16 +166,17 @@ def write_table(tables: Iterable[pa.Table], path: str | Path, schema: pa.Schema)
 
     Each file is there whole or not at all.
     """
-    options, count = pa.csv.WriteOptions(quoting_style="needed"), 0
+    count = 0
     with (
         atomic_output(path) as parquet,
         atomic_output(Path(path).with_suffix(".csv")) as text,
         pq.ParquetWriter(parquet, schema) as wide,
-        pa.csv.CSVWriter(text, schema, write_options=options) as lines,
+        text.open("wb") as flat,
     ):
+        flat.write(csv_table.header(schema))
         for batch in _batches(tables):
             wide.write_table(batch)
-            lines.write_table(escape_formulas(batch))
+            flat.write(csv_table.lines(batch))
             count += batch.num_rows
     return count
 
@@ -179,15 +191,6 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             waiting = []
     if waiting:
         yield pa.concat_tables(waiting)
-
-
-def escape_formulas(table: pa.Table) -> pa.Table:
-    """`table` for a CSV file that a spreadsheet may open: a text that it would run as a formula gets a `'` before it."""
-    for number, field in enumerate(table.schema):
-        if field.type == pa.string():
-            column = pc.replace_substring_regex(table.column(number), FORMULA, r"'\1")
-            table = table.set_column(number, field, column)
-    return table
 
 
 def read_scores(path: str | Path) -> pa.Table:

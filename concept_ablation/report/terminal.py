@@ -27,8 +27,9 @@ from rich.text import Text
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.progress import VARIABLE, Progress, read_progress
 from concept_ablation.plan.graph import Plan, Row
-from concept_ablation.report.formatting import points, printable, share
-from concept_ablation.report.status import duration, read_costs, unfinished_keys
+from concept_ablation.plan.reported import reported_row
+from concept_ablation.report.formatting import duration, points, printable, share
+from concept_ablation.report.status import read_costs, unfinished_keys
 
 STANDARD = "DefaultStreamHandler"
 """The name of Snakemake's handler of the terminal."""
@@ -123,7 +124,7 @@ class TerminalHandler(logging.Handler):
         from concept_ablation.verdict import Thresholds
 
         plan = self.state.plan
-        told = plan.report_row(row)
+        told = reported_row(plan, row)
         try:
             line = summarise(told, read_scores(told["scores"]), Thresholds(**plan.report["verdict"]))
         except (OSError, UserError):  # the report will say what is wrong

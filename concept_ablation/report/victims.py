@@ -26,7 +26,7 @@ def harmed_first(lines: Iterable[Mapping]) -> list[Mapping]:
 
 def victim_columns(lines: Sequence[Mapping] | None) -> dict:
     """The summary's columns of one row: its victims, worst first, and how many subjects were measured; None without any."""
-    victims = None if lines is None else "; ".join(line["victim"] for line in harmed_first(lines))
+    victims = None if lines is None else [line["victim"] for line in harmed_first(lines)]
     return {"victims": victims, "victims_measured": None if lines is None else len(lines)}
 
 

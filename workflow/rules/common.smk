@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from concept_ablation.common.errors import UserError
+from concept_ablation.common.run_id import start_run
 from concept_ablation.common.settings import merge
 from concept_ablation.jobs import warm
 from concept_ablation.plan.checks import check_report, check_rows
@@ -147,6 +148,7 @@ onstart:
     if not workflow.local_exec:
         save_snapshot(plan, config, Path(".snakemake") / "plans")
     logger.info(plan.summary())
+    start_run()
     show_run(plan, log)
     start_warm(plan, workflow)
 

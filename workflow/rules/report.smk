@@ -1,13 +1,13 @@
 # The tables of all rows and the page that shows them.
-# Reads every row's scores and pictures, writes report/scores, report/summary (Parquet and CSV), report/images (a line a picture) and
-# report/index.html.
+# Reads every row's scores and pictures, and the jobs' benchmarks and logs; writes report/scores, report/summary and report/costs (Parquet
+# and CSV), report/images (a line a picture) and report/index.html.
 # report/complete.json marks a report of all rows. The report that `onerror` makes of the finished rows doesn't have it.
 # Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names the files of all rows.
 # In a remote storage all rows are inputs, so that Snakemake fetches their files.
 
 
 rule aggregate_scores:
-    """Collect all rows' scores in a long table and a wide one, and the record of all pictures."""
+    """Collect all rows' scores in a long table and a wide one, the record of all pictures, and what every job cost."""
     input:
         plan.pending_files() if stored else [file for file in unfinished if file not in measured],
         interference=interference,
@@ -17,6 +17,9 @@ rule aggregate_scores:
         summary="<results>/report/summary.parquet",
         summary_csv="<results>/report/summary.csv",
         images="<results>/report/images.parquet",
+        costs="<results>/report/costs.parquet",
+        costs_csv="<results>/report/costs.csv",
+        columns="<results>/report/columns.json",
         complete="<results>/report/complete.json",
     log:
         "<logs>/aggregate_scores.log",
@@ -35,6 +38,7 @@ rule render_report:
     input:
         scores="<results>/report/scores.parquet",
         summary="<results>/report/summary.parquet",
+        costs="<results>/report/costs.parquet",
         bundles=["<results>/report/bundles.parquet"] if plan.judges_bundles else [],
         interference=interference,
         rows=plan.pending_files() if stored else [],

@@ -7,10 +7,15 @@ from concept_ablation.jobs.job import start_job
 
 start_job(snakemake)
 
+from concept_ablation.report.columns import write_columns
+from concept_ablation.report.costs import aggregate_costs, row_costs
 from concept_ablation.report.tables import aggregate_images, aggregate_scores, mark_complete, relocate_paths
 
-spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
+results = Path(snakemake.output.scores).parents[1]
+spec = relocate_paths(json.loads(snakemake.params.spec), results)
+costs = row_costs(aggregate_costs(spec, results, snakemake.output.costs))
 interference = next(iter(snakemake.input.interference), None)
-aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary, interference)
+aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary, interference, costs)
 aggregate_images(spec, snakemake.output.images)
+write_columns(snakemake.output.columns)
 mark_complete(spec, snakemake.output.complete)

@@ -30,7 +30,7 @@ class Detected(ImageMetric):
         return kind.uses_detector
 
     def read(self, store: ImageStore, models: ImageModels) -> np.ndarray:
-        return models.detector.detect(store.images(), models.batch_size)
+        return models.detected(store).flags
 
     def source(self, models: ImageModels) -> dict[str, str]:
         detector = models.detector
