@@ -241,7 +241,7 @@ def page(tmp_path_factory):
 def test_the_page_shows_every_row_with_its_verdict_and_pictures(page):
     elements = Elements(page)
     assert "2 of 2 concepts removed with neighbors intact" in page
-    assert [e["id"] for e in elements.of("section") if e.get("class") == "row"] == ["row-1", "row-2"]
+    assert [e["id"] for e in elements.of("section") if e.get("class") == "row"] == ["row-2", "row-1"]
     assert page.count("removed, neighbors kept</span>") == 2  # in the table and in the section
     assert page.count("removed, no neighbors measured</span>") == 2
     alts = [image["alt"] for image in elements.of("img")]
@@ -467,8 +467,10 @@ def test_the_worst_neighbor_is_named_with_its_change(tmp_path):
     text, terminal = with_worst(tmp_path, rows, WORST)
     Elements(text)
     assert "<p><b>du\x1bck</b>: −68.8 points, 95% interval −90.0 to −37.5" in text
-    assert text.count('<div class="card">\n      <h3>Worst neighbor</h3>') == 1
-    (cell,) = re.findall(r'<td data-label="Worst neighbor" data-sort="-0.6875">(.*?)</td>', text, re.DOTALL)
+    assert len(re.findall(r'<div class="card">\s+<h3>Worst neighbor</h3>', text)) == 1
+    (cell,) = re.findall(
+        r'<td data-label="Worst neighbor" class="decides" data-sort="-0.6875">(.*?)</td>', text, re.DOTALL
+    )
     assert "94%" in cell and "<b>25%</b>" in cell and "<b>−68.8</b>, −90.0 to −37.5" in cell
     assert 'aria-label="worst neighbor: change −68.8 points' in cell
     assert '<td data-label="Worst neighbor" data-sort="">–</td>' in text
@@ -484,7 +486,7 @@ def test_firm_and_provisional_stand_beside_every_verdict(tmp_path):
     assert 'class="chip open">inconclusive about a neighbor' in text
     assert text.count('<small class="firm">provisional</small>') == 2
     assert re.search(r"\?\?  a +inconclusive about a neighbor +provisional ", terminal)
-    assert 'data-verdict="inconclusive about a neighbor"><i class="open">' in text  # its filter
+    assert 'data-value="inconclusive about a neighbor"><i class="open">' in text  # its filter
 
 
 def test_a_role_without_a_verdict_is_shown_as_not_judged(tmp_path):
@@ -524,7 +526,9 @@ def test_of_several_targets_the_cell_shows_the_one_that_decides(tmp_path):
             line |= {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02}
     pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
     text = make_page(tmp_path, [row])
-    (cell,) = re.findall(r'<td data-label="Target still there" data-sort="0.55">(.*?)</td>', text, re.DOTALL)
+    (cell,) = re.findall(
+        r'<td data-label="Target still there" class="decides" data-sort="0.55">(.*?)</td>', text, re.DOTALL
+    )
     assert '<span class="name">pouting cat</span><span class="from">60%</span> → <b>55%</b>' in cell
     assert (
         'aria-label="target still there: pouting cat, before 60%, after 55%, removed at 20% or less"' in cell

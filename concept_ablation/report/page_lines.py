@@ -1,0 +1,65 @@
+"""The page's lines of its rows: the summary's, with where a row stands on the page, what decides it, who is harmed by it."""
+
+from collections.abc import Mapping, Sequence
+
+import markupsafe
+import pyarrow as pa
+
+from concept_ablation.report.matrix import make_matrix
+from concept_ablation.report.overview import overview_figure, overview_points
+from concept_ablation.report.sections import deciding_targets, victim_ids
+from concept_ablation.report.triage import standing, worst_neighbor_images
+from concept_ablation.verdict import LOSSES, Thresholds
+
+
+def rows_lines(
+    rows: Sequence[Mapping],
+    summary: Mapping[str, Mapping],
+    scores: pa.Table,
+    limits: Thresholds,
+) -> list[dict]:
+    """The summary's lines of the rows, each with its place on the page, the target that speaks for it, and how it stands."""
+    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
+    worst, found = worst_neighbor_images(scores), []
+    for line, target, row in zip(lines, deciding_targets(lines, scores), rows, strict=True):
+        images = {role: line[f"{role}_images"] for role in ("neighbor", "anchor")}
+        images |= {"target": target.images, "worst_neighbor": worst.get(line["concept"])}
+        own = {"deciding": target, "several": len(row["targets"]) > 1, "row": row}
+        found.append(line | own | {"standing": standing(line, limits, images)})
+    return found
+
+
+def worst_first(rows: Sequence[Mapping], lines: Sequence[Mapping]) -> tuple[list[Mapping], list[Mapping]]:
+    """Rows and their lines, those that a reader has to look at first at the head."""
+    order = sorted(range(len(rows)), key=lambda place: lines[place]["standing"].order)
+    return [rows[place] for place in order], [lines[place] for place in order]
+
+
+def loss_limits(limits: Thresholds) -> dict[str, float]:
+    """Columns of the summary that hold a change, `<column>_change` -> the loss that is allowed."""
+    return {change.removesuffix("_change"): getattr(limits, f"{loss}_max") for loss, change in LOSSES.items()}
+
+
+def overview(lines: Sequence[Mapping], loss_max: float) -> markupsafe.Markup | None:
+    """The plot of all rows; None for a single one, which its own cards show."""
+    return markupsafe.Markup(overview_figure(overview_points(lines), loss_max)) if len(lines) > 1 else None
+
+
+def harm(
+    rows: Sequence[Mapping], lines: Sequence[Mapping], measured: Mapping[str, Sequence[Mapping]]
+) -> dict:
+    """What the template is filled with for who harms whom; `victim_ids`: where the page shows a row's victim, by their names."""
+    places = {line["concept"]: line["id"] for line in lines}
+    return {
+        "interference": measured,
+        "matrix": make_matrix(measured),
+        "row_ids": places,
+        "targets_of": {row["concept"]: row["targets"] for row in rows},
+        "victim_ids": {
+            (row["concept"], line["victim"]): place
+            for row in rows
+            for line, place in zip(
+                measured.get(row["concept"], ()), victim_ids(row, places[row["concept"]]), strict=False
+            )
+        },
+    }
