@@ -210,7 +210,7 @@ def make_page(folder, rows, failures=(), waiting=(), **page):
 class Elements(HTMLParser):
     """All elements of a page, and whether every one that opens closes in order."""
 
-    EMPTY = ("meta", "img", "line", "circle", "rect", "polyline", "input", "br")
+    EMPTY = ("meta", "img", "line", "circle", "rect", "path", "polyline", "input", "br")
 
     def __init__(self, text):
         super().__init__()

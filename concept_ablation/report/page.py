@@ -102,6 +102,7 @@ def _shown(
         "model": open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
         "scorers": [name for name in pc.unique(scores["features"]).to_pylist() if name],
         "lines": lines,
+        "results": str(Path(lines[0]["delta"]).parents[2]) if lines else "results",
         "previews": previews(rows),
         "counts": count_verdicts(lines),
         "states": count_states(lines),

@@ -147,6 +147,94 @@
     const point = points.get(event.target.closest("[data-row]")?.dataset.row);
     if (point) told.textContent = point.dataset.text;
   });
+  // Which pictures of a probe: the first ones, or those that count most against the row.
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-which]");
+    if (!button) return;
+    for (const other of button.parentElement.children) other.ariaPressed = String(other === button);
+    button.closest(".probe").querySelector(".strip").classList.toggle("by-worst", button.dataset.which === "worst");
+  });
+
+  // One picture enlarged: a slider between before and after, arrow keys over the strip's seeds. What is veiled stays so until asked for.
+  const zoom = document.getElementById("zoom");
+  const part = (selector) => zoom.querySelector(selector);
+  const slider = part("input[type=range]");
+  const stage = part(".stage");
+  let shown = null; // the figure that is enlarged
+
+  const inStrip = () => [...shown.parentElement.querySelectorAll("figure")].filter((figure) => figure.offsetParent)
+    .sort((a, b) => Number(getComputedStyle(a).order) - Number(getComputedStyle(b).order));
+
+  function enlarge(figure) {
+    shown = figure;
+    const { values = [], where = [] } = JSON.parse(figure.dataset.more);
+    const check = figure.querySelector(".veil input");
+    const name = figure.closest(".probe").querySelector("h3, h4").textContent.trim().replace(/\s+/g, " ");
+    const badge = figure.querySelector(".badge")?.textContent;
+    part("h2").textContent = `${name}, seed ${figure.dataset.seed}${badge ? `: ${badge}` : ""}`;
+    part("#zoom-prompt").textContent = figure.dataset.prompt;
+    stage.querySelectorAll("img").forEach((image, number) => { image.src = figure.querySelectorAll("img")[number].src; });
+    part(".unveil").hidden = !check;
+    part(".unveil input").checked = check?.checked || Boolean(figure.closest(".fold").querySelector(".reveal:checked"));
+    stage.classList.toggle("veiled", Boolean(check) && !part(".unveil input").checked);
+    part("table").hidden = !values.length;
+    part("tbody").replaceChildren(...values.map(([name, ...cells]) => {
+      const line = document.createElement("tr");
+      const head = document.createElement("th");
+      head.scope = "row";
+      head.textContent = name.replaceAll("_", " ");
+      line.append(head, ...cells.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
+      return line;
+    }));
+    part(".original").hidden = !where.length;
+    part("pre code").textContent = ["from concept_ablation.common.image_store import read_store", ...where.map(([file, position], number) =>
+      `read_store("${zoom.dataset.results}/${file}").image(${position}).save("${number ? "after" : "before"}.png")`)].join("\n");
+    const all = inStrip();
+    part("[data-step='-1']").disabled = all[0] === figure;
+    part("[data-step='1']").disabled = all.at(-1) === figure;
+    if (!zoom.open) zoom.showModal();
+  }
+
+  function step(by) {
+    const all = inStrip();
+    const next = all[all.indexOf(shown) + by];
+    if (next) enlarge(next);
+  }
+
+  document.addEventListener("click", (event) => {
+    const figure = event.target.closest(".strip figure");
+    if (figure && (event.target.closest("[data-zoom]") || (event.target.matches("img") && !event.target.closest(".veil")))) enlarge(figure);
+  });
+  zoom.addEventListener("click", (event) => {
+    const by = event.target.closest("[data-step]")?.dataset.step;
+    if (by) step(Number(by));
+    else if (event.target === zoom) zoom.close(); // beside it
+  });
+  zoom.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by || event.target === slider) return;
+    event.preventDefault();
+    step(by);
+  });
+  slider.addEventListener("input", () => stage.style.setProperty("--cut", `${slider.value}%`));
+  part(".unveil input").addEventListener("change", (event) => stage.classList.toggle("veiled", !event.target.checked));
+
+  // Text is copied from the element that a button names; where the browser forbids that, it is selected.
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest("[data-copy]");
+    if (!button) return;
+    const source = document.querySelector(button.dataset.copy) ?? button.closest("details, section").querySelector(button.dataset.copy);
+    const said = button.textContent;
+    try {
+      await navigator.clipboard.writeText(source.textContent.trim());
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(source);
+      button.textContent = "Selected: press Ctrl+C";
+    }
+    setTimeout(() => { button.textContent = said; }, 1500);
+  });
+
   addEventListener("hashchange", restore);
   addEventListener("popstate", restore);
   addEventListener("load", () => show(placeOf(location.hash)));
