@@ -28,6 +28,7 @@ from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.bundles import bundle_text, general_text, nested_panels, read_bundles
+from concept_ablation.report.changes import read_changes
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share, whole_points
 from concept_ablation.report.page_lines import harm, loss_limits, overview, rows_lines, worst_first
@@ -116,9 +117,10 @@ def _shown(
         "probes_shown": shown,
         "failures": spec.get("failures", []),
         "waiting": spec.get("waiting", []),
+        "changes": read_changes(page.get("earlier"), lines),
         "unfolded": len(rows) <= page["open_rows"],
         "sections": sections(rows, lines, scores, measured, pairs, shown),
-        **harm(rows, lines, measured),
+        **harm(rows, lines, measured, scores, limits),
     }
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import markupsafe
 import pyarrow as pa
 
-from concept_ablation.report.matrix import make_matrix
+from concept_ablation.common.roles import probe_roles
+from concept_ablation.report.matrix import make_matrix, probe_lines
 from concept_ablation.report.overview import overview_figure, overview_points
 from concept_ablation.report.sections import deciding_targets, victim_ids
 from concept_ablation.report.triage import standing, worst_neighbor_images
@@ -46,20 +47,38 @@ def overview(lines: Sequence[Mapping], loss_max: float) -> markupsafe.Markup | N
 
 
 def harm(
-    rows: Sequence[Mapping], lines: Sequence[Mapping], measured: Mapping[str, Sequence[Mapping]]
+    rows: Sequence[Mapping],
+    lines: Sequence[Mapping],
+    measured: Mapping[str, Sequence[Mapping]],
+    scores: pa.Table,
+    limits: Thresholds,
 ) -> dict:
-    """What the template is filled with for who harms whom; `victim_ids`: where the page shows a row's victim, by their names."""
+    """What the template is filled with for who harms whom, or, where that isn't measured, for what each row did to its own probes.
+
+    victim_ids: where the page shows a row's victim, and cell_ids what a cell of the map is about, by both names.
+    """
     places = {line["concept"]: line["id"] for line in lines}
+    victims = {
+        (row["concept"], line["victim"]): place
+        for row in rows
+        for line, place in zip(
+            measured.get(row["concept"], ()), victim_ids(row, places[row["concept"]]), strict=False
+        )
+    }
+    matrix, cells = make_matrix(measured), victims
+    if matrix is None:
+        allowed = {"anchor": limits.anchor_loss_max, "neighbor": limits.worst_neighbor_loss_max}
+        matrix = make_matrix(probe_lines(rows, scores, allowed))
+        cells = {
+            (row["concept"], subject): f"{places[row['concept']]}-probe-{number}"
+            for row in rows
+            for number, (_, subject) in enumerate(probe_roles(row), 1)
+        }
     return {
         "interference": measured,
-        "matrix": make_matrix(measured),
+        "matrix": matrix,
         "row_ids": places,
         "targets_of": {row["concept"]: row["targets"] for row in rows},
-        "victim_ids": {
-            (row["concept"], line["victim"]): place
-            for row in rows
-            for line, place in zip(
-                measured.get(row["concept"], ()), victim_ids(row, places[row["concept"]]), strict=False
-            )
-        },
+        "victim_ids": victims,
+        "cell_ids": cells,
     }
