@@ -31,7 +31,9 @@ from concept_ablation.report.bundles import bundle_text, general_text, nested_pa
 from concept_ablation.report.changes import read_changes
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share, whole_points
+from concept_ablation.report.handover import card_command, handover, link_to
 from concept_ablation.report.page_lines import harm, loss_limits, overview, rows_lines, worst_first
+from concept_ablation.report.paper_figures import write_figures
 from concept_ablation.report.sections import previews, sections
 from concept_ablation.report.strength import curve, rung_text
 from concept_ablation.report.tables import missing_rows, report_rows
@@ -54,7 +56,7 @@ def render(
     bundles_path: str | Path | None = None,
     interference_path: str | Path | None = None,
 ) -> None:
-    """Writes the page to `out_path`, whole or not at all.
+    """Writes the page to `out_path`, whole or not at all, and beside it `figures`, the plots as files.
 
     Args:
         spec: as for `tables.aggregate_scores`, with "page": images_per_probe (pairs of pictures a probe), image_budget
@@ -70,8 +72,12 @@ def render(
     """
     shown = _shown(spec, scores_path, summary_path, when, read_interference(interference_path))
     bundles = read_bundles(bundles_path)
-    panels = nested_panels(bundles)
-    more = {"bundles": bundles, "nested": panels and markupsafe.Markup(curve_figure(panels))}
+    panels, folder = nested_panels(bundles), Path(out_path).parent
+    nested = panels and markupsafe.Markup(curve_figure(panels))
+    figures = write_figures(
+        folder / "figures", shown["lines"], shown["overview"], shown["matrix"], nested or None
+    )
+    more = {"bundles": bundles, "nested": nested, "handover": handover(folder, spec, figures)}
     stream = environment().get_template("report.html.j2").stream(shown | more)
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:
@@ -243,7 +249,7 @@ def environment() -> jinja2.Environment:
         "is_share": is_share,
     }
     made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip, "state_texts": STATES}
-    made.globals |= {"rounded_up": rounded_up}
+    made.globals |= {"rounded_up": rounded_up, "card_command": card_command, "link_to": link_to}
     made.globals |= {"interference_text": interference_text, "harmed_first": harmed_first}
     made.globals |= {"bundle_text": bundle_text, "general_text": general_text}
     made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}
