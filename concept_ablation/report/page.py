@@ -73,11 +73,9 @@ def render(
     shown = _shown(spec, scores_path, summary_path, when, read_interference(interference_path))
     bundles = read_bundles(bundles_path)
     panels, folder = nested_panels(bundles), Path(out_path).parent
-    nested = panels and markupsafe.Markup(curve_figure(panels))
-    figures = write_figures(
-        folder / "figures", shown["lines"], shown["overview"], shown["matrix"], nested or None
-    )
-    more = {"bundles": bundles, "nested": nested, "handover": handover(folder, spec, figures)}
+    curves = curve_figure(panels) if panels else None
+    figures = write_figures(folder / "figures", shown["lines"], shown["overview"], shown["matrix"], curves)
+    more = {"bundles": bundles, "nested": curves, "handover": handover(folder, spec, figures)}
     stream = environment().get_template("report.html.j2").stream(shown | more)
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:

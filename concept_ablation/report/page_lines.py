@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import markupsafe
 import pyarrow as pa
 
 from concept_ablation.common.roles import probe_roles
@@ -41,9 +40,9 @@ def loss_limits(limits: Thresholds) -> dict[str, float]:
     return {change.removesuffix("_change"): getattr(limits, f"{loss}_max") for loss, change in LOSSES.items()}
 
 
-def overview(lines: Sequence[Mapping], loss_max: float) -> markupsafe.Markup | None:
-    """The plot of all rows; None for a single one, which its own cards show."""
-    return markupsafe.Markup(overview_figure(overview_points(lines), loss_max)) if len(lines) > 1 else None
+def overview(lines: Sequence[Mapping], loss_max: float) -> str | None:
+    """The plot of all rows, an SVG; None for a single one, which its own cards show."""
+    return overview_figure(overview_points(lines), loss_max) if len(lines) > 1 else None
 
 
 def harm(
