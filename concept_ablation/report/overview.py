@@ -91,8 +91,10 @@ def overview_figure(rows: Sequence[Point], loss_max: float) -> str:
     ):  # where limits differ, the least one's zone is the darker
         parts.append(rectangle("zone", axes.x(0), axes.upper, axes.x(limit) - axes.x(0), axes.y(-loss_max) - axes.upper, COLORS["good"], 'fill-opacity=".1"'))  # fmt: skip
     parts += _grid(axes)
-    for point in reversed(rows):  # the worst last, so on top
-        parts.append(_mark(axes, point))
+    for point, shift in reversed(
+        list(zip(rows, _spread(axes, rows), strict=True))
+    ):  # the worst last, so on top
+        parts.append(_mark(axes, point, shift))
     return "\n".join([*parts, *_labels(axes, rows), "</svg>"])
 
 
@@ -123,7 +125,20 @@ def _grid(axes: _Axes) -> Iterable[str]:
     )
 
 
-def _mark(axes: _Axes, point: Point) -> str:
+def _spread(axes: _Axes, rows: Sequence[Point]) -> list[tuple[float, float]]:
+    """How far each point is moved, so that rows with the same values are all seen: on a sunflower's spiral around their place."""
+    places = [(round(axes.x(point.x[0])), round(axes.y(point.y[0])) if point.y else None) for point in rows]
+    shifts, seen = [], dict.fromkeys(places, 0)
+    for place in places:
+        number, wide = seen[place], min(8.0, 36 / math.sqrt(places.count(place)))
+        seen[place] += 1
+        far, turn = wide * math.sqrt(number), number * math.pi * (3 - math.sqrt(5))
+        across = far * math.cos(turn)
+        shifts.append((abs(across) if place[0] - axes.left < 40 else across, far * math.sin(turn)))
+    return shifts
+
+
+def _mark(axes: _Axes, point: Point, shift: tuple[float, float]) -> str:
     """One row: whiskers as one path, and a point, hollow where the verdict isn't firm."""
     x, left, right = map(axes.x, point.x)
     y = axes.foot - 10 if point.y is None else axes.y(point.y[0])
@@ -139,7 +154,7 @@ def _mark(axes: _Axes, point: Point) -> str:
     return (
         f'<g class="point {point.color}" data-row="{point.place}" data-text="{html.escape(point.text)}">'
         f'<path class="whisker" d="{path}" stroke="{color}" stroke-width="1.4" stroke-opacity=".45" fill="none"/>'
-        f'<circle {fill} cx="{x:.1f}" cy="{y:.1f}" r="5"/></g>'
+        f'<circle {fill} cx="{x + shift[0]:.1f}" cy="{y + shift[1]:.1f}" r="5"/></g>'
     )
 
 
