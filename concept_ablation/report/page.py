@@ -109,10 +109,8 @@ def _shown(
         "lines": lines,
         "results": str(Path(lines[0]["delta"]).parents[2]) if lines else "results",
         "previews": previews(rows),
-        "counts": count_verdicts(lines),
-        "states": count_states(lines),
+        **_counted(lines),
         "overview": overview(lines, limits.worst_neighbor_loss_max),
-        "kinds_shown": sorted({line["kind"] for line in lines}),
         "metrics_shown": [METRICS[name] for name in METRICS if name in scored],
         "limits": limits,
         "loss_limits": loss_limits(limits),
@@ -126,6 +124,12 @@ def _shown(
         "sections": sections(rows, lines, scores, measured, pairs, shown),
         **harm(rows, lines, measured, scores, limits),
     }
+
+
+def _counted(lines: Sequence[Mapping]) -> dict:
+    """How many rows there are of each verdict and state, and which kinds."""
+    kinds = sorted({line["kind"] for line in lines})
+    return {"counts": count_verdicts(lines), "states": count_states(lines), "kinds_shown": kinds}
 
 
 def _code() -> dict:

@@ -114,7 +114,7 @@ def pictures_needed(decision: Decision, images: int | None, most: float = 1e5) -
     distance = abs(decision.excess)
     if not images or reach > distance * math.sqrt(most / images):
         return None
-    return max(1, math.ceil(images * (reach / distance) ** 2) - images)
+    return max(1, math.ceil(images * (reach / distance) ** 2 - 1e-9) - images)
 
 
 def rounded_up(count: int) -> int:
