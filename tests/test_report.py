@@ -301,6 +301,18 @@ def test_hostile_names_stay_text(tmp_path):
     assert all(not name.startswith("on") for _, attributes in elements.found for name in attributes)
 
 
+def test_hostile_names_stay_text_in_folded_rows_too(tmp_path):
+    """A folded row is the text of an element that isn't run; nothing in it ends that text, and as markup it is as harmless."""
+    row = make_row(tmp_path, HOSTILE, neighbors=(HOSTILE + "n", "\u2192 <!-- </ScRiPt>"), prompt=HOSTILE)
+    text = make_page(tmp_path, [row], open_rows=0)
+    assert len(Elements(text).of("script")) == 2 and not Elements(text).of("figure")
+    (folded,) = re.findall(r'<script type="text/html">(.*?)</script>', text, re.DOTALL)
+    content = Elements(folded)
+    assert folded.isascii() and len(content.of("figure")) == 4 * 8 and not content.of("script")
+    assert all("onerror" not in image for image in content.of("img"))
+    assert html.unescape("&#8594;") + " <!-- </ScRiPt>" in html.unescape(folded)
+
+
 def test_many_rows_are_folded_and_the_page_stays_small(tmp_path):
     rows = [make_row(tmp_path, f"row {number:02}", neighbors=("owl",)) for number in range(4)]
     text = make_page(tmp_path, rows, image_budget=24, open_rows=3)
