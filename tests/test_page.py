@@ -239,6 +239,7 @@ def test_pictures_are_enlarged_sorted_by_what_counts_and_stay_veiled(visit, page
         "all => all.sort((a, b) => getComputedStyle(a).order - getComputedStyle(b).order).map((one) => one.dataset.seed)"
     )
     assert seeds[:3] == ["109", "103", "111"] and len(seeds) == 8
+    assert probe.locator(".of").inner_text() == "worst 8 of 12 seeds"
     probe.locator("figure[data-seed='109'] img").first.click()
     dialog = page.get_by_role("dialog")
     assert dialog.get_by_role("heading").inner_text() == "target pouting cat, seed 109: seen by CLIP"

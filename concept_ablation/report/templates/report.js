@@ -152,7 +152,10 @@
     const button = event.target.closest("[data-which]");
     if (!button) return;
     for (const other of button.parentElement.children) other.ariaPressed = String(other === button);
-    button.closest(".probe").querySelector(".strip").classList.toggle("by-worst", button.dataset.which === "worst");
+    const probe = button.closest(".probe"), worst = button.dataset.which === "worst", told = probe.querySelector(".of");
+    probe.querySelector(".strip").classList.toggle("by-worst", worst);
+    told.dataset.first ??= told.textContent;
+    told.textContent = worst ? told.dataset.worst : told.dataset.first;
   });
 
   // One picture enlarged: a slider between before and after, arrow keys over the strip's seeds. What is veiled stays so until asked for.
