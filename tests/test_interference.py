@@ -360,7 +360,7 @@ def test_a_row_names_its_victims_and_shows_more_of_what_it_harms(page):
     section = page[page.index('id="row-2"') : page.index('id="row-3"')]
     assert "1 of 3 harmed" in section and ">pencil</a> −100.0 points" in section
     harmed, weak = section.index('id="row-2-victim-1"'), section.index('id="row-2-victim-3"')
-    assert section[harmed:weak].count("<figure>") == 8 and "first 4 of 16 seeds" in section[weak:]
+    assert section[harmed:weak].count("<figure data-seed") == 8 and "first 4 of 16 seeds" in section[weak:]
     alone = page[page.index('id="row-1"') : page.index('id="row-2"')]
     assert "harmed" not in alone.replace("target_harmed", "")
 

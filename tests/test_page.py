@@ -12,6 +12,7 @@ import pytest
 
 from concept_ablation.common.score_table import COLUMNS
 from tests.test_report import make_page, make_row, write_interference, write_made_up_looks
+from tests.test_triage import record_of
 
 pytestmark = pytest.mark.browser
 HEADS = [
@@ -66,6 +67,8 @@ def pages(tmp_path_factory):
             set_score(row, "target", "ablated", 0.9 if number % 3 == 2 else 0.01 * (20 - number) / 2)
             losses = {f"victim {place}": -((place + number) % 5) / 4 for place in range(5)}
             write_interference(folder / f"{number}", row, {**losses, "owl": -0.1}, probed={"owl"})
+            if number < 2:
+                record_of(row)
             rows.append(row)
         make_page(folder, rows, images_per_probe=8, open_rows=kept)
         made[name] = (folder / "report" / "index.html").as_uri()
@@ -173,7 +176,7 @@ def test_going_back_lands_too_and_brings_back_what_is_filtered_out(visit, pages)
 @pytest.mark.parametrize("width", [1440, 390])
 def test_the_sections_are_sorted_with_the_table(visit, pages, width):
     page = visit(pages["many"], width)
-    assert lines(page) == sections(page) == sorted(lines(page))
+    assert lines(page) == sections(page) and lines(page)[:7] == [f"row {n:02}" for n in range(2, 21, 3)]
     for head, first in (("Target still there", "row 19"), ("Target still there", "row 02")):
         page.get_by_role("button", name=head).click()
         assert lines(page) == sections(page) and lines(page)[0] == first
@@ -199,9 +202,68 @@ def test_verdicts_are_filtered_by_buttons_and_the_text_seeks_names(visit, pages)
     assert lines(page) == []
 
 
+def test_what_is_shown_stands_in_the_address(visit, pages):
+    page = visit(pages["many"])
+    page.get_by_role("button", name="7 failed").click()
+    assert len(lines(page)) == 7 and "row 02" in lines(page)
+    page.get_by_role("searchbox").fill("row 1")
+    page.get_by_role("button", name="Concept").click()
+    page.get_by_role("button", name="Concept").click()
+    assert lines(page) == ["row 17", "row 14", "row 11"]
+    page.get_by_role("link", name="row 14").first.click()
+    again = visit(page.url)
+    assert lines(again) == sections(again) == ["row 17", "row 14", "row 11"]
+    assert again.get_by_role("button", name="7 failed").get_attribute("aria-pressed") == "true"
+    assert_landed(again, "row-15")
+
+
+def test_a_point_of_the_overview_opens_its_row(visit, pages):
+    page = visit(pages["many"])
+    page.locator(".point[data-row='row-6'] circle").dispatch_event("click")
+    assert_landed(page, "row-6")
+
+
+def test_folded_rows_are_text_until_they_are_opened(visit, pages):
+    page = visit(pages["many"])
+    assert page.locator("#rows img").count() == 0 == page.locator("#rows .cards").count()
+    page.locator("#row-2 summary").first.click()
+    page.locator("#row-2 .cards").wait_for()
+    assert page.locator("#rows .cards").count() == 1 and page.locator("#row-2 .strip img").count() > 40
+
+
+def test_pictures_are_enlarged_sorted_by_what_counts_and_stay_veiled(visit, pages):
+    page = visit(pages["few"])
+    probe = page.locator("#row-1 .probe.target")
+    probe.get_by_role("button", name="worst 8").click()
+    seeds = probe.locator("figure:visible").evaluate_all(
+        "all => all.sort((a, b) => getComputedStyle(a).order - getComputedStyle(b).order).map((one) => one.dataset.seed)"
+    )
+    assert seeds[:3] == ["109", "103", "111"] and len(seeds) == 8
+    assert probe.locator(".of").inner_text() == "worst 8 of 12 seeds"
+    probe.locator("figure[data-seed='109'] img").first.click()
+    dialog = page.get_by_role("dialog")
+    assert dialog.get_by_role("heading").inner_text() == "target pouting cat, seed 109: seen by CLIP"
+    assert dialog.locator("tbody tr").first.inner_text().split() == ["clip", "accuracy", "yes", "yes"]
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert "seed 111" in dialog.get_by_role("heading").inner_text()
+    dialog.get_by_role("slider").fill("80")
+    assert (
+        dialog.locator(".over").evaluate("(one) => getComputedStyle(one).clipPath")
+        == "inset(0px 0px 0px 80%)"
+    )
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    page.locator("#row-2 .probe.target").get_by_role("button", name="Enlarge seed 101").click()
+    blurred = "(one) => getComputedStyle(one).filter.includes('blur')"
+    assert dialog.locator(".over").evaluate(blurred)
+    dialog.get_by_label("Show this picture").check()
+    assert not dialog.locator(".over").evaluate(blurred)
+
+
 def test_the_keyboard_reaches_everything(visit, pages):
     page, reached = visit(pages["few"]), []
-    for _ in range(400):
+    for _ in range(800):
         page.keyboard.press("Tab")
         name = page.evaluate(
             """() => {
@@ -273,8 +335,8 @@ def test_paper_has_every_column_and_picture_in_light_colours(visit, pages, tmp_p
     page = visit(pages["few"], 390, "dark")
     page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     sheets = PdfReader(tmp_path / "page.pdf").pages
-    first = " ".join(sheets[0].extract_text().split())
-    assert all(head in first for head in HEADS)
+    head = " ".join(" ".join(sheet.extract_text().split()) for sheet in sheets[:2])
+    assert all(name in head for name in HEADS) and "All rows at a glance" in head
     text = " ".join(" ".join(sheet.extract_text().split()) for sheet in sheets)
     assert all(f"row {number:02}" in text for number in range(4)) and "How to read this page" in text
     drawn = sum(sheet.get_contents().get_data().count(b" Do") for sheet in sheets)
@@ -296,9 +358,8 @@ def test_folded_rows_print_their_headings(visit, pages, tmp_path):
     page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     sheets = PdfReader(tmp_path / "page.pdf").pages
     text = " ".join(" ".join(sheet.extract_text().split()) for sheet in sheets)
-    assert (
-        text.count("row 05") == text.count("row 06") == 3
-    )  # in the table, in the map of harm and as a heading
+    # in the table, in the map of harm and as a heading; row 05, which failed, also in the plot
+    assert text.count("row 05") == 1 + text.count("row 06") == 4
     assert text.count("Training loss") == 1
 
 

@@ -217,7 +217,7 @@ def make_page(folder, rows, failures=(), waiting=(), **page):
 class Elements(HTMLParser):
     """All elements of a page, and whether every one that opens closes in order."""
 
-    EMPTY = ("meta", "img", "line", "circle", "rect", "polyline", "input", "br")
+    EMPTY = ("meta", "img", "line", "circle", "rect", "path", "polyline", "input", "br")
 
     def __init__(self, text):
         super().__init__()
@@ -248,7 +248,7 @@ def page(tmp_path_factory):
 def test_the_page_shows_every_row_with_its_verdict_and_pictures(page):
     elements = Elements(page)
     assert "2 of 2 concepts removed with neighbors intact" in page
-    assert [e["id"] for e in elements.of("section") if e.get("class") == "row"] == ["row-1", "row-2"]
+    assert [e["id"] for e in elements.of("section") if e.get("class") == "row"] == ["row-2", "row-1"]
     assert page.count("removed, neighbors kept</span>") == 2  # in the table and in the section
     assert page.count("removed, no neighbors measured</span>") == 2
     alts = [image["alt"] for image in elements.of("img")]
@@ -260,7 +260,7 @@ def test_the_page_shows_every_row_with_its_verdict_and_pictures(page):
 
 def test_pictures_of_a_seed_stand_together(page):
     """Each figure holds the base model's picture, then the ablated one's."""
-    figure = re.search(r"<figure>(.*?)</figure>", page, re.DOTALL).group(1)
+    figure = re.search(r"<figure data-seed[^>]*>(.*?)</figure>", page, re.DOTALL).group(1)
     sources = re.findall(r'src="data:image/\w+;base64,([^"]+)" alt="(before|after)', figure)
     assert [when for _, when in sources] == ["before", "after"]
     colours = []
@@ -284,7 +284,7 @@ def test_a_prompt_that_all_pictures_share_is_written_once(tmp_path, page):
 
 def test_nothing_is_loaded_from_elsewhere(page):
     elements = Elements(page)
-    assert all(image["src"].startswith("data:image/") for image in elements.of("img"))
+    assert all(image["src"].startswith("data:image/") for image in elements.of("img") if "src" in image)
     assert not elements.of("link") and not elements.of("iframe") and not re.search(r"url\(|@import", page)
     assert not re.search(r"https?://", page)
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
@@ -308,10 +308,22 @@ def test_hostile_names_stay_text(tmp_path):
     assert all(not name.startswith("on") for _, attributes in elements.found for name in attributes)
 
 
+def test_hostile_names_stay_text_in_folded_rows_too(tmp_path):
+    """A folded row is the text of an element that isn't run; nothing in it ends that text, and as markup it is as harmless."""
+    row = make_row(tmp_path, HOSTILE, neighbors=(HOSTILE + "n", "\u2192 <!-- </ScRiPt>"), prompt=HOSTILE)
+    text = make_page(tmp_path, [row], open_rows=0)
+    assert len(Elements(text).of("script")) == 2 and not Elements(text).of("figure")
+    (folded,) = re.findall(r'<script type="text/html">(.*?)</script>', text, re.DOTALL)
+    content = Elements(folded)
+    assert folded.isascii() and len(content.of("figure")) == 4 * 8 and not content.of("script")
+    assert all("onerror" not in image for image in content.of("img"))
+    assert html.unescape("&#8594;") + " <!-- </ScRiPt>" in html.unescape(folded)
+
+
 def test_many_rows_are_folded_and_the_page_stays_small(tmp_path):
     rows = [make_row(tmp_path, f"row {number:02}", neighbors=("owl",)) for number in range(4)]
     text = make_page(tmp_path, rows, image_budget=24, open_rows=3)
-    assert text.count("<figure>") == 12 and "first 1 pair of images" in text
+    assert text.count("<figure data-seed") == 12 and "first 1 pair of images" in text
     assert not [e for e in Elements(text).of("details") if e.get("class") == "fold" and "open" in e]
 
 
@@ -326,11 +338,11 @@ def test_over_the_budget_a_row_shows_its_target_then_its_anchor_then_the_neighbo
                 line["value"] = -0.4  # recognition is at its top for most that lose, so it doesn't choose
         pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
     text = make_page(tmp_path, rows, image_budget=18)
-    assert text.count("<figure>") == 9 and "3 probes show a pair of images (targets first" in text
+    assert text.count("<figure data-seed") == 9 and "3 probes show a pair of images (targets first" in text
     assert text.count("12 seeds, not shown") == 3
     assert text.count('aria-label="neighbor duck: images') == 3
     text = make_page(tmp_path, rows, image_budget=2)  # a pair for each row in any case
-    assert text.count("<figure>") == 3 == text.count('aria-label="target pouting cat: images')
+    assert text.count("<figure data-seed") == 3 == text.count('aria-label="target pouting cat: images')
 
 
 def test_a_page_is_made_row_by_row(tmp_path, monkeypatch):
@@ -474,8 +486,10 @@ def test_the_worst_neighbor_is_named_with_its_change(tmp_path):
     text, terminal = with_worst(tmp_path, rows, WORST)
     Elements(text)
     assert "<p><b>du\x1bck</b>: −68.8 points, 95% interval −90.0 to −37.5" in text
-    assert text.count('<div class="card">\n      <h3>Worst neighbor</h3>') == 1
-    (cell,) = re.findall(r'<td data-label="Worst neighbor" data-sort="-0.6875">(.*?)</td>', text, re.DOTALL)
+    assert len(re.findall(r'<div class="card">\s+<h3>Worst neighbor</h3>', text)) == 1
+    (cell,) = re.findall(
+        r'<td data-label="Worst neighbor" class="decides" data-sort="-0.6875">(.*?)</td>', text, re.DOTALL
+    )
     assert "94%" in cell and "<b>25%</b>" in cell and "<b>−68.8</b>, −90.0 to −37.5" in cell
     assert 'aria-label="worst neighbor: change −68.8 points' in cell
     assert '<td data-label="Worst neighbor" data-sort="">–</td>' in text
@@ -491,7 +505,7 @@ def test_firm_and_provisional_stand_beside_every_verdict(tmp_path):
     assert 'class="chip open">inconclusive about a neighbor' in text
     assert text.count('<small class="firm">provisional</small>') == 2
     assert re.search(r"\?\?  a +inconclusive about a neighbor +provisional ", terminal)
-    assert 'data-verdict="inconclusive about a neighbor"><i class="open">' in text  # its filter
+    assert 'data-value="inconclusive about a neighbor"><i class="open">' in text  # its filter
 
 
 def test_a_role_without_a_verdict_is_shown_as_not_judged(tmp_path):
@@ -531,7 +545,9 @@ def test_of_several_targets_the_cell_shows_the_one_that_decides(tmp_path):
             line |= {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02}
     pq.write_table(pa.Table.from_pylist(table, schema=COLUMNS), row["scores"])
     text = make_page(tmp_path, [row])
-    (cell,) = re.findall(r'<td data-label="Target still there" data-sort="0.55">(.*?)</td>', text, re.DOTALL)
+    (cell,) = re.findall(
+        r'<td data-label="Target still there" class="decides" data-sort="0.55">(.*?)</td>', text, re.DOTALL
+    )
     assert '<span class="name">pouting cat</span><span class="from">60%</span> → <b>55%</b>' in cell
     assert (
         'aria-label="target still there: pouting cat, before 60%, after 55%, removed at 20% or less"' in cell
@@ -599,7 +615,7 @@ def test_unsafe_pictures_are_veiled_until_asked_for(tmp_path, page):
     assert strips == ["strip veiled"] * 4
     assert [e["class"] for e in elements.of("span") if "preview" in e.get("class", "")] == ["preview veiled"]
     boxes = [e for e in elements.of("input") if e.get("type") == "checkbox"]
-    assert len(boxes) == 1 + 4 * 8 and not any("checked" in box for box in boxes)
+    assert len(boxes) == 2 + 4 * 8 and not any("checked" in box for box in boxes)
     assert sum(box.get("aria-label", "").startswith("show the pictures of seed 10") for box in boxes) == 4 * 8
     assert 'class="strip veiled' not in page and 'type="checkbox"' not in page
 

@@ -1,10 +1,16 @@
-"""The heat map of who harms whom: which rows and victims it shows, in which order, and what a cell says."""
+"""The heat map of who harms whom: which rows and victims it shows, in which order, and what a cell says.
+
+Where other rows' subjects weren't measured, it shows what each row did to its own anchor and neighbors.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from concept_ablation.common.roles import probe_roles
 from concept_ablation.registries import KINDS
 
 ROWS, COLUMNS = 40, 40
@@ -46,6 +52,37 @@ def make_matrix(
         [[cells.get((row, column)) for column in columns] for row in rows],
         (len(measured) - len(rows), len(everyone) - len(columns)),
     )
+
+
+def probe_lines(
+    rows: Sequence[Mapping], scores: pa.Table, allowed: Mapping[str, float]
+) -> dict[str, list[dict]]:
+    """What each row did to its own anchor and neighbors, as `make_matrix` takes it: lines by concept.
+
+    scores: the long table. allowed: role -> the loss of typical images beyond which it counts as harmed. `change` is that of the
+    share of recognised images (neighbors) or of typical ones, whichever fell more; `p` is None, since no test is made.
+    """
+    chosen = pc.and_(pc.equal(scores["side"], "difference"), pc.is_in(scores["role"], pa.array([*allowed])))
+    chosen = pc.and_(chosen, pc.is_in(scores["metric"], pa.array(["typical", "recognition"])))
+    values = {
+        (line["concept"], line["role"], line["probe"], line["metric"]): line["value"]
+        for line in scores.filter(chosen).to_pylist()
+    }
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        for role, subject in probe_roles(row):
+            place = row["concept"], role, subject
+            typical, recognition = (values.get((*place, name)) for name in ("typical", "recognition"))
+            if typical is not None:
+                line = {
+                    "concept": row["concept"],
+                    "victim": subject,
+                    "victim_kind": row["kind"],
+                    "role": role,
+                }
+                line |= {"change": min(typical, recognition or 0.0), "harmed": typical < -allowed[role]}
+                found.setdefault(row["concept"], []).append(line | {"p": None})
+    return found
 
 
 def cluster_order(vectors: np.ndarray) -> list[int]:

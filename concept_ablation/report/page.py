@@ -7,6 +7,7 @@ all text; styles and the one script are inside the file, and a content security 
 import base64
 import hashlib
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.bundles import bundle_text, general_text, nested_panels, read_bundles
+from concept_ablation.report.changes import read_changes
 from concept_ablation.report.costs import read_costs_table, stage_costs, total
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import (
@@ -38,27 +40,20 @@ from concept_ablation.report.formatting import (
     share,
     whole_points,
 )
-from concept_ablation.report.matrix import make_matrix
-from concept_ablation.report.sections import deciding_targets, previews, sections, victim_ids
+from concept_ablation.report.handover import card_command, handover, link_to
+from concept_ablation.report.page_lines import harm, loss_limits, overview, rows_lines, worst_first
+from concept_ablation.report.paper_figures import write_figures
+from concept_ablation.report.sections import previews, sections
 from concept_ablation.report.strength import curve, rung_text
 from concept_ablation.report.tables import missing_rows, report_rows
+from concept_ablation.report.triage import STATES, VERDICT_COLORS, count_states, rounded_up
 from concept_ablation.report.victims import drawn_victims, harmed_first, interference_text, read_interference
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
-VERDICT_COLORS = {
-    verdict.KEPT: "good",
-    verdict.ALONE: "good",
-    verdict.HARMED: "warn",
-    verdict.ANCHOR_HARMED: "warn",
-    verdict.ONE_HARMED: "warn",
-    verdict.PRESENT: "bad",
-}
-"""Colour of a verdict; the inconclusive ones are neutral."""
-
 TERMINAL_MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
-"""The same in a terminal."""
+"""Colour of a verdict -> its mark in a terminal."""
 
 
 def render(
@@ -71,7 +66,7 @@ def render(
     interference_path: str | Path | None = None,
     costs_path: str | Path | None = None,
 ) -> None:
-    """Writes the page to `out_path`, whole or not at all.
+    """Writes the page to `out_path`, whole or not at all, and beside it `figures`, the plots as files.
 
     Args:
         spec: as for `tables.aggregate_scores`, with "page": images_per_probe (pairs of pictures a probe), image_budget
@@ -88,10 +83,12 @@ def render(
     """
     shown = _shown(spec, scores_path, summary_path, when, read_interference(interference_path))
     bundles = read_bundles(bundles_path)
-    panels = nested_panels(bundles)
     costs = read_costs_table(costs_path)
     shown |= {"stage_costs": stage_costs(costs), "total_cost": total(costs)}
-    more = {"bundles": bundles, "nested": panels and markupsafe.Markup(curve_figure(panels))}
+    panels, folder = nested_panels(bundles), Path(out_path).parent
+    curves = curve_figure(panels) if panels else None
+    figures = write_figures(folder / "figures", shown["lines"], shown["overview"], shown["matrix"], curves)
+    more = {"bundles": bundles, "nested": curves, "handover": handover(folder, spec, figures)}
     stream = environment().get_template("report.html.j2").stream(shown | more)
     stream.enable_buffering(64)
     with atomic_output(out_path) as part:
@@ -108,67 +105,51 @@ def _shown(
     measured: Mapping[str, Sequence[Mapping]],
 ) -> dict:
     """What the template is filled with; the rows' pictures are read when it asks for them."""
-    rows, page = report_rows(spec), spec["page"]
+    rows, page, limits = report_rows(spec), spec["page"], verdict.read_thresholds(spec)
     summary = {line["concept"]: line for line in pq.read_table(summary_path).to_pylist()}
     texts = [field.name for field in COLUMNS if field.type == pa.string()]
     scores = pq.read_table(scores_path, read_dictionary=texts)
-    lines = _rows_lines(rows, summary, scores)
+    rows, lines = worst_first(rows, rows_lines(rows, summary, scores, limits))
     probes = sum(len(probe_roles(row)) for row in rows) + drawn_victims(measured)
     pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
     shown = probes_a_row(len(rows), probes, page["image_budget"])
     scored = set(pc.unique(scores["metric"]).to_pylist())
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return {
-        "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        "script": script,
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **_code(),
         "when": when or datetime.now(UTC),
         "model": open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
         "scorers": [name for name in pc.unique(scores["features"]).to_pylist() if name],
         "lines": lines,
+        "results": str(Path(lines[0]["delta"]).parents[2]) if lines else "results",
         "previews": previews(rows),
-        "counts": count_verdicts(lines),
-        "kinds_shown": sorted({line["kind"] for line in lines}),
+        **_counted(lines),
+        "overview": overview(lines, limits.worst_neighbor_loss_max),
         "metrics_shown": [METRICS[name] for name in METRICS if name in scored],
-        "limits": verdict.read_thresholds(spec),
+        "limits": limits,
+        "loss_limits": loss_limits(limits),
         "pairs": pairs,
         "capped": pairs < page["images_per_probe"],
         "probes_shown": shown,
         "failures": spec.get("failures", []),
         "waiting": spec.get("waiting", []),
+        "changes": read_changes(page.get("earlier"), lines),
         "unfolded": len(rows) <= page["open_rows"],
         "sections": sections(rows, lines, scores, measured, pairs, shown),
-        **_harm(rows, lines, measured),
+        **harm(rows, lines, measured, scores, limits),
     }
 
 
-def _rows_lines(rows: Sequence[Mapping], summary: Mapping[str, Mapping], scores: pa.Table) -> list[dict]:
-    """The summary's lines of the rows, each with its place on the page and the target that speaks for it."""
-    lines = [summary[row["concept"]] | {"id": f"row-{number}"} for number, row in enumerate(rows, 1)]
-    return [
-        line | {"deciding": target, "several": len(row["targets"]) > 1}
-        for line, target, row in zip(lines, deciding_targets(lines, scores), rows, strict=True)
-    ]
+def _counted(lines: Sequence[Mapping]) -> dict:
+    """How many rows there are of each verdict and state, and which kinds."""
+    kinds = sorted({line["kind"] for line in lines})
+    return {"counts": count_verdicts(lines), "states": count_states(lines), "kinds_shown": kinds}
 
 
-def _harm(
-    rows: Sequence[Mapping], lines: Sequence[Mapping], measured: Mapping[str, Sequence[Mapping]]
-) -> dict:
-    """What the template is filled with for who harms whom; `victim_ids`: where the page shows a row's victim, by their names."""
-    places = {line["concept"]: line["id"] for line in lines}
-    return {
-        "interference": measured,
-        "matrix": make_matrix(measured),
-        "row_ids": places,
-        "targets_of": {row["concept"]: row["targets"] for row in rows},
-        "victim_ids": {
-            (row["concept"], line["victim"]): place
-            for row in rows
-            for line, place in zip(
-                measured.get(row["concept"], ()), victim_ids(row, places[row["concept"]]), strict=False
-            )
-        },
-    }
+def _code() -> dict:
+    """The page's style and script, and the script's hash, by which the content security policy allows it and no other."""
+    style, script = ((TEMPLATES / f"report.{name}").read_text(encoding="utf-8") for name in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"style": style, "script": script, "script_hash": digest}
 
 
 def print_summary(
@@ -232,6 +213,15 @@ def summary_text(lines: Sequence[Mapping]) -> str:
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
+def inert(markup: str) -> markupsafe.Markup:
+    """Markup as the text of an element that the browser neither runs nor builds; the page's script makes elements of it.
+
+    What is not ASCII is written as a reference: a browser holds such a text in a byte a letter, not in two.
+    """
+    text = re.sub(r"<(?=/?script|!--)", "&lt;", markup, flags=re.IGNORECASE)  # these alone could end it
+    return markupsafe.Markup(text.encode("ascii", "xmlcharrefreplace").decode())
+
+
 def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
     """How many pairs of pictures each probe shows: `wanted`, or fewer (at least 1) to keep the page within `budget`."""
     return max(1, min(wanted, budget // (2 * max(probes, 1))))
@@ -267,14 +257,15 @@ def environment() -> jinja2.Environment:
         "sparkline": sparkline,
     }
     made.filters |= {"duration": duration}
-    made.filters |= {"curve": curve, "rung": rung_text}
+    made.filters |= {"curve": curve, "rung": rung_text, "inert": inert}
     made.filters |= {
         "size": size_text,
         "target_bar": target_bar,
         "change_bar": change_bar,
         "is_share": is_share,
     }
-    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip}
+    made.globals |= {"colors": VERDICT_COLORS, "headline": headline, "zip": zip, "state_texts": STATES}
+    made.globals |= {"rounded_up": rounded_up, "card_command": card_command, "link_to": link_to}
     made.globals |= {"interference_text": interference_text, "harmed_first": harmed_first}
     made.globals |= {"bundle_text": bundle_text, "general_text": general_text}
     made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}

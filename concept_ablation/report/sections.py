@@ -14,6 +14,7 @@ from concept_ablation.common.interference_table import DRAWN
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.figures import thumbnail
 from concept_ablation.report.formatting import flat_settings
+from concept_ablation.report.pictures import Pair, probe_pictures, read_record
 from concept_ablation.report.strength import read_looks
 from concept_ablation.report.summary import training_record
 
@@ -87,17 +88,20 @@ def sections(
     for row, line in zip(rows, lines, strict=True):
         samples = open_store(row["samples"])
         metrics = _metric_lines(scores.take(places.get(row["concept"], [])).to_pylist())
-        record, chosen = training_record(row), _most_telling(row, metrics)[:shown]
+        training, chosen, record = training_record(row), _most_telling(row, metrics)[:shown], read_record(row)
+        counts = pairs, pairs if shown is None else 0
         yield line | {
             "row": row,
             "probes": [
-                _probe(row, samples, *place, metrics, pairs if place in chosen else 0)
+                _probe(
+                    row, samples, place, metrics, record.get(place, ()), counts if place in chosen else (0, 0)
+                )
                 for place in probe_roles(row)
             ],
             "interference": _victims(row, measured.get(row["concept"], []), pairs, shown),
             "memorized": _memorized(row),
             "metrics": metrics,
-            "loss": record.get("loss", []),
+            "loss": training.get("loss", []),
             "looks": read_looks(row),
             "settings": list(flat_settings(samples.metadata, UNLISTED)),
         }
@@ -136,20 +140,24 @@ def _memorized(row: Mapping) -> str | None:
 
 
 def _probe(
-    row: Mapping, samples: ImageStore, role: str, subject: str, metrics: Sequence[Mapping], pairs: int
+    row: Mapping,
+    samples: ImageStore,
+    place: tuple[str, str],
+    metrics: Sequence[Mapping],
+    record: Sequence[Pair],
+    counts: tuple[int, int],
 ) -> dict:
+    role, subject = place
     ablated = samples.select(role, subject)
-    shown = min(pairs, len(ablated))
-    before = _base_pictures(str(row["base"][subject]), shown)
-    after = [thumbnail(ablated.image(position)) for position in range(shown)]
-    pictures = _pairs(before, after)
-    found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == (role, subject)}
+    pictures = probe_pictures(row, ablated, place, record, counts)
+    found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == place}
     return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
 
 
 def _pairs(before: Sequence[tuple[str, int, str]], after: Sequence[str]) -> list[dict]:
     return [
         {"prompt": prompt, "seed": seed, "base": base, "ablated": picture}
+        | {"badge": "", "first": True, "worst": None, "more": {}}
         for (prompt, seed, base), picture in zip(before, after, strict=True)
     ]
 
