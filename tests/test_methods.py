@@ -117,6 +117,7 @@ def test_a_rows_delta_moves_the_target_to_the_anchor_and_leaves_the_neighbor(fol
 
 def test_the_defaults_are_the_published_codes_and_a_spec_leaves_them_out(folder, tmp_path):
     published = {
+        "strength": "fixed",
         "templates": ["{}"],
         "tokens": "last",
         "erase_scale": 1.0,

@@ -12,11 +12,11 @@ that one and all after it, padding too, as in its first version.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from concept_ablation.methods.base import Method
+from concept_ablation.methods.edited import FIXED, STRENGTH, TEMPLATES, Edited
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 SCALE = {"type": "number", "exclusiveMinimum": 0}
 
 
-class Uce(Method):
+class Uce(Edited):
     """Its defaults are those of the published code; preserved are the row's anchor and its neighbors."""
 
     name = "uce"
-    uses_anchors = False
-    row_fields = ("kind", "targets", "anchor", "neighbors")
     defaults: ClassVar = {
+        **FIXED,
         "templates": ["{}"],
         "tokens": "last",
         "erase_scale": 1.0,
@@ -39,12 +38,8 @@ class Uce(Method):
         "ridge": 0.5,
     }
     schema: ClassVar = {
-        "templates": {
-            "type": "array",
-            "minItems": 1,
-            "items": {"type": "string", "pattern": r"^[^{}]*\{\}[^{}]*$"},
-            "description": "texts in which targets, anchor and neighbors are encoded, with {} for the word",
-        },
+        **STRENGTH,
+        "templates": TEMPLATES,
         "tokens": {
             "enum": ["last", "rest"],
             "description": "the subject's last token, or it and all after it",
@@ -57,33 +52,33 @@ class Uce(Method):
     def groups(self, settings: Mapping) -> set[str]:
         return {"cross-attn"}
 
-    def run(
-        self,
-        spec: Mapping,
-        anchors: str | Path | None,
-        delta: str | Path,
-        training: str | Path,
-        *,
-        device: str,
-        checkpoint_steps: int,
-    ) -> None:
-        from concept_ablation.diffusion.families.base import family_of
-        from concept_ablation.diffusion.stages import load_model
-
-        settings, pipeline = self.settings_of(spec), load_model(spec["model"], device)
-        family = family_of(pipeline)
-        pairs, kept = [], []
-        for template in settings["templates"]:
-            tokens = Subjects(pipeline, template, settings["tokens"])
-            pairs += [tokens.pair(target, spec["anchor"]) for target in spec["targets"]]
-            kept += [tokens.of(word) for word in (spec["anchor"], *spec["neighbors"])]
+    def edit(self, spec: Mapping, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], list[dict]]:
+        started, settings = time.perf_counter(), self.settings_of(spec)
+        pairs, kept = encodings(spec, pipeline, settings["templates"], settings["tokens"])
         scales = settings["erase_scale"], settings["preserve_scale"], settings["ridge"]
-        layers = family.text_projections(family.network(pipeline))
-        edited = {
-            f"{family.network_name}.{name}.weight": edit(layer.weight.detach(), pairs, kept, *scales)
-            for name, layer in layers.items()
-        }
-        self.save(spec, edited, delta, training)
+        edited = {name: edit(weight, pairs, kept, *scales) for name, weight in projections(pipeline).items()}
+        return edited, [{"step": 1, "seconds": time.perf_counter() - started}]
+
+
+def projections(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+    """The weights, (out, width), that make keys and values of the text, by their names in a delta."""
+    from concept_ablation.diffusion.families.base import family_of
+
+    family = family_of(pipeline)
+    layers = family.text_projections(family.network(pipeline))
+    return {f"{family.network_name}.{name}.weight": layer.weight.detach() for name, layer in layers.items()}
+
+
+def encodings(
+    spec: Mapping, pipeline: DiffusionPipeline, templates: Sequence[str], tokens: str
+) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """A row's pairs of targets' tokens and the anchor's in their place, and the tokens of what is to stay: anchor and neighbors."""
+    pairs, kept = [], []
+    for template in templates:
+        subjects = Subjects(pipeline, template, tokens)
+        pairs += [subjects.pair(target, spec["anchor"]) for target in spec["targets"]]
+        kept += [subjects.of(word) for word in (spec["anchor"], *spec["neighbors"])]
+    return pairs, kept
 
 
 class Subjects:
