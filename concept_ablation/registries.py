@@ -98,6 +98,7 @@ METHODS = Registry(
     "method",
     {
         "ablation": "concept_ablation.methods.ablation.method:METHOD",
+        "esd": "concept_ablation.methods.esd:METHOD",
         "uce": "concept_ablation.methods.uce:METHOD",
         "none": "concept_ablation.methods.none:METHOD",
     },
