@@ -100,6 +100,7 @@ METHODS = Registry(
         "ablation": "concept_ablation.methods.ablation.method:METHOD",
         "esd": "concept_ablation.methods.esd:METHOD",
         "uce": "concept_ablation.methods.uce:METHOD",
+        "rece": "concept_ablation.methods.rece:METHOD",
         "speed": "concept_ablation.methods.speed:METHOD",
         "none": "concept_ablation.methods.none:METHOD",
     },
