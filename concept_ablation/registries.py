@@ -102,6 +102,7 @@ METHODS = Registry(
         "uce": "concept_ablation.methods.uce:METHOD",
         "rece": "concept_ablation.methods.rece:METHOD",
         "speed": "concept_ablation.methods.speed:METHOD",
+        "negative-prompt": "concept_ablation.methods.negative_prompt:METHOD",
         "none": "concept_ablation.methods.none:METHOD",
     },
 )

@@ -24,6 +24,8 @@ class Method:
     """Raise it when the method gives another delta for the same spec, or a default changes."""
     uses_anchors: ClassVar[bool] = True
     """Whether it reads pictures of the anchor, which are then drawn before it."""
+    changes_weights: ClassVar[bool] = True
+    """Whether its delta holds weights. Without any a row can't be exported or merged; its metadata say how it is sampled."""
     row_fields: ClassVar[tuple[str, ...]] = ("kind", "targets", "anchor")
     """The columns of the table that its work depends on; also possible: neighbors."""
     defaults: ClassVar[Mapping[str, object]] = {}
