@@ -125,6 +125,7 @@ WAYS = Registry(
         "ties": "concept_ablation.methods.bundles.ties:WAY",
         "joint": "concept_ablation.methods.bundles.joint:WAY",
         "sequential": "concept_ablation.methods.bundles.sequential:WAY",
+        "uce": "concept_ablation.methods.bundles.uce:WAY",
     },
 )
 """The ways to make one model of many rows. An entry is a `concept_ablation.methods.bundles.base.Way`."""

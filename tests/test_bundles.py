@@ -332,7 +332,7 @@ def merge(folder, tmp_path, tensors, how="closed-form", **settings):
     spec |= {"ridge": 1e-4, "preserve_weight": 1.0, "density": 0.5, "scale": 1.0}
     spec |= {"prompts": list(PROMPTS), "general": ["a house", "two owls"], **settings}
     out = tmp_path / "out.safetensors"
-    merge_deltas(spec, deltas, out, prompts=prompts, device="cpu")
+    merge_deltas(spec, out, deltas=deltas, prompts=prompts, device="cpu")
     return load_delta(out)
 
 
