@@ -30,6 +30,7 @@ from concept_ablation.report.bundles import bundle_text, general_text, nested_pa
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share, whole_points
 from concept_ablation.report.matrix import make_matrix
+from concept_ablation.report.methods_figure import shown_methods
 from concept_ablation.report.sections import deciding_targets, previews, sections, victim_ids
 from concept_ablation.report.strength import curve, rung_text
 from concept_ablation.report.tables import missing_rows, report_rows
@@ -126,6 +127,7 @@ def _shown(
         "unfolded": len(rows) <= page["open_rows"],
         "sections": sections(rows, lines, scores, measured, pairs, shown),
         **_harm(rows, lines, measured),
+        **shown_methods(rows, lines),
     }
 
 
