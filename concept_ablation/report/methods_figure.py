@@ -11,7 +11,7 @@ import markupsafe
 from concept_ablation.report.figures import COLORS
 from concept_ablation.report.methods import Measure, MethodRows, cell, compare_methods, measures_of
 
-WIDTH, STEP, TOP, LEFT, GAP = 128, 30, 46, 128, 22
+WIDTH, STEP, TOP, LEFT, GAP = 118, 30, 48, 128, 34
 """Of a panel, in pixels: its width, a method's height, the room above, that for the names, that between panels."""
 
 
@@ -49,8 +49,8 @@ def methods_figure(methods: Sequence[MethodRows]) -> str:
     y = TOP + STEP * len(methods) + 48
     parts += [
         f'<circle cx="{LEFT + 5}" cy="{y - 4}" r="3" fill="currentColor" fill-opacity=".35"/><text x="{LEFT + 14}" y="{y}">a target that is gone</text>',
-        f'<circle cx="{LEFT + 145}" cy="{y - 4}" r="2.5" fill="none" stroke="currentColor" stroke-opacity=".5"/><text x="{LEFT + 154}" y="{y}">one that is not: not in the mean</text>',
-        f'<path d="M{LEFT + 335} {y - 4}h22" stroke="currentColor" stroke-width="2"/><circle cx="{LEFT + 346}" cy="{y - 4}" r="4.5" fill="currentColor"/><text x="{LEFT + 364}" y="{y}">mean, 95 % interval over targets</text>',
+        f'<circle cx="{LEFT + 145}" cy="{y - 4}" r="2.5" fill="none" stroke="currentColor" stroke-opacity=".5"/><text x="{LEFT + 154}" y="{y}">one that is not: counted on the left and in seconds alone</text>',
+        f'<path d="M{LEFT + 480} {y - 4}h22" stroke="currentColor" stroke-width="2"/><circle cx="{LEFT + 491}" cy="{y - 4}" r="4.5" fill="currentColor"/><text x="{LEFT + 509}" y="{y}">mean, 95 % interval over targets</text>',
     ]
     return "\n".join([*parts, "</svg>"])
 
@@ -111,19 +111,21 @@ class _Scale:
             self.ticks = [(10.0**n, f"{10.0**n:g}") for n in tens if (n - self.low) % (1 + len(tens) // 5) == 0]  # fmt: skip
             return
         if measure.unit == "share":
-            self.low, self.high = min(-0.05, least), 1.0
-            self.ticks = [(0.0, "0"), (0.5, "50"), (1.0, "100 %")]
+            self.high = next(top for top in (0.1, 0.2, 0.5, 1.0) if most <= top or top == 1.0)
+            self.low = min(-0.05 * self.high, max(least, -self.high))
+            self.ticks = [(share, f"{share:.0%}") for share in (0.0, self.high / 2, self.high)]
             return
         self.low, self.high = min(0.0, least), max(most, 1.0)
         step = 10.0 ** math.floor(math.log10(self.high))
-        self.ticks = [(0.0, "0"), *((n * step, f"{n * step:g}") for n in (1, 2, 5) if n * step <= self.high)]
+        top = max(n * step for n in (1, 2, 5) if n * step <= self.high)
+        self.ticks = [(value, f"{value:g}") for value in (0.0, top / 2, top)]
 
     def place(self, value: float) -> float:
         value = math.log10(max(value, 1e-3)) if self.ratio else value
         return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 
 
-def _wrapped(title: str, most: int = 22) -> list[str]:
+def _wrapped(title: str, most: int = 19) -> list[str]:
     """A title in lines of about `most` characters."""
     lines = [""]
     for word in title.split():
