@@ -9,8 +9,9 @@ from tiny import make_tiny_pipeline
 
 from concept_ablation import apply_delta, load_pipeline
 from concept_ablation.diffusion.delta import delta_shapes
+from concept_ablation.methods.concept_editing import Subjects, edit
 from concept_ablation.methods.stage import ablate_concept
-from concept_ablation.methods.uce import METHOD, Subjects, edit
+from concept_ablation.methods.uce import METHOD
 
 WIDTH, OUT = 6, 4
 

@@ -6,9 +6,9 @@ import torch
 from tiny import make_tiny_pipeline
 
 from concept_ablation import load_pipeline
+from concept_ablation.methods.concept_editing import Subjects, edit
 from concept_ablation.methods.rece import METHOD, reviving
 from concept_ablation.methods.uce import METHOD as UCE
-from concept_ablation.methods.uce import Subjects, edit
 
 WIDTH = 6
 

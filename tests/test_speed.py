@@ -7,9 +7,9 @@ from tiny import make_tiny_pipeline
 
 from concept_ablation import apply_delta, load_pipeline
 from concept_ablation.diffusion.delta import delta_shapes
+from concept_ablation.methods.concept_editing import Subjects
 from concept_ablation.methods.speed import METHOD, centers, null_projector, refine, solve
 from concept_ablation.methods.stage import ablate_concept
-from concept_ablation.methods.uce import Subjects
 
 WIDTH, OUT = 9, 5
 

@@ -12,7 +12,7 @@ from tiny import make_tiny_pipeline
 from concept_ablation import load_delta, load_pipeline
 from concept_ablation.methods.bundles.stage import merge_deltas
 from concept_ablation.methods.bundles.uce import preserved
-from concept_ablation.methods.uce import Subjects, projections
+from concept_ablation.methods.concept_editing import Subjects, projections
 from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.schema import check_config
 from concept_ablation.plan.specs import build_plan

@@ -26,13 +26,6 @@ STRENGTH: Mapping[str, Mapping] = {
     }
 }
 """What a method of this kind adds to its `defaults` and its `schema`."""
-TEMPLATES: Mapping[str, object] = {
-    "type": "array",
-    "minItems": 1,
-    "items": {"type": "string", "pattern": r"^[^{}]*\{\}[^{}]*$"},
-    "description": "texts in which words are encoded, with {} for the word",
-}
-"""The schema of a setting `templates`."""
 
 
 class Edited(Method):

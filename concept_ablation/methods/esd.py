@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from concept_ablation.methods.edited import FIXED, STRENGTH, TEMPLATES, Edited
+from concept_ablation.methods.concept_editing import TEMPLATES
+from concept_ablation.methods.edited import FIXED, STRENGTH, Edited
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

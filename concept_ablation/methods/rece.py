@@ -14,13 +14,12 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from concept_ablation.methods.edited import FIXED, STRENGTH, TEMPLATES, Edited
+from concept_ablation.methods.concept_editing import SCALE, TEMPLATES
+from concept_ablation.methods.edited import FIXED, STRENGTH, Edited
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from torch import Tensor
-
-SCALE = {"type": "number", "exclusiveMinimum": 0}
 
 
 class Rece(Edited):
@@ -62,7 +61,7 @@ class Rece(Edited):
         return {"cross-attn"}
 
     def edit(self, spec: Mapping, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], list[dict]]:
-        from concept_ablation.methods.uce import edit, encodings, projections
+        from concept_ablation.methods.concept_editing import edit, encodings, projections
 
         settings, started = self.settings_of(spec), time.perf_counter()
         pairs, kept = encodings(spec, pipeline, settings["templates"], settings["tokens"])

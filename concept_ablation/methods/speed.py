@@ -20,7 +20,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from concept_ablation.methods.edited import FIXED, STRENGTH, TEMPLATES, Edited
+from concept_ablation.methods.concept_editing import TEMPLATES
+from concept_ablation.methods.edited import FIXED, STRENGTH, Edited
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ class Speed(Edited):
         import torch
 
         from concept_ablation.methods.ablation.conditioning import Encoder
-        from concept_ablation.methods.uce import encodings, projections
+        from concept_ablation.methods.concept_editing import encodings, projections
 
         started, settings = time.perf_counter(), self.settings_of(spec)
         pairs, kept = encodings(spec, pipeline, settings["templates"], "last")

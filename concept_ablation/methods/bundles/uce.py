@@ -10,7 +10,7 @@ import time
 from typing import ClassVar
 
 from concept_ablation.methods.bundles.base import Way
-from concept_ablation.methods.uce import METHOD
+from concept_ablation.methods.concept_editing import DEFAULTS, SCHEMA
 
 
 class UceAll(Way):
@@ -18,11 +18,11 @@ class UceAll(Way):
 
     name = "uce"
     reads = ("prompts",)
-    defaults: ClassVar = {name: value for name, value in METHOD.defaults.items() if name != "strength"}
-    schema: ClassVar = {name: METHOD.schema[name] for name in defaults}
+    defaults: ClassVar = DEFAULTS
+    schema: ClassVar = SCHEMA
 
     def merge(self, spec, deltas, rows, pipeline):
-        from concept_ablation.methods.uce import Subjects, edit, projections
+        from concept_ablation.methods.concept_editing import Subjects, edit, projections
 
         started, settings = time.perf_counter(), self.settings_of(spec)
         kept_words, kept_prompts = preserved(rows, spec["general"])
