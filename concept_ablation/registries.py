@@ -197,6 +197,7 @@ STAGES = {
             "model.trust_remote_code": False,
             "method": DEFAULT_METHOD,
             "training.preserve": "none",
+            "training.start": "none",
             "training.strength": "fixed",
         },
     ),
