@@ -12,6 +12,7 @@
 #   make lint        ruff, snakefmt, snakemake --lint;  make format  mend what can be mended
 #   make test-world  every kind of row on the embedded model (about 15 minutes)
 #   make sweep       45 concepts that nobody tuned, by the defaults: how many come out (hours; bench/sweep.py has other ways)
+#   make compare     13 concepts by each of the seven methods, at equal erasure: a table and a figure (hours; bench/compare.py)
 #   make fuzz        thousands of malformed tables and configs
 #   make chaos       kills, a full disk, damaged files (as root; half an hour)
 #   make slurm-test  rows on a SLURM cluster that is started on this machine (as root; about 7 minutes)
@@ -24,7 +25,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run check status gc test test-world slurm-test test-s3 page-test demo demo-test chromium sweep fuzz chaos lint format report embedded clean install
+.PHONY: run check status gc test test-world slurm-test test-s3 page-test demo demo-test chromium sweep compare fuzz chaos lint format report embedded clean install
 .DEFAULT_GOAL := run
 
 install: .venv/.installed
@@ -61,6 +62,10 @@ test-world: .venv/.installed
 
 sweep: .venv/.installed
 	python bench/sweep.py
+
+compare: .venv/.installed
+	snakemake --cores $(CORES) --configfile bench/compare.yaml
+	python bench/compare.py
 
 slurm-test: .venv/.installed
 	OMP_NUM_THREADS=1 pytest -m slurm tests/slurm

@@ -98,7 +98,11 @@ METHODS = Registry(
     "method",
     {
         "ablation": "concept_ablation.methods.ablation.method:METHOD",
+        "esd": "concept_ablation.methods.esd:METHOD",
         "uce": "concept_ablation.methods.uce:METHOD",
+        "rece": "concept_ablation.methods.rece:METHOD",
+        "speed": "concept_ablation.methods.speed:METHOD",
+        "negative-prompt": "concept_ablation.methods.negative_prompt:METHOD",
         "none": "concept_ablation.methods.none:METHOD",
     },
 )
@@ -121,6 +125,7 @@ WAYS = Registry(
         "ties": "concept_ablation.methods.bundles.ties:WAY",
         "joint": "concept_ablation.methods.bundles.joint:WAY",
         "sequential": "concept_ablation.methods.bundles.sequential:WAY",
+        "uce": "concept_ablation.methods.bundles.uce:WAY",
     },
 )
 """The ways to make one model of many rows. An entry is a `concept_ablation.methods.bundles.base.Way`."""
@@ -193,6 +198,7 @@ STAGES = {
             "model.trust_remote_code": False,
             "method": DEFAULT_METHOD,
             "training.preserve": "none",
+            "training.start": "none",
             "training.strength": "fixed",
         },
     ),

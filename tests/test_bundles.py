@@ -347,7 +347,7 @@ def merge(folder, tmp_path, tensors, how="closed-form", **settings):
     spec |= {"settings": {"vocabulary": 0}} if how == "closed-form" else {}
     spec |= {"prompts": list(PROMPTS), "general": ["a house", "two owls"], **settings}
     out = tmp_path / "out.safetensors"
-    merge_deltas(spec, deltas, out, prompts=prompts, device="cpu")
+    merge_deltas(spec, out, deltas=deltas, prompts=prompts, device="cpu")
     return load_delta(out)
 
 

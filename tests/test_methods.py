@@ -9,8 +9,9 @@ from tiny import make_tiny_pipeline
 
 from concept_ablation import apply_delta, load_pipeline
 from concept_ablation.diffusion.delta import delta_shapes
+from concept_ablation.methods.concept_editing import Subjects, edit
 from concept_ablation.methods.stage import ablate_concept
-from concept_ablation.methods.uce import METHOD, Subjects, edit
+from concept_ablation.methods.uce import METHOD
 
 WIDTH, OUT = 6, 4
 
@@ -117,6 +118,7 @@ def test_a_rows_delta_moves_the_target_to_the_anchor_and_leaves_the_neighbor(fol
 
 def test_the_defaults_are_the_published_codes_and_a_spec_leaves_them_out(folder, tmp_path):
     published = {
+        "strength": "fixed",
         "templates": ["{}"],
         "tokens": "last",
         "erase_scale": 1.0,

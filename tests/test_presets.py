@@ -133,6 +133,7 @@ PUBLISHED = [
     Line("training.teacher", "current", "current", "compvis/src/model.py p_losses; diffusers/train.py model_pred_anchor"),
     Line("training.detach_bos", True, True, "compvis/src/model.py new_forward; diffusers/model_pipeline.py attention processor"),
     Line("training.preserve", "none", "none", "neither knows neighbors"),
+    Line("training.start", "none", "none", "neither has one"),
     Line("training.strength", "fixed", "fixed", "both take all of their steps"),
     Line("training.seed", 23, 42, "compvis/train.py --seed; diffusers/train.py --seed", 0, "draws are made in another order here"),
 ]  # fmt: skip

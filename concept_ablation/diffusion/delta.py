@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from safetensors import safe_open
 
+log = logging.getLogger(__name__)
 METADATA_KEY = "concept_ablation"
 CHECKSUM = "values_sha256"  # another key of a delta's metadata
 TOKEN_ROW = re.compile(r"(\w+)\.token_embedding\.(\d{1,9})", re.ASCII)  # a row's name: text encoder, token id
@@ -124,6 +126,14 @@ def read_metadata(path: str | Path) -> dict[str, object]:
         return json.loads(file.metadata()[METADATA_KEY])
 
 
+def sampling_of(metadata: Mapping) -> dict[str, str]:
+    """What a delta's pictures are drawn with beside its weights, as arguments of `sampler.sample_images`: nothing for most.
+
+    A row that changes no weights may have a `negative_prompt`.
+    """
+    return dict(metadata.get("sampling", {}))
+
+
 def delta_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a delta's tensors by name; no values are read. Raises DeltaError."""
     with _opened(path) as file:
@@ -150,8 +160,8 @@ def _opened(path: str | Path) -> Iterator[safe_open]:
 def apply_delta(pipeline: DiffusionPipeline, path: str | Path) -> dict[str, object]:
     """Put a delta's values into `pipeline`, in place, and return its metadata.
 
-    Any pipeline will do that has the delta's components in the same shapes. Raises DeltaError, with the pipeline
-    unchanged, if a parameter is missing or has another shape.
+    Any pipeline will do that has the delta's components in the same shapes. Warns of a delta whose pictures need more than its
+    weights, see `sampling_of`. Raises DeltaError, with the pipeline unchanged, if a parameter is missing or has another shape.
     """
     tensors, metadata = load_delta(path)
     own = delta_parameters(pipeline, tensors)
@@ -163,4 +173,6 @@ def apply_delta(pipeline: DiffusionPipeline, path: str | Path) -> dict[str, obje
         )
     for name, value in tensors.items():
         own[name].copy_(value)
+    if drawing := sampling_of(metadata):
+        log.warning("%s: pictures of this row are to be drawn with %s", path, drawing)
     return metadata

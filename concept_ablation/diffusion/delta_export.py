@@ -26,6 +26,7 @@ from concept_ablation.diffusion.delta import (
     delta_parameters,
     load_delta,
     parse_token_row,
+    sampling_of,
 )
 from concept_ablation.diffusion.delta_import import FormatError
 from concept_ablation.diffusion.families.base import family_of
@@ -63,6 +64,9 @@ def export_delta(
     out = Path(out_path)
     _check_options(out, form, rank, error, half)
     tensors, metadata = load_delta(delta_path)
+    if not tensors:
+        drawn = f"; its pictures are drawn with {sampling_of(metadata)}" if sampling_of(metadata) else ""
+        raise FormatError(f"{delta_path}: changes no weights, so there is no model to export{drawn}")
     pipeline = _load_base(metadata, model, revision, config)
     own = delta_parameters(pipeline, tensors)
     base = {name: own[name].detach().clone() for name in tensors if name in own}

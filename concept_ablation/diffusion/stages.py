@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from concept_ablation.common.hardware import resolve_precision
 from concept_ablation.common.image_store import write_store
-from concept_ablation.diffusion.delta import apply_delta
+from concept_ablation.diffusion.delta import apply_delta, sampling_of
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.diffusion.sampler import sample_images
 
@@ -54,9 +54,8 @@ def _sample_probes(
     """Sample `probes` into one store, by the unchanged model or with its delta."""
     pipeline = load_model(spec["model"], device)
     delta = None if delta_path is None else apply_delta(pipeline, delta_path)
-    rows = draw_probes(
-        pipeline, probes, sampler=spec["sampler"], batch_size=batch_size, progress=Path(out_path).stem
-    )
+    options = {"sampler": spec["sampler"], "batch_size": batch_size, **sampling_of(delta or {})}
+    rows = draw_probes(pipeline, probes, progress=Path(out_path).stem, **options)
     write_images(out_path, rows, pipeline, spec, {"delta_metadata": delta})
 
 

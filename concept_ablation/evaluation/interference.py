@@ -19,7 +19,7 @@ from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hardware import pick_device
 from concept_ablation.common.image_store import ImageStore, read_store, write_store
 from concept_ablation.common.interference_table import COLUMNS, DRAWN, MEASURES
-from concept_ablation.diffusion.delta import apply_delta
+from concept_ablation.diffusion.delta import apply_delta, sampling_of
 from concept_ablation.diffusion.sampler import sample_images
 from concept_ablation.diffusion.stages import load_model, write_images
 from concept_ablation.evaluation.clip import ClipScorer
@@ -122,12 +122,12 @@ def _draw(
     pipeline = load_model(spec["model"], device)
     applied = apply_delta(pipeline, delta)
     sampler = next(iter(wanted.values())).metadata["sampler"]
-    rows = _pictures(pipeline, wanted, batch_size)
+    rows = _pictures(pipeline, wanted, {"batch_size": batch_size, **sampling_of(applied)})
     write_images(out_path, rows, pipeline, {**spec, "sampler": sampler}, {"delta_metadata": applied})
 
 
 def _pictures(
-    pipeline: DiffusionPipeline, wanted: Mapping[int, ImageStore], batch_size: int
+    pipeline: DiffusionPipeline, wanted: Mapping[int, ImageStore], options: Mapping
 ) -> Iterator[dict]:
     for place, store in wanted.items():
         drawn = sample_images(
@@ -135,7 +135,7 @@ def _pictures(
             store.column("prompt"),
             store.column("seed"),
             sampler=store.metadata["sampler"],
-            batch_size=batch_size,
+            **options,
             progress=store.rows[0]["subject"],
         )
         for row, image in zip(store.rows, drawn, strict=True):

@@ -6,7 +6,7 @@ Nothing here or at the top of such a file imports torch: the plan reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,6 +24,8 @@ class Method:
     """Raise it when the method gives another delta for the same spec, or a default changes."""
     uses_anchors: ClassVar[bool] = True
     """Whether it reads pictures of the anchor, which are then drawn before it."""
+    changes_weights: ClassVar[bool] = True
+    """Whether its delta holds weights. Without any a row can't be exported or merged; its metadata say how it is sampled."""
     row_fields: ClassVar[tuple[str, ...]] = ("kind", "targets", "anchor")
     """The columns of the table that its work depends on; also possible: neighbors."""
     defaults: ClassVar[Mapping[str, object]] = {}
@@ -86,12 +88,21 @@ class Method:
         return {**self.defaults, **spec.get("settings", {})}
 
     def save(
-        self, spec: Mapping, tensors: Mapping[str, Tensor], delta: str | Path, training: str | Path
+        self,
+        spec: Mapping,
+        tensors: Mapping[str, Tensor],
+        delta: str | Path,
+        training: str | Path,
+        records: Sequence[Mapping[str, object]] = (),
+        more: Mapping[str, object] | None = None,
     ) -> None:
-        """Write a delta that was made without steps: `tensors` are new values, named as in `diffusion.delta`."""
+        """Write a delta and the record of the steps that led to it: `tensors` are new values, named as in `diffusion.delta`.
+
+        more: what the delta's metadata say beside the row and the settings.
+        """
         from concept_ablation.diffusion.delta import save_delta
         from concept_ablation.methods.records import describe, write_records
 
-        metadata = {**describe(spec), "settings": self.settings_of(spec)}
-        write_records(training, [], metadata)
+        metadata = {**describe(spec), "settings": self.settings_of(spec), **(more or {})}
+        write_records(training, records, metadata)
         save_delta(delta, tensors, metadata)

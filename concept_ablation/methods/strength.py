@@ -44,6 +44,26 @@ class Trainable(Protocol):
         """Let the pipeline read `parameters`, whose values were set from outside."""
 
 
+class Weights:
+    """A pipeline's parameters, by their names in a delta, as a training that takes no step shows them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters, self.step = parameters, 0
+
+    def __iter__(self) -> Iterator:
+        return iter(())
+
+    def write(self) -> None:
+        """The pipeline reads these parameters themselves."""
+
+
+@torch.no_grad()
+def put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give those of the parameters that `values` names their values, in place."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
 @dataclass(frozen=True)
 class Look:
     """A look at a training: after which step of which rung of the ladder, at which scale of the change, and what it saw."""

@@ -10,7 +10,7 @@ from concept_ablation.registries import METHODS
 
 METHOD = "ablation"
 """The method whose training it is."""
-UNUSED = ("search", "strength", "preserve_prompts")
+UNUSED = ("search", "start", "strength", "preserve_prompts")
 """Settings of a row's training that a bundle's doesn't use, or takes from each row."""
 
 

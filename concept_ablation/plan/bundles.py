@@ -147,11 +147,14 @@ def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, 
     for row in sorted(rows, key=lambda row: row.concept.line) if "deltas" in way.reads else ():
         concept = row.concept
         # What a delta that was made elsewhere changes is seen when it is read.
-        groups = set() if concept.delta else METHODS[row.own["method"]["name"]].groups(row.own)
+        method = METHODS[row.own["method"]["name"]]
+        groups = set() if concept.delta else method.groups(row.own)
+        if not (concept.delta or method.changes_weights):
+            yield concept.line, f"method {method.name} changes no weights, so there is nothing to merge (allowed: leave this row out of the bundle; another method)"  # fmt: skip
         if way.groups is not None and (other := sorted(groups - way.groups)):
             taking = [name for name, one in WAYS.items() if "deltas" in one.reads and one.groups is None]
             text = (
-                f"how {way.name} merges {way.takes}, and this row's training.parameter_group can be {other[0]} "
+                f"how {way.name} merges {way.takes}, and this row's parameter group can be {other[0]} "
                 f"(allowed: {', '.join(sorted(way.groups))}; or set the bundle's how to {' or '.join(taking)})"
             )
             yield concept.line, text

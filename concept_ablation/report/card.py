@@ -102,8 +102,10 @@ def write_card(
     """
     from concept_ablation.diffusion.delta import load_delta
 
-    out = make_folder(out_folder, delta_path)
     tensors, metadata = load_delta(delta_path)
+    if not tensors:
+        raise CardError(f"{delta_path}: changes no weights, so there is no model for a card")
+    out = make_folder(out_folder, delta_path)
     strips = list(_strips(out, summary["kind"], samples, base))
     shown = _shown(summary, scores, metadata, base_model) | {
         "strips": strips,

@@ -41,6 +41,7 @@ from concept_ablation.report.formatting import (
     whole_points,
 )
 from concept_ablation.report.handover import card_command, handover, link_to
+from concept_ablation.report.methods_figure import shown_methods
 from concept_ablation.report.page_lines import harm, loss_limits, overview, rows_lines, worst_first
 from concept_ablation.report.paper_figures import write_figures
 from concept_ablation.report.sections import previews, sections
@@ -136,6 +137,7 @@ def _shown(
         "unfolded": len(rows) <= page["open_rows"],
         "sections": sections(rows, lines, scores, measured, pairs, shown),
         **harm(rows, lines, measured, scores, limits),
+        **shown_methods(rows, lines),
     }
 
 

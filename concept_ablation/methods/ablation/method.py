@@ -16,7 +16,9 @@ class Ablation(Method):
 
     def fields(self, settings: Mapping) -> tuple[str, ...]:
         training = settings["training"]
-        needs_neighbors = self.validates(settings) or training["preserve"] != "none"
+        needs_neighbors = (
+            self.validates(settings) or training["preserve"] != "none" or training["start"] != "none"
+        )
         return (*self.row_fields, "neighbors") if needs_neighbors else self.row_fields
 
     def groups(self, settings: Mapping) -> set[str]:
@@ -31,6 +33,8 @@ class Ablation(Method):
         training = settings["training"]
         for number, rung in enumerate(_rungs(training), 1):
             preserve, group = (rung.get(name, training[name]) for name in ("preserve", "parameter_group"))
+            if training["start"] != "none" and group != "cross-attn":
+                return f"training.start {training['start']} edits keys and values of the text, and training.parameter_group is {group} (allowed with it: none)"
             if preserve in ("null-space", "both") and group != "cross-attn":
                 where = f"training.search.ladder, rung {number}: " if rung else ""
                 more = "; training.strength fixed climbs no ladder" if rung else ""

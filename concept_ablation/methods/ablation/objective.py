@@ -96,7 +96,7 @@ class AblationObjective:
         return latents, draws.noise.to(latents), draws.timesteps.to(latents.device)
 
 
-class _Predictor(nn.Module):
+class Predictor(nn.Module):
     """A family's prediction by a network, as a module: so that a call can be made with other parameters."""
 
     def __init__(self, family: Family, network: nn.Module) -> None:
@@ -111,7 +111,7 @@ def _predictors(
     family: Family, network: nn.Module, group: ParameterGroup, accelerator: Accelerator, frozen: bool
 ) -> tuple[Predict, Predict]:
     """The network's prediction, and, if `frozen`, that with a copy of its trained parameters as they are now; else the same."""
-    predictor = _Predictor(family, network)
+    predictor = Predictor(family, network)
 
     def predict(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         # One autocast a prediction: it caches half-precision weights, and the teacher's have no gradient.

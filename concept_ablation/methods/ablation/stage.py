@@ -25,8 +25,10 @@ from concept_ablation.methods.ablation.preservation import preserved_prompts
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings, renamed
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
 from concept_ablation.methods.ablation.training import Training
+from concept_ablation.methods.concept_editing import DEFAULTS as UCE
+from concept_ablation.methods.concept_editing import edit, encodings, projections
 from concept_ablation.methods.records import describe, write_records
-from concept_ablation.methods.strength import Change, Look, Search, look_at, write_looks
+from concept_ablation.methods.strength import Change, Look, Search, look_at, put, write_looks
 from concept_ablation.registries import KINDS, STAGES
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,16 @@ class _Run:
         options = {"seed": self.spec["seed"], "tokens": self.tokens(settings), "preserved": preserved}
         return Training(self.pipeline, self.data, self.targets, settings, **options)
 
+    def _warm(self, training: Training) -> None:
+        """Put the training where `training.start` says. What it preserves, and what scales of its change start from, stays the base."""
+        if self.spec["training"].get("start", "none") != "uce":
+            return
+        pairs, kept = encodings(self.spec, self.pipeline, UCE["templates"], UCE["tokens"])
+        scales = UCE["erase_scale"], UCE["preserve_scale"], UCE["ridge"]
+        put(training.parameters, {n: edit(w, pairs, kept, *scales) for n, w in projections(self.pipeline).items()})  # fmt: skip
+        if training.null_space:
+            training.null_space.project()
+
     def _preserved(self) -> list[str]:
         """The row's preserved prompts; those of all rows of its bundles where these share them."""
         if "shared" in self.spec:
@@ -127,6 +139,7 @@ class _Run:
 
     def train(self, training: Training) -> Mapping[str, Tensor]:
         """All steps of a training of fixed strength."""
+        self._warm(training)
         if state := self._load():
             training.restore(state)
         for _ in self._steps(training):
@@ -148,6 +161,7 @@ class _Run:
                 continue
             training = self.begin(rung)
             change, place = Change(training), (number, json.dumps(rung, sort_keys=True))
+            self._warm(training)  # after the change's base is known, which is the unchanged model's
             validation.unchanged = functools.partial(change.at, 0.0)
             if state:
                 training.restore(state)

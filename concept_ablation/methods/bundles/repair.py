@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.progress import progress_bar
@@ -27,8 +26,8 @@ from concept_ablation.diffusion.stages import load_model
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.validation import Finding, Spending, Validation
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings
-from concept_ablation.methods.bundles.training import Kept, Lessons, begin, prompts_for, put
-from concept_ablation.methods.strength import Change
+from concept_ablation.methods.bundles.training import Kept, Lessons, begin, prompts_for
+from concept_ablation.methods.strength import Change, Weights, put
 
 log = logging.getLogger(__name__)
 ROUNDS = 2
@@ -69,19 +68,6 @@ def repair_bundle(
     log.info("repaired in %d rounds: %s", len(rounds), delta)
 
 
-class _Weights:
-    """A pipeline's parameters that a delta names, as a training shows them to `strength.Change`."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters, self.step = parameters, 0
-
-    def __iter__(self):
-        return iter(())
-
-    def write(self) -> None:
-        """The pipeline reads these parameters themselves."""
-
-
 class _Repair:
     """The rounds of a bundle's repair. `weights`: the pipeline's, those of the bundle."""
 
@@ -97,7 +83,7 @@ class _Repair:
         self.pipeline = load_model(spec["model"], device)
         self.settings = replace(TrainingSettings.from_spec(spec["training"]), preserve="distill")
         own = delta_parameters(self.pipeline, tensors)
-        self.weights = _Weights({name: own[name] for name in tensors})
+        self.weights = Weights({name: own[name] for name in tensors})
         self.change = Change(self.weights)  # it starts at the unchanged model
         put(self.weights.parameters, tensors)
         scorers: dict[tuple, ClipScorer] = {}

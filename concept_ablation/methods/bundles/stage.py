@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from concept_ablation.diffusion.delta import save_delta
+from concept_ablation.diffusion.delta import delta_parameters, save_delta
 from concept_ablation.diffusion.stages import load_model
 from concept_ablation.methods.ablation.preservation import read_rows
 from concept_ablation.methods.bundles.deltas import Deltas
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 def merge_deltas(
     spec: Mapping,
-    deltas: Sequence[str | Path],
     delta: str | Path,
     *,
+    deltas: Sequence[str | Path] = (),
     prompts: Sequence[str | Path] = (),
     device: str = "auto",
 ) -> None:
-    """Write the delta that is merged of `deltas`, files in the order of the spec's `concepts`.
+    """Write the delta that is merged of `deltas`, files in the order of the spec's `concepts`; none for a way that reads none.
 
     prompts: files of anchor prompts in the order of the spec's `prompts`, for a way that reads them. Raises MergeError,
     DeltaError, ModelError, PromptsError.
@@ -38,7 +38,8 @@ def merge_deltas(
     rows = read_rows(spec["concepts"], spec["prompts"], prompts) if "prompts" in spec else []
     merged, found = way.merge(spec, files, rows, pipeline)
     merged |= files.tokens()
-    values = {name: files.base[name] + spec["scale"] * change for name, change in merged.items()}
+    base = delta_parameters(pipeline, merged) | files.base
+    values = {name: base[name].detach() + spec["scale"] * change for name, change in merged.items()}
     save_delta(delta, values, describe_bundle(spec) | found)
     log.info("merged %d deltas (%s): %d tensors, %s", len(deltas), spec["how"], len(values), delta)
 

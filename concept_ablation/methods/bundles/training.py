@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from concept_ablation.common.progress import progress_bar
@@ -34,6 +33,7 @@ from concept_ablation.methods.ablation.stage import target_prompts
 from concept_ablation.methods.ablation.training import Training
 from concept_ablation.methods.bundles.stage import describe_bundle
 from concept_ablation.methods.records import write_records
+from concept_ablation.methods.strength import put
 from concept_ablation.registries import WAYS
 
 if TYPE_CHECKING:
@@ -216,10 +216,3 @@ class _Course:
             self.records = list(state["records"])
             log.info("%s: going on after step %d", self.checkpoint, len(self.records))
         return state
-
-
-@torch.no_grad()
-def put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Give those of the parameters that `values` names their values, in place."""
-    for name, value in values.items():
-        parameters[name].copy_(value)

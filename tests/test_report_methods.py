@@ -1,0 +1,87 @@
+"""Methods side by side: which rows count, the means and their intervals, the figure."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from concept_ablation.common.image_store import METADATA_KEY
+from concept_ablation.report.methods import MEASURES, cell, compare_methods, measures_of
+from concept_ablation.report.methods_figure import methods_figure, shown_methods
+
+LEFT, NEIGHBORS = MEASURES[0], MEASURES[1]
+
+
+@pytest.fixture
+def case(tmp_path):
+    """Rows and lines of two targets by two methods, and of a third target by one."""
+    rows, lines = [], []
+
+    def add(target, method, removed, left, lost, gone=None):
+        name = f"{target}-{method}"
+        path = tmp_path / f"{name}.parquet"
+        about = {} if method == "ablation" else {"method": method}
+        pq.write_table(pa.table({"step": [1]}).replace_schema_metadata({METADATA_KEY: json.dumps(about)}), path)  # fmt: skip
+        looks = None
+        if gone is not None:
+            looks = tmp_path / f"{name}.looks.parquet"
+            pq.write_table(pa.Table.from_pylist([{"scale": 1.0, "gone": gone}]), looks)
+        rows.append({"concept": name, "training": str(path), "strength": looks and str(looks)})
+        line = {"concept": name, "kind": "object", "target": target, "anchor": "thing", "removed": removed}
+        line |= {"presence_ablated": left, "neighbor_recognition_change": -lost, "training_seconds": 0.5}
+        lines.append(line)
+
+    add("owl", "ablation", True, 0.0, 0.1)
+    add("owl", "uce", True, 0.1, 0.3, gone=False)
+    add("fox", "ablation", True, 0.1, 0.0)
+    add("fox", "uce", False, 0.9, 0.0, gone=True)
+    add("bee", "uce", True, 0.0, 0.9)
+    return rows, lines
+
+
+def test_only_targets_of_several_methods_count_and_retention_only_where_the_target_is_gone(case):
+    ours, uce = compare_methods(*case)
+    assert (ours.name, ours.removed, uce.name, uce.removed, len(uce.lines)) == ("ablation", 2, "uce", 1, 2)
+    assert uce.values(NEIGHBORS) == [0.3] and uce.values(LEFT) == [0.1, 0.9]
+    assert (uce.at_once, uce.searched) == (1, 2) and ours.at_once is None
+    mean, low, high = ours.mean(NEIGHBORS)
+    assert mean == pytest.approx(0.05) and low == pytest.approx(0.0) and high == pytest.approx(0.1)
+    assert math.isnan(uce.mean(NEIGHBORS)[1]), "one target has no interval"
+    assert cell(NEIGHBORS, ours) == "5 % (0 % to 10 %)" and cell(NEIGHBORS, uce) == "30 %"
+
+
+def test_a_measure_that_no_row_has_is_left_out(case):
+    rows, lines = case
+    methods = compare_methods(rows, lines)
+    assert [one.column for one in measures_of(methods)] == ["presence_ablated", "neighbor_recognition_change", "training_seconds"]  # fmt: skip
+    for line in lines:
+        line["unnamed_change"] = -0.25
+    assert "unnamed_change" in [one.column for one in measures_of(compare_methods(rows, lines))]
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    from concept_ablation.report.methods import MethodRows
+
+    generator, held = np.random.default_rng(1), 0
+    for _ in range(200):
+        lines = [{"removed": True, "presence_ablated": value} for value in generator.uniform(0, 1, 30)]
+        _, low, high = MethodRows("uce", lines).mean(LEFT)
+        held += low <= 0.5 <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_the_figure_has_a_mark_a_row_and_escapes_names(case):
+    rows, lines = case
+    lines[0]["concept"] = "<b>owl"
+    svg = methods_figure(compare_methods(rows, lines))
+    assert svg.count("<title>") == 3 * 4 and "&lt;b&gt;owl" in svg and "<b>" not in svg
+    assert "nan" not in svg and svg.count('fill="none"') >= 3, "the fox of uce is hollow"
+
+
+def test_a_table_of_one_method_has_no_section(case):
+    rows, lines = case
+    assert shown_methods(rows[4:], lines[4:])["methods"] == []
+    assert shown_methods(rows[4:], lines[4:])["methods_figure"] == ""
