@@ -116,7 +116,7 @@ def make_stores(folder: Path, rows: int, side: int) -> dict:
             zip([s for _, s in probe_roles(template[0])], [s for _, s in probe_roles(row)], strict=True)
         )
         same = {name: row[name] for name in ("concept", "kind", "target", "anchor")}
-        same |= {"features": "made up", "key": planned.samples, "unit": ""}
+        same |= {"features": "made up", "samples_key": planned.samples, "unit": ""}
         lines = [{**line, **same, "probe": names.get(line["probe"], line["probe"])} for line in template[1]]
         Path(row["scores"]).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), row["scores"])

@@ -158,6 +158,23 @@ def test_a_bundle_that_is_not_there_is_a_goal(config):
     assert build_plan(BOTH, config).goals() == []
 
 
+def test_the_report_is_told_every_job_once_and_not_all_of_a_bundle_for_each_row(config):
+    """What many rows are merged into, or share, is named by each of them, and what it is made from only where it belongs."""
+    config["bundles"]["share_preserved"] = True
+    plan = build_plan(BOTH, config)
+    told = json.loads(plan.report_spec())
+    (bundle,), (one, other) = told["bundles"], told["rows"]
+    everything = {f"{stage}/{key}" for key, stage in plan.stages.items()}
+    rows = [one, other, *bundle["rows"]]
+    assert {job for row in rows for job in row["jobs"]} | set(bundle["jobs"]) == everything
+    assert all(len(set(row["jobs"])) == len(row["jobs"]) for row in rows)
+    own = {f"ablate_concept/{row.ablation}" for row in plan.rows}
+    assert len(own & set(one["jobs"])) == 1 and own <= set(bundle["jobs"])
+    assert not any(own & set(row["jobs"]) for row in bundle["rows"])
+    shared = {job for job in everything if job.startswith("share_prompts/")}
+    assert shared and shared <= set(one["jobs"]) & set(other["jobs"])
+
+
 def test_a_judged_bundle_draws_its_rows_probes_under_its_delta(config):
     plan = build_plan(BOTH, config)
     (bundle,), rows = plan.bundles, {row.concept.name: row for row in plan.rows}

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from concept_ablation.plan.graph import Bundle, Plan, Row
 
 
+JOINT = ("share_prompts", "merge_deltas", "train_bundle", "repair_bundle")
+"""Stages whose work is made from that of many rows: if each of these listed it all, a plan would grow with the square of its rows."""
+
+
 def reported(plan: Plan, rows: Sequence[Row], bundles: Sequence[Bundle]) -> dict:
     """The report's spec, see `tables.aggregate_scores`: rows and bundles with their files, and the report's settings."""
     spec = {"rows": [reported_row(plan, row) for row in rows], **plan.report}
@@ -48,19 +52,27 @@ def reported_row(plan: Plan, row: Row) -> dict:
 
 
 def _jobs(plan: Plan, row: Row) -> list[str]:
-    """`stage/key` of all work that a row is made from. Its victims' base pictures are other rows'."""
-    keys = {**plan.needed(row.scores), **({row.interference.key: None} if row.interference else {})}
+    """`stage/key` of the work that a row is made from. Its victims' base pictures are other rows', and so is what JOINT work is made from."""
+    found: dict[str, None] = {}
+
+    def visit(key: str) -> None:
+        for name in plan.sources(key) if plan.stages[key] not in JOINT else ():
+            if name not in found:
+                visit(name)
+        found[key] = None
+
+    visit(row.scores)
+    keys = [*found, *([row.interference.key] if row.interference else [])]
     return [f"{plan.stages[key]}/{key}" for key in keys]
 
 
 def _bundle(plan: Plan, bundle: Bundle) -> dict:
+    keys = plan.needed(bundle.delta) | (plan.needed(bundle.general) if bundle.general else {})
     return {
         "name": bundle.name,
         "how": bundle.how,
         "rows": [reported_row(plan, row) for row in bundle.judged],
         "anchors_gone": dict(bundle.anchors_gone),
         "general": bundle.general and plan.path(bundle.general),
-        "jobs": [f"{plan.stages[key]}/{key}" for key in plan.needed(bundle.general)]
-        if bundle.general
-        else [],
+        "jobs": [f"{plan.stages[key]}/{key}" for key in keys],
     }
