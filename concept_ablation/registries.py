@@ -259,5 +259,12 @@ STAGES = {
         options=DRAWING,
         neutral={"model.trust_remote_code": False},
     ),
+    "probe_wordings": Stage(
+        version=1,
+        files={"scores": "wordings/{key}.parquet", "images": "wordings/{key}.images.parquet"},
+        function="concept_ablation.evaluation.wordings:probe_wordings",
+        options=DRAWING,
+        neutral={"model.trust_remote_code": False},
+    ),
 }
 """The stages that the plan makes keys for, in the order of the pipeline."""

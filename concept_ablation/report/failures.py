@@ -127,6 +127,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
 
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
+    from concept_ablation.report.attacks import aggregate_attacks
     from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import print_summary, render
@@ -147,29 +148,36 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
             harm = folder / "interference.parquet" if plan.measures_interference else None
             if harm:
                 aggregate_interference(spec, harm)
-            aggregate_scores(spec, scores, summary, harm)
+            attacks = folder / "attacks.parquet" if plan.attacks_rows else None
+            if attacks:
+                aggregate_attacks(spec, attacks)
+            aggregate_scores(spec, scores, summary, harm, attacks)
             aggregate_images(spec, folder / "images.parquet")
             mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
             bundles = folder / "bundles.parquet" if spec.get("bundles") else None
             if bundles:
                 aggregate_bundles(spec, summary, bundles)
-            render(spec, scores, summary, page, bundles_path=bundles, interference_path=harm)
+            more = {"bundles_path": bundles, "interference_path": harm, "attacks_path": attacks}
+            render(spec, scores, summary, page, **more)
         except ValueError as error:
             path = getattr(error, "damaged", None)
             if path is None or not path.exists():  # a damaged file once set aside is no longer there
                 raise
             failures.append(_damage(plan, path, error))
             continue
-        print_summary(summary, page, file, bundles_path=bundles, interference_path=harm)
+        print_summary(summary, page, file, **more)
         return failures
 
 
 def _without_unmeasured(row: Mapping) -> dict:
-    """A row of a report's spec, without what isn't measured yet on other rows' subjects."""
-    files = [row["interference"][name] for name in ("scores", "images")] if "interference" in row else []
-    return {
-        name: value for name, value in row.items() if name != "interference" or all(map(has_content, files))
-    }
+    """A row of a report's spec, without what isn't measured yet on other rows' subjects, and without attacks that aren't finished."""
+    found = dict(row)
+    if not all(
+        has_content(found["interference"][name]) for name in ("scores", "images") if "interference" in found
+    ):
+        del found["interference"]
+    found["attacks"] = [files for files in row.get("attacks", ()) if all(map(has_content, files.values()))]
+    return found
 
 
 def _damage(plan: Plan, path: Path, error: ValueError) -> Failure:

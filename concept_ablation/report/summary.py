@@ -12,6 +12,7 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import damaged
 from concept_ablation.common.roles import POOLS, WORST
 from concept_ablation.registries import KINDS, METRICS
+from concept_ablation.report.comebacks import COLUMNS as ATTACKS
 from concept_ablation.report.strength import COLUMNS as STRENGTH
 from concept_ablation.report.strength import strength_columns
 from concept_ablation.verdict import Thresholds, decide, presence_of
@@ -152,5 +153,6 @@ def summary_schema() -> pa.Schema:
         ]
         + [(name, pa.float64()) for name in cost]
         + list(STRENGTH.items())
+        + list(ATTACKS.items())
         + [("delta", pa.string())]
     )

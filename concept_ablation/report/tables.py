@@ -20,6 +20,7 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.report.comebacks import attack_columns, read_attacks
 from concept_ablation.report.summary import summarise, summary_schema
 from concept_ablation.report.victims import read_interference, victim_columns
 from concept_ablation.verdict import read_thresholds
@@ -31,7 +32,7 @@ FORMULA = (
 )
 
 
-FILES = ("scores", "images", "samples", "base", "delta", "training", "strength", "interference")
+FILES = ("scores", "images", "samples", "base", "delta", "training", "strength", "interference", "attacks")
 """The entries of a report's row that name files."""
 
 
@@ -44,6 +45,7 @@ def aggregate_scores(
     scores_path: str | Path,
     summary_path: str | Path,
     interference_path: str | Path | None = None,
+    attacks_path: str | Path | None = None,
 ) -> None:
     """Writes all rows' scores (long) and the summary (wide), each as Parquet and, beside it, as CSV.
 
@@ -52,17 +54,19 @@ def aggregate_scores(
             exist training, image), "verdict" (all thresholds), and perhaps "missing", the names of unfinished rows.
         scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
         interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
+        attacks_path: the table that `attacks.aggregate_attacks` wrote, if there is one.
 
     Raises:
         TableError: a row's file is missing or damaged. ValueError: an unknown or missing threshold.
     """
     rows, thresholds, summary = report_rows(spec), read_thresholds(spec), []
-    measured = read_interference(interference_path)
+    measured, tried = read_interference(interference_path), read_attacks(attacks_path)
 
     def read_all() -> Iterator[pa.Table]:
         for row in rows:
             table = read_scores(row["scores"])
-            summary.append(summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"])))
+            more = victim_columns(measured.get(row["concept"])) | attack_columns(tried.get(row["concept"]))
+            summary.append(summarise(row, table, thresholds) | more)
             yield table
 
     about = {METADATA_KEY: json.dumps(describe(spec))}

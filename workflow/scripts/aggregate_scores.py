@@ -11,6 +11,7 @@ from concept_ablation.report.tables import aggregate_images, aggregate_scores, m
 
 spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output.scores).parents[1])
 interference = next(iter(snakemake.input.interference), None)
-aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary, interference)
+attacks = next(iter(snakemake.input.attacks), None)
+aggregate_scores(spec, snakemake.output.scores, snakemake.output.summary, interference, attacks)
 aggregate_images(spec, snakemake.output.images)
 mark_complete(spec, snakemake.output.complete)
