@@ -20,6 +20,7 @@ INPUTS = {
     "score_concept": {"samples": "samples", "base": "base"},
     "measure_interference": {"delta": "delta", "base": "base", "samples": "samples"},
     "probe_wordings": {"delta": "delta"},
+    "attack_concept": {"delta": "delta", "pictures": "pictures", "control": "control"},
 }
 """The rules' inputs: their name -> that in the spec."""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from concept_ablation.common.errors import show
+from concept_ablation.common.roles import MARK
 from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.evaluation_specs import asked_prompts, memory_spec, scoring_spec
 from concept_ablation.plan.graph import Plan, PlanError, Row
@@ -21,6 +22,8 @@ def plan_attacks(plan: Plan, row: Row, own: Mapping, model: Mapping) -> Row:
     found = []
     if own["evaluation"]["wordings"]["images"]:
         found.append(_plan_wordings(plan, row, own, model))
+    if own["evaluation"]["attack"] != "none":
+        found.append(_plan_attack(plan, row, own, model))
     return replace(row, attacks=tuple(found))
 
 
@@ -33,6 +36,39 @@ def _plan_wordings(plan: Plan, row: Row, own: Mapping, model: Mapping) -> str:
     ]
     spec = {**judged_work(row, own, model), "families": families}
     return plan.add("probe_wordings", concept.name, spec)
+
+
+def _plan_attack(plan: Plan, row: Row, own: Mapping, model: Mapping) -> str:
+    """The attack that a row's config asks for. Its control aims at the anchor's pictures, with the unchanged model."""
+    concept, name, settings = row.concept, own["evaluation"]["attack"], own["evaluation"]["attacks"]
+    asked = functools.partial(_first_prompts, concept, own)
+    plain, anchor = [asked("target", target) for target in concept.targets], asked("anchor", concept.anchor)
+    if name == "prefix":
+        aimed = [[f"{MARK} {prompt}" for prompt in prompts] for prompts in plain]
+        control = [f"{MARK} {prompt}" for prompt in anchor]
+    else:  # what is learned stands in the target's place
+        control = asked("target", MARK)
+        aimed = [control for _ in plain]
+    spec = {
+        **judged_work(row, own, model),
+        "pictures": [row.base[target] for target in concept.targets],
+        "control": row.base[concept.anchor],
+        "attack": name,
+        "settings": settings[name],
+        "aims": {
+            "ablated": {"start": concept.target, "prompts": aimed},
+            "control": {"start": concept.anchor, "prompts": [control]},
+        },
+        "plain": plain,
+        "images": settings["images"],
+        "seed": fresh_seed(f"{name} of {concept.target}", own),
+    }
+    return plan.add("attack_concept", concept.name, spec)
+
+
+def _first_prompts(concept: Concept, own: Mapping, role: str, word: str) -> list[str]:
+    """The prompts that a row's pictures of a subject took in turn: prompt i, modulo their number, is picture i's."""
+    return asked_prompts(role, word, concept=concept, own=own)[: own["evaluation"]["images"][role]]
 
 
 def judged_work(row: Row, own: Mapping, model: Mapping) -> dict:
