@@ -6,6 +6,7 @@ A family makes the prompts of a fixed number of pictures from what a row says. N
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -179,7 +180,6 @@ def _asking(words: Words, others: Sequence[str], count: int) -> list[str]:
 
 
 def _turns(count: int, one: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
-    """`count` pairs, in which both lists take turns; the second moves on by one more after each round, so that all pairs come."""
-    return [
-        (one[place % len(one)], other[(place + place // len(one)) % len(other)]) for place in range(count)
-    ]
+    """`count` pairs, in which both lists take turns; whenever both begin again, the second moves on by one, so that all pairs come."""
+    both = math.lcm(len(one), len(other))
+    return [(one[place % len(one)], other[(place + place // both) % len(other)]) for place in range(count)]
