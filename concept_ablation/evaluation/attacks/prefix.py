@@ -53,7 +53,7 @@ class Prefix(Attack):
                 loss = goal.loss({encoder: point}, goal.draw(settings["batch_size"]))
                 (free.grad,) = torch.autograd.grad(loss, point)
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(loss.item())
                 bar.update(1)
         best = min(tried, key=tried.get)
         text = " ".join(tokenizer.decode([number]).strip() for number in best)

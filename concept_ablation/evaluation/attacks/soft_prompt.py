@@ -35,7 +35,7 @@ class SoftPrompt(Attack):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(loss.item())
                 bar.update(1)
         return Learned({name: values.detach() for name, values in rows.items()}, losses=losses)
 
