@@ -208,8 +208,7 @@ class _Table:
         fixed |= {column: values.pop(column, None) for column in ("prompts", "image", "delta", "preset")}
         overrides = {OVERRIDES.get(column, column): value for column, value in values.items()}
         words = {"targets": targets, "neighbors": neighbors, "synonyms": synonyms, "bundles": bundles}
-        words["overrides"] = overrides
-        return [Concept(name, **words, **fixed, line=line, enabled=enabled)]
+        return [Concept(name, **words, **fixed, overrides=overrides, line=line, enabled=enabled)]
 
     def _allowed(self, column: str, message: str) -> str:
         """What the column allows, from its schema's description; empty if the message already says it."""

@@ -127,15 +127,10 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
 
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
-    from concept_ablation.report.attacks import aggregate_attacks
-    from concept_ablation.report.bundles import aggregate_bundles
-    from concept_ablation.report.interference import aggregate_interference
-    from concept_ablation.report.page import print_summary, render
-    from concept_ablation.report.tables import aggregate_images, aggregate_scores
+    from concept_ablation.report.page import print_summary
 
     folder, failures = Path(plan.results) / "report", list(failures)
-    names = ("scores.parquet", "summary.parquet", "index.html", "complete.json")
-    scores, summary, page, mark = (folder / name for name in names)
+    mark = folder / "complete.json"
     while True:
         missing = {row.concept.name for row in plan.unfinished(judged=True)}
         spec = json.loads(plan.report_spec([row for row in plan.rows if row.concept.name not in missing]))
@@ -145,28 +140,42 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
         spec["missing"], spec["waiting"] = sorted(missing), sorted(missing - told)
         mark.unlink(missing_ok=True)  # first, since all that follows may be interrupted
         try:
-            harm = folder / "interference.parquet" if plan.measures_interference else None
-            if harm:
-                aggregate_interference(spec, harm)
-            attacks = folder / "attacks.parquet" if plan.attacks_rows else None
-            if attacks:
-                aggregate_attacks(spec, attacks)
-            aggregate_scores(spec, scores, summary, harm, attacks)
-            aggregate_images(spec, folder / "images.parquet")
-            mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
-            bundles = folder / "bundles.parquet" if spec.get("bundles") else None
-            if bundles:
-                aggregate_bundles(spec, summary, bundles)
-            more = {"bundles_path": bundles, "interference_path": harm, "attacks_path": attacks}
-            render(spec, scores, summary, page, **more)
+            more = _make_report(plan, spec, folder)
         except ValueError as error:
             path = getattr(error, "damaged", None)
             if path is None or not path.exists():  # a damaged file once set aside is no longer there
                 raise
             failures.append(_damage(plan, path, error))
             continue
-        print_summary(summary, page, file, **more)
+        print_summary(folder / "summary.parquet", folder / "index.html", file, **more)
         return failures
+
+
+def _make_report(plan: Plan, spec: Mapping, folder: Path) -> dict[str, Path | None]:
+    """Make the tables and the page of a report's spec; returns the paths of the tables that not every report has."""
+    from concept_ablation.report.attacks import aggregate_attacks
+    from concept_ablation.report.bundles import aggregate_bundles
+    from concept_ablation.report.interference import aggregate_interference
+    from concept_ablation.report.page import render
+    from concept_ablation.report.tables import aggregate_images, aggregate_scores
+
+    names = ("scores.parquet", "summary.parquet", "index.html", "complete.json")
+    scores, summary, page, mark = (folder / name for name in names)
+    harm = folder / "interference.parquet" if plan.measures_interference else None
+    if harm:
+        aggregate_interference(spec, harm)
+    attacks = folder / "attacks.parquet" if plan.attacks_rows else None
+    if attacks:
+        aggregate_attacks(spec, attacks)
+    aggregate_scores(spec, scores, summary, harm, attacks)
+    aggregate_images(spec, folder / "images.parquet")
+    mark.unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
+    bundles = folder / "bundles.parquet" if spec.get("bundles") else None
+    if bundles:
+        aggregate_bundles(spec, summary, bundles)
+    more = {"bundles_path": bundles, "interference_path": harm, "attacks_path": attacks}
+    render(spec, scores, summary, page, **more)
+    return more
 
 
 def _without_unmeasured(row: Mapping) -> dict:
