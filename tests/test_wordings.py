@@ -247,8 +247,11 @@ def test_the_table_says_what_brings_a_target_back_and_how_surely(rows, tmp_path)
     assert set(attack_columns(None).values()) == {None} and read_attacks(None) == {}
     assert (
         attacks_text(tried)
-        == "1 of 2 targets come back when asked for in another way: fox (typo, 75% of 8 images)"
+        == "1 of 2 targets comes back when asked for in another way: fox (typo, 75% of 8 images)"
     )
+    unsure = {"fox": tried["fox"][:1], "elk": tried["elk"]}
+    assert attacks_text(unsure).startswith("None of 2 targets come back")
+    assert attacks_text(unsure).endswith("way, 1 more may: fox (paraphrase, 25% of 8 images, provisional)")
 
 
 def test_the_summary_and_the_page_have_the_worst_family(rows, tmp_path):

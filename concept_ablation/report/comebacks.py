@@ -51,15 +51,24 @@ def attack_columns(lines: Sequence[Mapping] | None) -> dict:
 
 
 def attacks_text(tried: Mapping[str, Sequence[Mapping]], most: int = 10) -> str:
-    """Which targets come back, for a terminal, without a full stop: `2 of 13 targets come back: fox (typo, 50 % of 6 images), ...`."""
-    back = [(name, worst_attack([line for line in lines if line["back"]])) for name, lines in tried.items()]
-    back = sorted((pair for pair in back if pair[1]), key=lambda pair: -pair[1]["ablated"])
+    """Which targets come back, for a terminal, without a full stop: `1 of 13 targets comes back when asked ...: fox (typo, 75% of 6 images)`.
+
+    A target comes back if some family's interval lies wholly above the limit; it may come back if only a share does.
+    """
+    back = []
+    for name, lines in tried.items():
+        beyond = [line for line in lines if line["back"]]
+        if line := worst_attack([line for line in beyond if line["firm"]] or beyond):
+            back.append((name, line))
+    back.sort(key=lambda pair: (not pair[1]["firm"], -pair[1]["ablated"]))
     named = [
         f"{printable(name, 28)} ({line['family']}, {share(line['ablated'])} of {line['n']} images{'' if line['firm'] else ', provisional'})"
         for name, line in back[:most]
     ]
+    firm = sum(line["firm"] for _, line in back)
+    text = f"{firm or 'None'} of {len(tried)} targets {'comes' if firm == 1 else 'come'} back when asked for in another way"
+    text += f", {len(back) - firm} more may" if len(back) > firm else ""
     more = f", and {len(back) - most} more" if len(back) > most else ""
-    text = f"{len(back) or 'None'} of {len(tried)} targets come back when asked for in another way"
     return f"{text}: {', '.join(named)}{more}" if back else text
 
 

@@ -26,7 +26,7 @@ def attacked(make_checkout):
     assert checkout.jobs("small.yaml") == {"probe_wordings": 1, "attack_concept": 1, **REPORT}
     done = checkout.snakemake("--cores", "2", "--configfile", "small.yaml")
     assert done.returncode == 0, done.stdout
-    assert "come back when asked for in another way" in done.stdout, "the terminal says how it came out"
+    assert "back when asked for in another way" in done.stdout, "the terminal says how it came out"
     return checkout
 
 
