@@ -75,6 +75,18 @@ def _compare(options: argparse.Namespace) -> str:
     return compare_rows(options.results)
 
 
+def _replay(options: argparse.Namespace) -> str:
+    from concept_ablation.evaluation.attacks.stage import replay
+
+    line = replay(options.learned, options.delta, options.out, device=options.device)
+    text = (
+        f"{line['family']} ({line['budget']}{', words: ' + repr(line['learned']) if line['learned'] else ''})"
+    )
+    model = options.delta or "the unchanged model"
+    shares = f"{line['ablated']:.0%} of {line['n']} images, {line['ablated_low']:.0%} to {line['ablated_high']:.0%}"
+    return f"{text} against {model}: target seen in {shares}"
+
+
 def _check(options: argparse.Namespace) -> str:
     from concept_ablation.plan.checks import check_table
 
@@ -137,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(command(_export, "convert a delta to another program's format"))
     _add_import(command(_import, "convert a delta made elsewhere to this project's format"))
     _add_card(command(_card, "write the model card of a finished concept, or of a bundle"))
+    _add_replay(command(_replay, "try what an attack learned against one model on another one"))
     compare = command(_compare, "show rows that remove the same target side by side, at equal erasure")
     compare.add_argument("results", metavar="RESULTS", help="a run's results folder")
     _add_overlays(command(_check, "check the config, the table and every row's prompts; nothing is run"))
@@ -199,6 +212,15 @@ def _add_card(card: argparse.ArgumentParser) -> None:
     card.add_argument(
         "--push", metavar="REPO_ID", help="upload the folder to this repository; a new one is private"
     )
+
+
+def _add_replay(replay: argparse.ArgumentParser) -> None:
+    replay.add_argument("learned", metavar="LEARNED", help="the attacks/KEY.safetensors of a run")
+    replay.add_argument(
+        "--delta", metavar="DELTA", help="the delta of the model to try it on; without it the unchanged model"
+    )
+    replay.add_argument("--out", metavar="FILE", help="keep the pictures in this image store (Parquet)")
+    replay.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
 
 def _add_gc(gc: argparse.ArgumentParser) -> None:

@@ -157,6 +157,15 @@ FAMILIES = Registry(
 )
 """Model architectures, by pipeline class. An entry is a `concept_ablation.diffusion.families.base.Family`."""
 
+ATTACKS = Registry(
+    "attack",
+    {
+        "soft-prompt": "concept_ablation.evaluation.attacks.soft_prompt:ATTACK",
+        "prefix": "concept_ablation.evaluation.attacks.prefix:ATTACK",
+    },
+)
+"""What is learned against a finished model. An entry is a `concept_ablation.evaluation.attacks.base.Attack`."""
+
 DRAWING = ("device", "batch_size")
 STAGES = {
     "write_prompts": Stage(
@@ -263,6 +272,24 @@ STAGES = {
         version=1,
         files={"scores": "interference/{key}.parquet", "images": "interference/{key}.images.parquet"},
         function="concept_ablation.evaluation.interference:measure_interference",
+        options=DRAWING,
+        neutral={"model.trust_remote_code": False},
+    ),
+    "probe_wordings": Stage(
+        version=1,
+        files={"scores": "wordings/{key}.parquet", "images": "wordings/{key}.images.parquet"},
+        function="concept_ablation.evaluation.wordings:probe_wordings",
+        options=DRAWING,
+        neutral={"model.trust_remote_code": False},
+    ),
+    "attack_concept": Stage(
+        version=1,
+        files={
+            "scores": "attacks/{key}.parquet",
+            "images": "attacks/{key}.images.parquet",
+            "learned": "attacks/{key}.safetensors",
+        },
+        function="concept_ablation.evaluation.attacks.stage:attack_concept",
         options=DRAWING,
         neutral={"model.trust_remote_code": False},
     ),

@@ -19,12 +19,15 @@ INPUTS = {
     "sample_ablated": {"delta": "delta"},
     "score_concept": {"samples": "samples", "base": "base"},
     "measure_interference": {"delta": "delta", "base": "base", "samples": "samples"},
+    "probe_wordings": {"delta": "delta"},
+    "attack_concept": {"delta": "delta", "pictures": "pictures", "control": "control"},
 }
 """The rules' inputs: their name -> that in the spec."""
 
 
 def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     """Do all of the plan's work that isn't done, then write its two tables and the page."""
+    from concept_ablation.report.attacks import aggregate_attacks
     from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.costs import aggregate_costs, row_costs
     from concept_ablation.report.interference import aggregate_interference
@@ -37,13 +40,16 @@ def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     interference = report / "interference.parquet" if plan.measures_interference else None
     if interference:
         aggregate_interference(json.loads(plan.report_spec()), interference)
+    attacks = report / "attacks.parquet" if plan.attacks_rows else None
+    if attacks:
+        aggregate_attacks(json.loads(plan.report_spec()), attacks)
     costs = aggregate_costs(json.loads(plan.report_spec()), plan.results, report / "costs.parquet")
-    aggregate_scores(json.loads(plan.report_spec()), *tables, interference, row_costs(costs))
+    aggregate_scores(json.loads(plan.report_spec()), *tables, interference, row_costs(costs), attacks)
     aggregate_images(json.loads(plan.report_spec()), report / "images.parquet")
     bundles = report / "bundles.parquet" if plan.judges_bundles else None
     if bundles:
         aggregate_bundles(json.loads(plan.report_spec()), tables[1], bundles)
-    more = {"bundles_path": bundles, "interference_path": interference}
+    more = {"bundles_path": bundles, "interference_path": interference, "attacks_path": attacks}
     render(json.loads(plan.report_spec()), *tables, report / "index.html", **more)
 
 

@@ -30,13 +30,15 @@ INK = Concept("ink", "style", ("ink",), "picture", ("neon",), line=4)
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """The shipped config in a folder of its own, with stand-ins for the models."""
+    """The shipped config in a folder of its own, with stand-ins for the models; rows are asked in no other words (test_wordings.py)."""
     (tmp_path / "config").symlink_to(ROOT / "config")
     for name in ("emoji-diffusion", "emoji-clip", "emoji-copy"):
         (tmp_path / "embedded" / name).mkdir(parents=True)
         (tmp_path / "embedded" / name / "weights.safetensors").write_bytes(bytes(1000))
     monkeypatch.chdir(tmp_path)
-    return yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    made = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    made["evaluation"]["wordings"]["images"] = 0
+    return made
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from concept_ablation.methods.strength import COLUMNS as LOOKS
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report import figures, formatting, sections
 from concept_ablation.report import page as report
+from concept_ablation.report.attacks import aggregate_attacks
 from concept_ablation.report.interference import aggregate_interference
 from concept_ablation.report.strength import COLUMNS as STRENGTH
 from concept_ablation.report.tables import aggregate_scores
@@ -209,8 +210,11 @@ def make_page(folder, rows, failures=(), waiting=(), **page):
     measured = harm if any("interference" in row for row in rows) else None
     if measured:
         aggregate_interference(spec, measured)
-    aggregate_scores(spec, long, wide, measured)
-    report.render(spec, long, wide, out, WHEN, interference_path=measured)
+    tried = folder / "report" / "attacks.parquet" if any("attacks" in row for row in rows) else None
+    if tried:
+        aggregate_attacks(spec, tried)
+    aggregate_scores(spec, long, wide, measured, tried)
+    report.render(spec, long, wide, out, WHEN, interference_path=measured, attacks_path=tried)
     return out.read_text(encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"diffusion"},
     "jobs": {"common", "registries"},
     "__init__": set(),
-    "__main__": {"common", "plan", "report", "diffusion", "demo"},
+    "__main__": {"common", "plan", "report", "diffusion", "evaluation", "demo"},
 }
 LAZY = {("report", "diffusion")}  # a model card reads the delta that it is about
 # What planning may not load: it runs whenever Snakemake reads the workflow, and in every job.

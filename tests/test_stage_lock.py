@@ -210,6 +210,8 @@ def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
         "share_prompts",
         "score_concept",  # it asks a kind for its limit, and is taken to run all that the kinds run
         "measure_interference",
+        "probe_wordings",
+        "attack_concept",
     }
 
 
@@ -225,6 +227,8 @@ def test_code_that_stages_share_asks_for_all_of_them(copy):
         "sample_base",
         "sample_ablated",
         "measure_interference",
+        "probe_wordings",
+        "attack_concept",
     }
     assert (
         copy("diffusion.families.base", "class ModelError(UserError)", "class ModelError(RuntimeError)")
@@ -238,6 +242,8 @@ def test_an_entry_of_a_registry_asks_for_the_stages_that_read_the_registry(copy)
         == {
             "score_concept",
             "measure_interference",
+            "probe_wordings",
+            "attack_concept",
             "repair_bundle",
             "ablate_concept",  # its search for a strength measures, and is taken to measure all that the report does
         }

@@ -13,6 +13,9 @@ POOLS = {"target": "targets", "neighbor": "neighbors"}
 WORST = "worst neighbor"
 """Role of the neighbor that lost most typical images. It is listed again, with intervals corrected for the choice."""
 
+MARK = "<learned>"
+"""Where a prompt has what an attack learned, in any case of its letters."""
+
 
 def is_pooled(role: str) -> bool:
     """Whether lines of this role hold images that lines of their own probes hold, too: a mean over both counts them twice."""

@@ -23,6 +23,7 @@ SECTIONS = ("prompts", "anchors", "method", "training", "evaluation")
 class Concept:
     """One row: remove `targets`, so that they become `anchor`, and keep `neighbors` as they are.
 
+    `synonyms`: other words for the targets, which are tried on the finished model;
     `prompts`: the path of a file of anchor prompts; `image`: that of the memorized picture; `delta`: that of a delta
     made elsewhere, which is judged instead of training one; `preset`: one of the config's; `bundles`: those that it is part
     of; `overrides`: dotted config key -> value; `line`: its line in the table, from 1; `enabled`: false if the row is switched off.
@@ -33,6 +34,7 @@ class Concept:
     targets: tuple[str, ...]
     anchor: str
     neighbors: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
     prompts: str | None = None
     image: str | None = None
     delta: str | None = None

@@ -149,16 +149,28 @@ def probe_specs(concept: Concept, own: Mapping) -> list[dict]:
     return found
 
 
-def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own: Mapping) -> dict:
-    """One probe: the prompts of `file` for `word`, drawn with the seeds of `subject`."""
-    words, evaluation = own["prompts"], own["evaluation"]
-    path = prompt_path(file, concept.anchor)
+def asked_prompts(role: str, word: str, concept: Concept, own: Mapping) -> list[str]:
+    """All evaluation prompts of a row that ask for `word` as they do for its target or its anchor. Raises PromptsError."""
+    words = own["prompts"]
+    file = words["evaluation"] if role == "anchor" else words["target_evaluation"] or words["evaluation"]
+    return _filled(role, word, file, concept, own, None)
+
+
+def _filled(role: str, word: str, file: str, concept: Concept, own: Mapping, count: int | None) -> list[str]:
+    """The first `count` prompts of `file` for `word`; None: all."""
+    words, path = own["prompts"], prompt_path(file, concept.anchor)
     sources = (concept.anchor, tuple(read_templates(path)), frozen(words["slots"]), words["probe_template"])
-    images = evaluation["images"][role]
     try:
-        prompts = _probe_prompts(images, concept.kind, role, word, *sources)
+        return _probe_prompts(count, concept.kind, role, word, *sources)
     except PromptsError as error:
         raise PromptsError(f"{path}: {error}") from None
+
+
+def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own: Mapping) -> dict:
+    """One probe: the prompts of `file` for `word`, drawn with the seeds of `subject`."""
+    evaluation = own["evaluation"]
+    images = evaluation["images"][role]
+    prompts = _filled(role, word, file, concept, own, images)
     # Each subject has its own seeds: if all shared them, a bad seed would count against all neighbors at once.
     number = zlib.crc32(subject.encode()) % 1_000_000
     seed = (evaluation["seed"] + 1000 * number) % 2**32
@@ -167,7 +179,7 @@ def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own:
 
 @functools.lru_cache(maxsize=16384)
 def _probe_prompts(
-    count: int,
+    count: int | None,
     kind: str,
     role: str,
     subject: str,

@@ -13,13 +13,13 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.settings import without
-from concept_ablation.plan.concept import Concept, slug
+from concept_ablation.plan.concept import slug
 from concept_ablation.plan.reported import reported
-from concept_ablation.plan.victims import Interference
+from concept_ablation.plan.rows import Bundle, Row
 from concept_ablation.registries import STAGES
 
 
@@ -50,50 +50,6 @@ def _parts(value: object) -> Collection:
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list) else [value]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The keys of one concept's work. `base` maps each probe's subject to the key of the base model's pictures.
-
-    `ablation` is the key of a training, or of an imported delta, for which `anchors` is None. `interference`: None where nothing is
-    measured on other rows' subjects.
-    """
-
-    concept: Concept
-    anchors: str | None
-    ablation: str
-    samples: str
-    scores: str
-    base: Mapping[str, str]
-    interference: Interference | None = None
-
-    @property
-    def last(self) -> list[str]:
-        """The keys of the work that is made last and stands for all other."""
-        return [self.scores, *([self.interference.key] if self.interference else ())]
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """A model without all concepts of several rows: how it is made, the key of the result, and their names.
-
-    `judged`: the rows once more, under this model; a neighbor that another of them removes is left out. Empty if it isn't judged.
-    `anchors_gone`: a row whose anchor another one removes -> that one's name. `general`: the key of its general quality.
-    """
-
-    name: str
-    how: str
-    delta: str
-    concepts: tuple[str, ...]
-    judged: tuple[Row, ...] = ()
-    anchors_gone: Mapping[str, str] = field(default_factory=dict)
-    general: str | None = None
-
-    @property
-    def ends(self) -> tuple[str, ...]:
-        """The keys of the work that all else is done for."""
-        return (self.delta, *(row.scores for row in self.judged), *([self.general] if self.general else []))
 
 
 class Plan:
@@ -136,6 +92,7 @@ class Plan:
         """All files of a row that the report reads."""
         files = [self.path(key) for key in (row.ablation, row.samples, row.scores)] + [self.image_record(row)]
         files += self.interference_files(row).values()
+        files += [file for one in self.attack_files(row) for file in one.values()]
         # Where no strength was searched, the table of looks is empty, and results of before it was written lack it.
         searched = "search" in self.specs[self.stages[row.ablation]][row.ablation]
         records = [self.training_record(row, name) for name in ("training", *["strength"] * searched)]
@@ -147,8 +104,16 @@ class Plan:
 
     def interference_files(self, row: Row) -> dict[str, str]:
         """The table and the pictures of what a row's model does to other rows' subjects, by name; empty if that isn't measured."""
-        key, files = row.interference and row.interference.key, STAGES["measure_interference"].files
-        return {name: f"{self.results}/{path.format(key=key)}" for name, path in files.items() if key}
+        return self.unit_files(row.interference.key) if row.interference else {}
+
+    def attack_files(self, row: Row) -> list[dict[str, str]]:
+        """The files of each thing that tries to bring a row's target back, by name."""
+        return [self.unit_files(key) for key in row.attacks]
+
+    def unit_files(self, key: str) -> dict[str, str]:
+        """All files of a unit of work, by name."""
+        files = STAGES[self.stages[key]].files
+        return {name: f"{self.results}/{path.format(key=key)}" for name, path in files.items()}
 
     def training_record(self, row: Row, name: str = "training") -> str | None:
         """A table that `ablate_concept` writes beside its delta, of steps or of looks; None for an imported delta."""
@@ -167,7 +132,7 @@ class Plan:
 
     def unfinished(self, judged: bool = False) -> list[Row]:
         """The rows with a file that is missing or empty now. `judged`: which aren't judged yet, whatever else is missing."""
-        rows = [replace(row, interference=None) for row in self.rows] if judged else self.rows
+        rows = [replace(row, interference=None, attacks=()) for row in self.rows] if judged else self.rows
         return [row for row in rows if not all(map(has_content, self.files(row)))]
 
     @functools.cached_property
@@ -179,6 +144,11 @@ class Plan:
     def measures_interference(self) -> bool:
         """Whether the report has a table of what rows do to other rows' subjects."""
         return any(row.interference for row in self.rows)
+
+    @property
+    def attacks_rows(self) -> bool:
+        """Whether the report has a table of what brings targets back."""
+        return any(row.attacks for row in self.rows)
 
     @property
     def judges_bundles(self) -> bool:
@@ -201,9 +171,9 @@ class Plan:
 
     def small_files(self) -> list[str]:
         """Of `pending_files` the rows' tables and the bundles' deltas: the smallest that stand for all, if each has to be fetched."""
-        small = ("scores", "interference", "bundles", "trained", "repaired", "general")
+        small = ("scores", "interference", "wordings", "attacks", "bundles", "trained", "repaired", "general")
         folders = tuple(f"{self.results}/{name}/" for name in small)
-        large = STAGES["measure_interference"].files["images"].partition("{key}")[2]
+        large = ".images.parquet"
         return [
             file for file in self.pending_files() if file.startswith(folders) and not file.endswith(large)
         ]
@@ -212,7 +182,7 @@ class Plan:
         """The targets that finish all that is unfinished: as few files as possible, since each costs planning time.
 
         A row's scores are made last, so they stand for all its files, unless they exist while another file is missing. Its
-        interference is beside them.
+        interference and its attacks are beside them.
         """
         found = {self.path(bundle.delta) for bundle in self.pending_bundles if not bundle.judged}
         found |= {self.path(bundle.general) for bundle in self.pending_bundles if bundle.general}

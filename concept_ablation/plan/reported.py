@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from concept_ablation.plan.graph import Bundle, Plan, Row
+    from concept_ablation.plan.graph import Plan
+    from concept_ablation.plan.rows import Bundle, Row
 
 
 JOINT = ("share_prompts", "merge_deltas", "train_bundle", "repair_bundle")
@@ -29,6 +30,8 @@ def reported_row(plan: Plan, row: Row) -> dict:
     if row.interference:
         victims = [{**vars(one), "base": plan.path(one.base)} for one in row.interference.victims]
         measured = {"interference": {**plan.interference_files(row), "victims": victims}}
+    if row.attacks:
+        measured["attacks"] = plan.attack_files(row)
     return measured | {
         "concept": concept.name,
         "kind": concept.kind,

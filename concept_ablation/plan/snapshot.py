@@ -43,6 +43,7 @@ class PlanSnapshot(Plan):
         self._report, self._pending_files, self._goals = run["report"], run["pending_files"], run["goals"]
         self._judges_bundles = run["judges_bundles"]
         self._measures_interference = run["measures_interference"]
+        self._attacks_rows = run["attacks_rows"]
         self.stages = _Lookup(lambda key: self._find("select stage from units where key = ?", key))
         one = "select spec from units where stage = ? and key = ?"
         self.specs = _Lookup(lambda stage: _Lookup(lambda key: json.loads(self._find(one, stage, key))))
@@ -60,6 +61,10 @@ class PlanSnapshot(Plan):
     @property
     def measures_interference(self) -> bool:
         return self._measures_interference
+
+    @property
+    def attacks_rows(self) -> bool:
+        return self._attacks_rows
 
     def pending_files(self) -> list[str]:
         return self._pending_files
@@ -92,6 +97,7 @@ def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
         "goals": plan.goals(),
         "judges_bundles": plan.judges_bundles,
         "measures_interference": plan.measures_interference,
+        "attacks_rows": plan.attacks_rows,
     }
     database = sqlite3.connect(":memory:")
     database.execute("create table run (content blob)")

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from concept_ablation.common.remote_code import REFUSED, find_code
 from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.plan.attacks import plan_attacks
 from concept_ablation.plan.bundle_specs import Member
 from concept_ablation.plan.bundles import (
     bundle_names,
@@ -129,7 +130,8 @@ def _plan_row(
     """
     memory = memory_spec(concept, own["evaluation"])
     anchors, ablation = _plan_ablation(plan, concept, own, model, memory, limits, shared)
-    return plan_judging(plan, concept, own, model, anchors, ablation), own["evaluation"]
+    row = plan_judging(plan, concept, own, model, anchors, ablation)
+    return plan_attacks(plan, row, own, model), own["evaluation"]
 
 
 def _plan_ablation(

@@ -17,7 +17,7 @@ from concept_ablation.plan.concept import OVERRIDES, SECTIONS, Concept, slug
 from concept_ablation.plan.schema import find_problems, to_type
 from concept_ablation.registries import KINDS
 
-LISTS = ("target", "neighbors", "bundle")  # columns of several values, separated by `;`
+LISTS = ("target", "neighbors", "synonyms", "bundle")  # columns of several values, separated by `;`
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories
 
 
@@ -201,12 +201,12 @@ class _Table:
         name = values.pop("concept", None)
         if name is None:
             self._check_name(line, name := slug(f"{values['kind']}-{'-'.join(values['target'])}"))
-        targets, neighbors, bundles = (tuple(values.pop(column, ())) for column in LISTS)
+        targets, neighbors, synonyms, bundles = (tuple(values.pop(column, ())) for column in LISTS)
         fixed = {column: values.pop(column) for column in ("kind", "anchor")}
         fixed |= {column: values.pop(column, None) for column in ("prompts", "image", "delta", "preset")}
         overrides = {OVERRIDES.get(column, column): value for column, value in values.items()}
-        words = {"targets": targets, "neighbors": neighbors, "bundles": bundles, "overrides": overrides}
-        return [Concept(name, **words, **fixed, line=line, enabled=enabled)]
+        words = {"targets": targets, "neighbors": neighbors, "synonyms": synonyms, "bundles": bundles}
+        return [Concept(name, **words, **fixed, overrides=overrides, line=line, enabled=enabled)]
 
     def _list(self, line: int, column: str, values: Mapping) -> list[str]:
         """A column's values. Among bundles a missing one is an error, since a bundle would lack the row."""

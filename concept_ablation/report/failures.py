@@ -152,6 +152,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
 
 def _make_report(plan: Plan, spec: Mapping, folder: Path) -> dict[str, Path | None]:
     """Make the tables and the page of a report's spec; returns what `print_summary` reads beside the summary."""
+    from concept_ablation.report.attacks import aggregate_attacks
     from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.columns import write_columns
     from concept_ablation.report.costs import aggregate_costs, row_costs
@@ -163,25 +164,31 @@ def _make_report(plan: Plan, spec: Mapping, folder: Path) -> dict[str, Path | No
     harm = folder / "interference.parquet" if plan.measures_interference else None
     if harm:
         aggregate_interference(spec, harm)
+    attacks = folder / "attacks.parquet" if plan.attacks_rows else None
+    if attacks:
+        aggregate_attacks(spec, attacks)
     spent = row_costs(aggregate_costs(spec, plan.results, costs))
-    aggregate_scores(spec, scores, summary, harm, spent)
+    aggregate_scores(spec, scores, summary, harm, spent, attacks)
     aggregate_images(spec, folder / "images.parquet")
     write_columns(folder / "columns.json")
     (folder / "complete.json").unlink(missing_ok=True)  # another checkout's, whose tables are no longer there
     bundles = folder / "bundles.parquet" if spec.get("bundles") else None
     if bundles:
         aggregate_bundles(spec, summary, bundles)
-    tables = {"bundles_path": bundles, "interference_path": harm}
+    tables = {"bundles_path": bundles, "interference_path": harm, "attacks_path": attacks}
     render(spec, scores, summary, folder / "index.html", costs_path=costs, **tables)
     return tables
 
 
 def _without_unmeasured(row: Mapping) -> dict:
-    """A row of a report's spec, without what isn't measured yet on other rows' subjects."""
-    files = [row["interference"][name] for name in ("scores", "images")] if "interference" in row else []
-    return {
-        name: value for name, value in row.items() if name != "interference" or all(map(has_content, files))
-    }
+    """A row of a report's spec, without what isn't measured yet on other rows' subjects, and without attacks that aren't finished."""
+    found = dict(row)
+    if not all(
+        has_content(found["interference"][name]) for name in ("scores", "images") if "interference" in found
+    ):
+        del found["interference"]
+    found["attacks"] = [files for files in row.get("attacks", ()) if all(map(has_content, files.values()))]
+    return found
 
 
 def _damage(plan: Plan, path: Path, error: ValueError) -> Failure:

@@ -29,6 +29,7 @@ from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.bundles import bundle_text, general_text, nested_panels, read_bundles
 from concept_ablation.report.changes import read_changes
+from concept_ablation.report.comebacks import attacks_text, read_attacks
 from concept_ablation.report.costs import read_costs_table, stage_costs, total
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import (
@@ -66,6 +67,7 @@ def render(
     bundles_path: str | Path | None = None,
     interference_path: str | Path | None = None,
     costs_path: str | Path | None = None,
+    attacks_path: str | Path | None = None,
 ) -> None:
     """Writes the page to `out_path`, whole or not at all, and beside it `figures`, the plots as files.
 
@@ -78,11 +80,13 @@ def render(
         bundles_path: the table that `bundles.aggregate_bundles` wrote, if there are bundles.
         interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
         costs_path: the table that `costs.aggregate_costs` wrote, if there is one.
+        attacks_path: the table that `attacks.aggregate_attacks` wrote, if there is one.
 
     Raises:
         StoreError: a row's images can't be read.
     """
-    shown = _shown(spec, scores_path, summary_path, when, read_interference(interference_path))
+    measured = read_interference(interference_path), read_attacks(attacks_path)
+    shown = _shown(spec, scores_path, summary_path, when, *measured)
     bundles = read_bundles(bundles_path)
     costs = read_costs_table(costs_path)
     shown |= {"stage_costs": stage_costs(costs), "total_cost": total(costs)}
@@ -104,6 +108,7 @@ def _shown(
     summary_path: str | Path,
     when: datetime | None,
     measured: Mapping[str, Sequence[Mapping]],
+    tried: Mapping[str, Sequence[Mapping]],
 ) -> dict:
     """What the template is filled with; the rows' pictures are read when it asks for them."""
     rows, page, limits = report_rows(spec), spec["page"], verdict.read_thresholds(spec)
@@ -111,7 +116,7 @@ def _shown(
     texts = [field.name for field in COLUMNS if field.type == pa.string()]
     scores = pq.read_table(scores_path, read_dictionary=texts)
     rows, lines = worst_first(rows, rows_lines(rows, summary, scores, limits))
-    probes = sum(len(probe_roles(row)) for row in rows) + drawn_victims(measured)
+    probes = sum(len(probe_roles(row)) for row in rows) + drawn_victims(measured) + len(tried)
     pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
     shown = probes_a_row(len(rows), probes, page["image_budget"])
     scored = set(pc.unique(scores["metric"]).to_pylist())
@@ -135,7 +140,7 @@ def _shown(
         "waiting": spec.get("waiting", []),
         "changes": read_changes(page.get("earlier"), lines),
         "unfolded": len(rows) <= page["open_rows"],
-        "sections": sections(rows, lines, scores, measured, pairs, shown),
+        "sections": sections(rows, lines, scores, measured, pairs, shown, tried),
         **harm(rows, lines, measured, scores, limits),
         **shown_methods(rows, lines),
     }
@@ -161,6 +166,7 @@ def print_summary(
     most: int = 40,
     bundles_path: str | Path | None = None,
     interference_path: str | Path | None = None,
+    attacks_path: str | Path | None = None,
 ) -> None:
     """Prints how each row came out, one line a row (at most `most`), how each bundle did, and where the report is.
 
@@ -173,6 +179,8 @@ def print_summary(
     text += ["", f"{headline(lines)}."]
     measured = read_interference(interference_path)
     text += [f"Who harms whom: {interference_text(measured)}."] if measured else []
+    tried = read_attacks(attacks_path)
+    text += [f"{attacks_text(tried)}."] if tried else []
     for name, rows in read_bundles(bundles_path).items():
         text.append(f"Bundle {name}: {bundle_text(rows)}.")
         text += [f"  {found}." for found in [general_text(rows[0])] if found]

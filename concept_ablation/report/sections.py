@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from concept_ablation.common.image_store import ImageStore, open_picture, open_store
 from concept_ablation.common.interference_table import DRAWN
 from concept_ablation.common.roles import probe_roles
+from concept_ablation.report.comebacks import attack_section
 from concept_ablation.report.figures import thumbnail
 from concept_ablation.report.formatting import flat_settings
 from concept_ablation.report.pictures import Pair, probe_pictures, read_record
@@ -79,10 +80,12 @@ def sections(
     measured: Mapping[str, Sequence[Mapping]],
     pairs: int,
     shown: int | None,
+    tried: Mapping[str, Sequence[Mapping]] | None = None,
 ) -> Iterator[dict]:
     """What the page shows of each row, made when the page asks for it. `shown`: as `probes_a_row` gives it.
 
-    measured: what the rows did to other rows' subjects, as `victims.read_interference` gives it.
+    measured: what the rows did to other rows' subjects, as `victims.read_interference` gives it. tried: what was tried to bring their
+    targets back, as `comebacks.read_attacks` gives it.
     """
     places = _places(scores["concept"])
     for row, line in zip(rows, lines, strict=True):
@@ -99,6 +102,7 @@ def sections(
                 for place in probe_roles(row)
             ],
             "interference": _victims(row, measured.get(row["concept"], []), pairs, shown),
+            "attacks": attack_section((tried or {}).get(row["concept"], ()), pairs if shown is None else 1),
             "memorized": _memorized(row),
             "metrics": metrics,
             "loss": training.get("loss", []),

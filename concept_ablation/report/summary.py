@@ -14,6 +14,7 @@ from concept_ablation.common.roles import POOLS, WORST
 from concept_ablation.common.run_id import run_id
 from concept_ablation.common.versions import versions
 from concept_ablation.registries import KINDS, METRICS
+from concept_ablation.report.comebacks import COLUMNS as ATTACKS
 from concept_ablation.report.discoveries import CLAIMS
 from concept_ablation.report.strength import COLUMNS as STRENGTH
 from concept_ablation.report.strength import strength_columns
@@ -204,6 +205,7 @@ def summary_schema() -> pa.Schema:
         ]
         + [(name, pa.float64()) for name in cost]
         + list(STRENGTH.items())
+        + list(ATTACKS.items())
         + list(COSTS.items())
         + [(name, pa.string()) for name in ("delta", *about)]
     )

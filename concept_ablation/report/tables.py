@@ -21,6 +21,7 @@ from concept_ablation.common.run_id import run_id
 from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.common.versions import versions
 from concept_ablation.report import csv_table
+from concept_ablation.report.comebacks import attack_columns, read_attacks
 from concept_ablation.report.discoveries import claim_columns, claim_p
 from concept_ablation.report.summary import made_with, summarise, summary_schema
 from concept_ablation.report.victims import read_interference, victim_columns
@@ -29,7 +30,7 @@ from concept_ablation.verdict import read_thresholds
 log = logging.getLogger(__name__)
 LINES = 20_000  # of the long table, in memory at once
 
-FILES = ("scores", "images", "samples", "base", "delta", "training", "strength", "interference")
+FILES = ("scores", "images", "samples", "base", "delta", "training", "strength", "interference", "attacks")
 """The entries of a report's row that name files."""
 
 
@@ -43,6 +44,7 @@ def aggregate_scores(
     summary_path: str | Path,
     interference_path: str | Path | None = None,
     costs: Mapping[str, Mapping] | None = None,
+    attacks_path: str | Path | None = None,
 ) -> None:
     """Writes all rows' scores (long) and the summary (wide), each as Parquet and, beside it, as CSV.
 
@@ -52,17 +54,19 @@ def aggregate_scores(
         scores_path, summary_path: the Parquet files; the CSV files get the same name with `.csv`.
         costs: what each row cost, as `costs.row_costs` gives it.
         interference_path: the table that `interference.aggregate_interference` wrote, if there is one.
+        attacks_path: the table that `attacks.aggregate_attacks` wrote, if there is one.
 
     Raises:
         TableError: a row's file is missing or damaged. ValueError: an unknown or missing threshold.
     """
     rows, thresholds, summary, claims = report_rows(spec), read_thresholds(spec), [], []
-    measured = read_interference(interference_path)
+    measured, tried = read_interference(interference_path), read_attacks(attacks_path)
 
     def read_all() -> Iterator[pa.Table]:
         for row in rows:
             table = read_scores(row["scores"])
             own = summarise(row, table, thresholds) | victim_columns(measured.get(row["concept"]))
+            own |= attack_columns(tried.get(row["concept"]))
             claims.append(claim_p(row, table.to_pylist(), own["verdict"], thresholds))
             summary.append(own | made_with(spec) | (costs or {}).get(row["concept"], {}))
             yield table

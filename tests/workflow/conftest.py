@@ -52,6 +52,7 @@ SMALL = {
         "scorer": {"model": "models/clip", "pretrained": None},
         "statistics": {"bootstrap": 20},
         "interference": "none",  # what rows do to each other's concepts has a test of its own, test_harm.py
+        "wordings": {"images": 0},  # and so has what brings a target back, test_attacks_run.py
     },
     "bundles": {"general": {"images": 4}},
     "runtime": {"device": "cpu", "sample_batch_size": 4, "threads": 1},

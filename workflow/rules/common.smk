@@ -91,7 +91,8 @@ def print_report(plan):
 
         bundles = folder / "bundles.parquet" if plan.judges_bundles else None
         harm = folder / "interference.parquet" if plan.measures_interference else None
-        tables = {"bundles_path": bundles, "interference_path": harm}
+        attacks = folder / "attacks.parquet" if plan.attacks_rows else None
+        tables = {"bundles_path": bundles, "interference_path": harm, "attacks_path": attacks}
         print_summary(folder / "summary.parquet", folder / "index.html", **tables)
 
 
@@ -132,6 +133,11 @@ unfinished = plan.small_files() if stored else plan.goals()
 # Of these, what measures rows on other rows' concepts; and the table made of it, which there is only if anything is measured.
 measured = {file for file in unfinished if file.startswith(f"{plan.results}/interference/")}
 interference = ["<results>/report/interference.parquet"] if plan.measures_interference else []
+# The same for what tries to bring targets back.
+attacked = {
+    file for file in unfinished if file.startswith((f"{plan.results}/wordings/", f"{plan.results}/attacks/"))
+}
+attacks = ["<results>/report/attacks.parquet"] if plan.attacks_rows else []
 
 
 pathvars:

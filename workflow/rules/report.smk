@@ -9,8 +9,9 @@
 rule aggregate_scores:
     """Collect all rows' scores in a long table and a wide one, the record of all pictures, and what every job cost."""
     input:
-        plan.pending_files() if stored else [file for file in unfinished if file not in measured],
+        plan.pending_files() if stored else [file for file in unfinished if file not in measured | attacked],
         interference=interference,
+        attacks=attacks,
     output:
         scores="<results>/report/scores.parquet",
         scores_csv="<results>/report/scores.csv",
@@ -41,6 +42,7 @@ rule render_report:
         costs="<results>/report/costs.parquet",
         bundles=["<results>/report/bundles.parquet"] if plan.judges_bundles else [],
         interference=interference,
+        attacks=attacks,
         rows=plan.pending_files() if stored else [],
     output:
         "<results>/report/index.html",

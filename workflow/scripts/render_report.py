@@ -11,7 +11,8 @@ from concept_ablation.report.page import render
 from concept_ablation.report.tables import relocate_paths
 
 spec = relocate_paths(json.loads(snakemake.params.spec), Path(snakemake.output[0]).parents[1])
-more = {f"{name}_path": next(iter(snakemake.input[name]), None) for name in ("bundles", "interference")}
+tables = ("bundles", "interference", "attacks")
+more = {f"{name}_path": next(iter(snakemake.input[name]), None) for name in tables}
 render(
     spec,
     snakemake.input.scores,
