@@ -24,7 +24,7 @@ from concept_ablation.common.score_table import COLUMNS
 from concept_ablation.evaluation.statistics import Estimate
 from concept_ablation.methods.strength import COLUMNS as LOOKS
 from concept_ablation.registries import KINDS, METRICS
-from concept_ablation.report import figures, formatting, sections
+from concept_ablation.report import console, figures, formatting, sections
 from concept_ablation.report import page as report
 from concept_ablation.report.attacks import aggregate_attacks
 from concept_ablation.report.interference import aggregate_interference
@@ -441,7 +441,7 @@ def test_sparkline():
 def test_terminal_summary(tmp_path, capsys):
     rows = [make_row(tmp_path, "weary"), make_row(tmp_path, "al\x1b[31mone" + "x" * 50, neighbors=())]
     make_page(tmp_path, rows)
-    report.print_summary(tmp_path / "report" / "summary.parquet", "results/report/index.html")
+    console.print_summary(tmp_path / "report" / "summary.parquet", "results/report/index.html")
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
@@ -456,7 +456,7 @@ def test_terminal_summary(tmp_path, capsys):
     )
     assert "90% -> 88%, -2.0 [-3.0, -1.0]" in lines[3]
     assert len({line.index("removed") for line in lines[2:4]}) == 1
-    report.print_summary(tmp_path / "report" / "summary.parquet", "x", most=1)
+    console.print_summary(tmp_path / "report" / "summary.parquet", "x", most=1)
     assert "... and 1 more in the report" in capsys.readouterr().err
 
 
@@ -482,7 +482,7 @@ def with_worst(folder, rows, changes):
     lines[0] |= changes
     pq.write_table(pa.Table.from_pylist(lines), wide)
     report.render(spec, long, wide, out, WHEN)
-    return out.read_text(encoding="utf-8"), report.summary_text(lines)
+    return out.read_text(encoding="utf-8"), console.summary_text(lines)
 
 
 def test_the_worst_neighbor_is_named_with_its_change(tmp_path):
@@ -594,7 +594,7 @@ def test_each_kind_shows_its_own_measure(tmp_path, kind, title, word, capsys):
     Elements(text)
     assert f"<h3>{title}</h3>" in text and f'<span class="quiet">{word}</span>' in text
     assert "Nearer to the anchor's text than to any neighbor's" in text and "<h3>Anchor typical</h3>" in text
-    report.print_summary(tmp_path / "report" / "summary.parquet", "x", file=sys.stderr)
+    console.print_summary(tmp_path / "report" / "summary.parquet", "x", file=sys.stderr)
     assert f"90% -> 5% [4%, 6%] {word}" in capsys.readouterr().err
 
 

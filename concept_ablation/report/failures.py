@@ -127,7 +127,7 @@ def report_unfinished(plan: Plan, failures: Sequence[Failure], file: TextIO | No
 
     A row whose files are damaged joins the failures, which are returned; such a file is set aside, to be made anew.
     """
-    from concept_ablation.report.page import print_summary
+    from concept_ablation.report.console import print_summary
 
     folder, failures = Path(plan.results) / "report", list(failures)
     while True:

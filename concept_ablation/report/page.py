@@ -8,11 +8,9 @@ import base64
 import hashlib
 import logging
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
 
 import jinja2
 import markupsafe
@@ -29,7 +27,8 @@ from concept_ablation.common.text import size_text
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.bundles import bundle_text, general_text, nested_panels, read_bundles
 from concept_ablation.report.changes import read_changes
-from concept_ablation.report.comebacks import attacks_text, read_attacks
+from concept_ablation.report.comebacks import read_attacks
+from concept_ablation.report.console import count_verdicts, headline
 from concept_ablation.report.costs import read_costs_table, stage_costs, total
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import (
@@ -37,7 +36,6 @@ from concept_ablation.report.formatting import (
     format_metric,
     is_share,
     points,
-    printable,
     share,
     whole_points,
 )
@@ -47,15 +45,13 @@ from concept_ablation.report.page_lines import harm, loss_limits, overview, rows
 from concept_ablation.report.paper_figures import write_figures
 from concept_ablation.report.sections import previews, sections
 from concept_ablation.report.strength import curve, rung_text
-from concept_ablation.report.tables import missing_rows, report_rows
+from concept_ablation.report.tables import report_rows
 from concept_ablation.report.triage import STATES, VERDICT_COLORS, count_states, rounded_up
 from concept_ablation.report.victims import drawn_victims, harmed_first, interference_text, read_interference
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
-TERMINAL_MARKS = {"good": "ok", "warn": "!!", "bad": "no"}
-"""Colour of a verdict -> its mark in a terminal."""
 
 
 def render(
@@ -159,70 +155,6 @@ def _code() -> dict:
     return {"style": style, "script": script, "script_hash": digest}
 
 
-def print_summary(
-    summary_path: str | Path,
-    report_path: str | Path,
-    file: TextIO | None = None,
-    most: int = 40,
-    bundles_path: str | Path | None = None,
-    interference_path: str | Path | None = None,
-    attacks_path: str | Path | None = None,
-) -> None:
-    """Prints how each row came out, one line a row (at most `most`), how each bundle did, and where the report is.
-
-    To stderr if `file` is None.
-    """
-    table = pq.read_table(summary_path)
-    lines, missing = table.to_pylist(), missing_rows(table)
-    text = [summary_text(lines[:most])] if lines else []
-    text += [f"... and {len(lines) - most} more in the report"] if len(lines) > most else []
-    text += ["", f"{headline(lines)}."]
-    measured = read_interference(interference_path)
-    text += [f"Who harms whom: {interference_text(measured)}."] if measured else []
-    tried = read_attacks(attacks_path)
-    text += [f"{attacks_text(tried)}."] if tried else []
-    for name, rows in read_bundles(bundles_path).items():
-        text.append(f"Bundle {name}: {bundle_text(rows)}.")
-        text += [f"  {found}." for found in [general_text(rows[0])] if found]
-    text.append(f"Report: {report_path}")
-    text += [f"Rows that are not in it, since they are not finished: {len(missing)}"] if missing else []
-    print("\n".join(text), file=file or sys.stderr)
-
-
-def headline(lines: Sequence[Mapping]) -> str:
-    """How many concepts are gone, in one sentence without its full stop."""
-    fine = sum(VERDICT_COLORS.get(line["verdict"]) == "good" for line in lines)
-    noun = "concept" if len(lines) == 1 else "concepts"
-    return f"{fine} of {len(lines)} {noun} removed with neighbors intact"
-
-
-def summary_text(lines: Sequence[Mapping]) -> str:
-    """The summary as aligned ASCII: verdict, target, neighbors and anchor before -> after, with 95 % intervals."""
-    heads = (
-        "target still there",
-        "neighbors recognised, change in points",
-        "worst neighbor",
-        "anchor typical",
-    )
-    table = [("", "concept", "verdict", "", *heads)]
-    for line in lines:
-        table.append(
-            (
-                TERMINAL_MARKS.get(VERDICT_COLORS.get(line["verdict"]), "??"),
-                printable(line["concept"], 28),
-                line["verdict"],
-                line["firmness"],
-                f"{_change_text(line, 'presence')} {METRICS[line['measure']].label}",
-                _change_text(line, "neighbor_recognition", difference=True),
-                _worst_text(line),
-                f"{share(line['anchor_typical_base'])} -> {share(line['anchor_typical_ablated'])}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    text = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
-
-
 def inert(markup: str) -> markupsafe.Markup:
     """Markup as the text of an element that the browser neither runs nor builds; the page's script makes elements of it.
 
@@ -240,14 +172,6 @@ def pairs_a_probe(probes: int, wanted: int, budget: int) -> int:
 def probes_a_row(rows: int, probes: int, budget: int) -> int | None:
     """How many of a row's probes show pictures, at least 1; None, all of them, if a pair for each keeps within `budget`."""
     return None if 2 * probes <= budget else max(1, budget // (2 * rows))
-
-
-def count_verdicts(lines: Sequence[Mapping]) -> dict[str, int]:
-    """Rows by verdict, in the order of `verdict.VERDICTS`, without zeros."""
-    found = [line["verdict"] for line in lines]
-    return {
-        words: found.count(words) for words in dict.fromkeys((*verdict.VERDICTS, *found)) if words in found
-    }
 
 
 def environment() -> jinja2.Environment:
@@ -280,22 +204,3 @@ def environment() -> jinja2.Environment:
     made.globals |= {"bundle_text": bundle_text, "general_text": general_text}
     made.globals |= {"kinds": KINDS, "metrics": METRICS, "pools": tuple(POOLS.values())}
     return made
-
-
-def _change_text(line: Mapping, column: str, difference: bool = False) -> str:
-    """ "97% -> 3% [0%, 13%]", or with the paired difference and its interval; "-" where nothing was measured."""
-    if line[f"{column}_base"] is None:
-        return "-"
-    text = f"{share(line[f'{column}_base'])} -> {share(line[f'{column}_ablated'])}"
-    name = f"{column}_change" if difference else f"{column}_ablated"
-    value, low, high = (line[name + end] for end in ("", "_low", "_high"))
-    if difference:
-        return f"{text}, {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{text} [{share(low)}, {share(high)}]"
-
-
-def _worst_text(line: Mapping) -> str:
-    """ "duck, -12.5": the neighbor whose `typical` fell most, and by how many points; "-" for none."""
-    if not line.get("worst_neighbor"):
-        return "-"
-    return f"{printable(line['worst_neighbor'], 20)}, {100 * line['worst_neighbor_typical_change']:+.1f}"

@@ -118,9 +118,10 @@ class TerminalHandler(logging.Handler):
 
     def _say_verdict(self, place: str, row: Row) -> None:
         # Imported here: planning, of which this module is a part, loads no pyarrow.
-        from concept_ablation.report.page import TERMINAL_MARKS, VERDICT_COLORS
+        from concept_ablation.report.console import TERMINAL_MARKS
         from concept_ablation.report.summary import summarise
         from concept_ablation.report.tables import read_scores
+        from concept_ablation.report.triage import VERDICT_COLORS
         from concept_ablation.verdict import Thresholds
 
         plan = self.state.plan

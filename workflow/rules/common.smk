@@ -87,7 +87,7 @@ def print_report(plan):
     """Print each row's verdict and where the report is, if it is on this machine."""
     folder = Path(plan.results) / "report"
     if (folder / "summary.parquet").exists():
-        from concept_ablation.report.page import print_summary
+        from concept_ablation.report.console import print_summary
 
         bundles = folder / "bundles.parquet" if plan.judges_bundles else None
         harm = folder / "interference.parquet" if plan.measures_interference else None
