@@ -31,7 +31,7 @@ from concept_ablation.report.bundles import bundle_text, general_text, nested_pa
 from concept_ablation.report.changes import read_changes
 from concept_ablation.report.figures import change_bar, curve_figure, sparkline, target_bar
 from concept_ablation.report.formatting import format_metric, is_share, points, printable, share, whole_points
-from concept_ablation.report.handover import card_command, handover, link_to
+from concept_ablation.report.handover import card_command, handover, link_to, results_of
 from concept_ablation.report.page_lines import harm, loss_limits, overview, rows_lines, worst_first
 from concept_ablation.report.paper_figures import write_figures
 from concept_ablation.report.sections import previews, sections
@@ -107,7 +107,7 @@ def _shown(
         "model": open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
         "scorers": [name for name in pc.unique(scores["features"]).to_pylist() if name],
         "lines": lines,
-        "results": str(Path(lines[0]["delta"]).parents[2]) if lines else "results",
+        "results": results_of(lines),
         "previews": previews(rows),
         **_counted(lines),
         "overview": overview(lines, limits.worst_neighbor_loss_max),
