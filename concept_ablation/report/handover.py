@@ -42,6 +42,12 @@ def handover(folder: str | Path, spec: Mapping, figures: Sequence[str]) -> dict:
     }
 
 
+def results_of(lines: Sequence[Mapping]) -> str:
+    """The results' folder as the rows' deltas name it, three folders above them."""
+    above = [str(folder) for line in lines[:1] for folder in Path(line["delta"]).parents]
+    return above[2] if len(above) > 2 else "results"
+
+
 def link_to(path: str | Path, results: str | Path) -> str:
     """A file of the results as the page, which lies in their `report`, links to it; a path elsewhere stays as it is."""
     path, results = Path(path), Path(results)

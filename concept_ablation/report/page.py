@@ -39,7 +39,7 @@ from concept_ablation.report.formatting import (
     share,
     whole_points,
 )
-from concept_ablation.report.handover import card_command, handover, link_to
+from concept_ablation.report.handover import card_command, handover, link_to, results_of
 from concept_ablation.report.methods_figure import shown_methods
 from concept_ablation.report.page_lines import harm, loss_limits, overview, rows_lines, worst_first
 from concept_ablation.report.paper_figures import write_figures
@@ -122,7 +122,7 @@ def _shown(
         "model": open_store(rows[0]["samples"]).metadata.get("model", {}) if rows else {},
         "scorers": [name for name in pc.unique(scores["features"]).to_pylist() if name],
         "lines": lines,
-        "results": str(Path(lines[0]["delta"]).parents[2]) if lines else "results",
+        "results": results_of(lines),
         "previews": previews(rows),
         **_counted(lines),
         "overview": overview(lines, limits.worst_neighbor_loss_max),

@@ -51,7 +51,7 @@ def write_figures(
 
 def _grids(lines: Sequence[Mapping]) -> Iterator[tuple[str, str]]:
     """Name and grid of each row. Names are those of the deltas' folders, which are safe in a path, without their key if that is unique."""
-    keys = [Path(line["delta"]).parent.name for line in lines]
+    keys = [Path(line["delta"]).parent.name or line["id"] for line in lines]
     short = [key.rpartition(".")[0] or key for key in keys]
     for line, key, name in zip(lines, keys, short, strict=True):
         yield f"grid-{name if short.count(name) == 1 else key}", _grid(line)
