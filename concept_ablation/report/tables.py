@@ -19,7 +19,7 @@ from concept_ablation import __version__
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
-from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.common.score_table import COLUMNS, LATER
 from concept_ablation.report.summary import summarise, summary_schema
 from concept_ablation.report.victims import read_interference, victim_columns
 from concept_ablation.verdict import read_thresholds
@@ -192,7 +192,13 @@ def escape_formulas(table: pa.Table) -> pa.Table:
 
 def read_scores(path: str | Path) -> pa.Table:
     """The long table of one row. Raises TableError."""
-    return read_part(path, "scores", COLUMNS).cast(COLUMNS)
+    table = read_part(path, "scores")
+    for name in LATER:
+        if name not in table.schema.names:
+            table = table.append_column(COLUMNS.field(name), pa.nulls(len(table), pa.int64()))
+    if table.schema.names != COLUMNS.names:
+        raise damaged(TableError, path, "these columns are not this version's")
+    return table.cast(COLUMNS)
 
 
 def read_part(path: str | Path, what: str, columns: pa.Schema | None = None) -> pa.Table:
