@@ -196,14 +196,18 @@ def test_thresholds_come_from_the_config():
 
 
 def score_line(concept, role, metric, model, value, low=None, high=None, probe=""):
-    line = dict.fromkeys(COLUMNS.names, "") | dict.fromkeys(LATER) | {
-        "pooled": is_pooled(role),
-        "concept": concept,
-        "probe": probe,
-        "role": role,
-        "metric": metric,
-        "model": model,
-    }
+    line = (
+        dict.fromkeys(COLUMNS.names, "")
+        | dict.fromkeys(LATER)
+        | {
+            "pooled": is_pooled(role),
+            "concept": concept,
+            "probe": probe,
+            "role": role,
+            "metric": metric,
+            "model": model,
+        }
+    )
     return line | {"value": value, "ci_low": value if low is None else low, "ci_high": high or value, "n": 40}
 
 

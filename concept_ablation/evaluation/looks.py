@@ -26,7 +26,7 @@ from concept_ablation.evaluation.probes import score_probes
 from concept_ablation.evaluation.row import Looks, Probe, Row
 from concept_ablation.evaluation.statistics import Bootstrap
 from concept_ablation.registries import KINDS, METRICS
-from concept_ablation.verdict import Parts, Thresholds, changes_of, parts_of, presence_of
+from concept_ablation.verdict import Parts, Presence, Thresholds, changes_of, parts_of, presence_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -121,7 +121,8 @@ class Judge:
         for lane in self.open:
             self.taken[lane] += 1
             self.left[lane] -= 1
-        unclear = open_lanes(self._parts(), self.until["half_width"], self.until["decided"])
+        parts = parts_of(self.spec["kind"], *self.measured(), self.limits)
+        unclear = open_lanes(parts, self.until["half_width"], self.until["decided"])
         self.open &= unclear & {lane for lane, left in self.left.items() if left}
         for lane, taken in self.taken.items():
             log.info("lane %s: %d looks, %s", lane, taken, "unclear" if lane in unclear else "enough")
@@ -134,7 +135,8 @@ class Judge:
         reads = place[0] == "target" and isinstance(metric, ImageMetric)
         seen.append((*features, metric.read(_Drawn(pictures), self.models) if reads else None))
 
-    def _parts(self) -> Parts:
+    def measured(self) -> tuple[list[Presence], dict[str, float]]:
+        """What the verdict is made of, as `verdict.decide` takes it, from the pictures so far."""
         probes = []
         for (role, subject), seen in self.seen.items():
             base, ablated, measured = zip(*seen, strict=True)
@@ -145,7 +147,7 @@ class Judge:
         subjects = tuple(self.spec["targets"]), self.spec["anchor"], tuple(self.spec["neighbors"])
         row = Row(self.kind, *subjects, self.texts, tuple(probes))
         lines = score_probes(row, self.bootstrap, {self.kind.measure, *DECIDING})
-        return parts_of(self.spec["kind"], presence_of(self.spec, lines), changes_of(lines), self.limits)
+        return presence_of(self.spec, lines), changes_of(lines)
 
 
 def open_lanes(parts: Parts, half_width: float | None, decided: bool) -> set[str]:
