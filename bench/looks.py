@@ -2,7 +2,7 @@
 
     python bench/looks.py [--repeats 20000]
 
-About a minute on one core. docs/report.md keeps the tables. Pictures come in looks of 16, at most 160. Drawing ends when the interval
+About three minutes on one core. docs/report.md keeps the tables. Pictures come in looks of 16, at most 160. Drawing ends when the interval
 lies wholly on one side of its limit or is at most 5 points wide to each side, as `evaluation.until: {half_width: 0.05, decided: true}`
 does. *naive*: the interval of a single look, 95 %, at every look. *spent*: the level that `Bootstrap.level` gives it.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from concept_ablation.common.decision import Decision
+from concept_ablation.evaluation.looks import open_lanes
 from concept_ablation.evaluation.statistics import (
     Bootstrap,
     Estimate,
@@ -22,6 +23,7 @@ from concept_ablation.evaluation.statistics import (
     proportion,
 )
 from concept_ablation.evaluation.typicality import NearestNeighbors, typical_change
+from concept_ablation.verdict import Parts
 
 LOOK, MOST, HALF_WIDTH = 16, 160, 0.05
 SIZES = range(LOOK, MOST + 1, LOOK)
@@ -132,10 +134,88 @@ def typical(repeats: int) -> None:
     table("true change of `typical`, limit -.05", cases, "change")
 
 
+WHOLE = {"target": 200, "neighbor": 50}  # pictures of a probe by lane, config/sd14.yaml
+ROWS = {  # share of the target's pictures; gained and lost ones of the anchor (typical) and of the neighbors (recognised)
+    "removed, all else as it was": (0.02, (0.02, 0.05), (0.01, 0.01)),
+    "removed, neighbors change a little": (0.05, (0.05, 0.15), (0.03, 0.04)),
+    "removed, neighbors lose 15 points": (0.05, (0.05, 0.25), (0.02, 0.17)),
+    "the target's share at its limit": (0.2, (0.05, 0.15), (0.01, 0.01)),
+    "not removed": (0.8, (0.01, 0.01), (0.01, 0.01)),
+}
+
+
+def rows(repeats: int, neighbors: int = 5) -> None:
+    """Pictures of a row of config/sd14.yaml, of 200 + 200 + 50 a neighbor, by the stage's own rule; `typical` with a limit as if fixed."""
+    rng = np.random.default_rng(0)
+    print(
+        f"\n| a row with {neighbors} neighbors | pictures of the target | of the anchor | of a neighbor | together, of 650 | firm | firm with all 650, one look |"
+        "\n|---|---|---|---|---|---|---|"
+    )
+    for label, (present, anchor, others) in ROWS.items():
+        totals = []
+        for _ in range(repeats):
+            drawn = {
+                "target": (rng.random(WHOLE["target"]) < present).astype(float),
+                "anchor": one_change(rng, WHOLE["target"], *anchor),
+                "neighbor": one_change(rng, WHOLE["neighbor"] * neighbors, *others),
+            }
+            taken, parts = draw_row(
+                drawn, neighbors, {lane: -(-count // LOOK) for lane, count in WHOLE.items()}
+            )
+            whole = judge_row(drawn, WHOLE, neighbors, dict.fromkeys(WHOLE, 1))
+            count = 2 * taken["target"] + neighbors * taken["neighbor"]
+            totals.append(
+                (taken["target"], taken["target"], taken["neighbor"], count, is_firm(parts), is_firm(whole))
+            )
+        *counts, firm, fixed = np.mean(totals, axis=0)
+        cells = [f"{count:.0f}" for count in counts] + [f"{100 * share:.0f} %" for share in (firm, fixed)]
+        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def draw_row(
+    drawn: dict[str, np.ndarray], neighbors: int, planned: dict[str, int]
+) -> tuple[dict[str, int], Parts]:
+    """The pictures of each lane's probes that are needed, and what they say."""
+    open_now, taken = set(WHOLE), dict.fromkeys(WHOLE, 0)
+    while open_now:
+        taken |= {lane: min(taken[lane] + LOOK, WHOLE[lane]) for lane in open_now}
+        parts = judge_row(drawn, taken, neighbors, planned)
+        open_now &= open_lanes(parts, HALF_WIDTH, True) & {
+            lane for lane in WHOLE if taken[lane] < WHOLE[lane]
+        }
+    return taken, parts
+
+
+def judge_row(
+    drawn: dict[str, np.ndarray], taken: dict[str, int], neighbors: int, looks: dict[str, int]
+) -> Parts:
+    n = {"target": taken["target"], "anchor": taken["target"], "neighbor": taken["neighbor"] * neighbors}
+    level = {lane: Bootstrap(looks=count).level for lane, count in looks.items()}
+    share = proportion(drawn["target"][: n["target"]], confidence=level["target"], exact=looks["target"] > 1)
+    losses = {
+        what: paired_proportion_difference(drawn[what][: n[what]], np.zeros(n[what]), confidence=level[lane])
+        for what, lane in (("neighbor", "neighbor"), ("anchor", "target"))
+    }
+    kept = Decision.of(*losses["neighbor"][:3], -0.05, "at least")
+    like = Decision.of(*losses["anchor"][:3], -0.5, "at least")
+    return Parts((Decision.of(*share[:3], 0.2, "at most"),), kept, None, like)
+
+
+def is_firm(parts: Parts) -> bool:
+    gone = parts.removed
+    return gone.settled and (not gone.within or (parts.neighbors.settled and parts.anchor.settled))
+
+
+def one_change(rng: np.random.Generator, n: int, gained: float, lost: float) -> np.ndarray:
+    drawn = rng.random(n)
+    return (drawn < gained).astype(float) - (drawn > 1 - lost)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=20_000)
     repeats = parser.parse_args().repeats
     shares(repeats)
     changes(repeats)
-    typical(max(20, repeats // 100))
+    typical(max(20, repeats // 400))
+    rows(max(20, repeats // 200))

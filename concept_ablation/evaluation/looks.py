@@ -101,7 +101,7 @@ class Judge:
             if role in self.planned
         }
         self.open, self.taken = set(self.left), dict.fromkeys(self.left, 0)
-        # Of a place the features of its pictures by both models, and what the kind's measure reads in the ablated one's.
+        # Of a place the features of its pictures by both models, and what the kind's measure reads in them.
         self.seen: dict[tuple, list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]] = {}
         unused = dict.fromkeys((field.name for field in fields(Thresholds)), 0.0)
         self.limits = Thresholds(**{**unused, **spec.get("limits", {})})
@@ -130,17 +130,19 @@ class Judge:
     def _see(self, place: tuple, pictures: Sequence[Image]) -> None:
         seen, metric = self.seen.setdefault(place, []), METRICS[self.kind.measure]
         start = sum(len(ablated) for _, ablated, _ in seen)
-        before = (self.base[place].image(number) for number in range(start, start + len(pictures)))
+        before = [self.base[place].image(number) for number in range(start, start + len(pictures))]
         features = [self.models.scorer.image_features(side) for side in (before, pictures)]
-        reads = place[0] == "target" and isinstance(metric, ImageMetric)
-        seen.append((*features, metric.read(_Drawn(pictures), self.models) if reads else None))
+        read = None
+        if place[0] == "target" and isinstance(metric, ImageMetric):
+            read = np.stack([metric.read(_Drawn(side), self.models) for side in (before, pictures)])
+        seen.append((*features, read))
 
     def measured(self) -> tuple[list[Presence], dict[str, float]]:
         """What the verdict is made of, as `verdict.decide` takes it, from the pictures so far."""
         probes = []
         for (role, subject), seen in self.seen.items():
             base, ablated, measured = zip(*seen, strict=True)
-            own = {} if measured[0] is None else {self.kind.measure: (None, np.concatenate(measured))}
+            own = {} if measured[0] is None else {self.kind.measure: tuple(np.hstack(measured))}
             taken = next(self.taken[lane] for lane, roles in LANES.items() if role in roles)
             sides, looks = map(np.concatenate, (base, ablated)), Looks(taken, self.planned[role])
             probes.append(Probe(role, subject, *sides, measured=own, looks=looks))
