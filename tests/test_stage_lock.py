@@ -208,6 +208,7 @@ def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
         "train_bundle",
         "repair_bundle",
         "share_prompts",
+        "sample_ablated",  # where it counts pictures, it judges them as the next one does
         "score_concept",  # it asks a kind for its limit, and is taken to run all that the kinds run
         "measure_interference",
     }

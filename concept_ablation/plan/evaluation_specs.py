@@ -12,7 +12,7 @@ from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_of
 from concept_ablation.prompts.templates import PromptsError, fill, read_templates
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, STAGES
 from concept_ablation.verdict import LOSSES
 
 Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, hashable for a cache
@@ -58,7 +58,9 @@ def until_spec(own: Mapping, kind: str, limits: Mapping[str, float]) -> dict:
     until = own["evaluation"]["until"]
     if until["half_width"] is None and not until["decided"]:
         return {}
-    return {"until": dict(until)} | ({"limits": _deciding(kind, limits)} if until["decided"] else {})
+    # A metric that is measured in another way may want other pictures; those of a fixed number keep their names.
+    until = {**until, "scoring": STAGES["score_concept"].version}
+    return {"until": until} | ({"limits": _deciding(kind, limits)} if until["decided"] else {})
 
 
 def _deciding(kind: str, limits: Mapping[str, float]) -> dict[str, float]:
