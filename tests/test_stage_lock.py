@@ -238,6 +238,7 @@ def test_an_entry_of_a_registry_asks_for_the_stages_that_read_the_registry(copy)
         copy("evaluation.metrics.kid_x1000", "1000 * kid.low", "999 * kid.low")
         == {
             "score_concept",
+            "sample_ablated",
             "measure_interference",
             "repair_bundle",
             "ablate_concept",  # its search for a strength measures, and is taken to measure all that the report does
