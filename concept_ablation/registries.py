@@ -251,7 +251,7 @@ STAGES = {
     "sample_ablated": Stage(
         version=2,
         files={"images": "samples/{key}.parquet"},
-        function="concept_ablation.diffusion.stages:sample_ablated",
+        function="concept_ablation.evaluation.looks:sample_ablated",
         options=DRAWING,
         neutral={"model.trust_remote_code": False},
     ),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from concept_ablation.common.decision import Decision
 from concept_ablation.common.roles import POOLS, WORST
 from concept_ablation.registries import KINDS
 
@@ -49,9 +50,6 @@ LOSSES = {
     "worst_neighbor_loss": "worst_neighbor_typical_change",
 }
 """A loss, whose limit among the thresholds is called `<loss>_max` -> the change of which it is the negative."""
-
-ROUNDING = 1e-9
-"""A loss of exactly 5 points is "at most 5 points", whatever floats make of it."""
 
 
 @dataclass(frozen=True)
@@ -122,32 +120,23 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """One measured value beside its limit. excess: how far it lies beyond, with its interval; negative: within.
+class Parts:
+    """What a verdict is made of, each value beside its limit; None: not measured. targets: one a target of the row, in its order."""
 
-    settled: the interval lies wholly on the value's side of the limit.
-    """
-
-    within: bool
-    settled: bool
-    excess: float
-    low: float
-    high: float
+    targets: tuple[Decision, ...]
+    neighbors: Decision | None
+    worst: Decision | None
+    anchor: Decision | None
 
     @property
-    def half_width(self) -> float:
-        """Half the interval's width."""
-        return (self.high - self.low) / 2
-
-    @classmethod
-    def of(
-        cls, value: float, low: float, high: float, limit: float, side: Literal["at most", "at least"]
-    ) -> "Decision":
-        if side == "at least":
-            value, low, high, limit = -value, -high, -low, -limit
-        excess, low, high = value - limit, low - limit, high - limit
-        within = excess <= ROUNDING
-        return cls(within, high <= ROUNDING if within else low > ROUNDING, excess, low, high)
+    def removed(self) -> Decision:
+        """The target that speaks for the row: one that is still there, else the least certain one."""
+        beyond = [part for part in self.targets if not part.within]
+        if beyond:
+            candidates = [part for part in beyond if part.settled] or beyond
+        else:
+            candidates = [part for part in self.targets if not part.settled] or list(self.targets)
+        return max(candidates, key=lambda part: part.excess)
 
 
 def decide(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: Thresholds) -> Verdict:
@@ -160,16 +149,9 @@ def decide(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds:
         summary: neighbor_recognition_change, worst_neighbor_typical_change and anchor_typical_change, each with _low and
             _high; None: not measured.
     """
-    limits = [target_limit(kind, target.neutral, thresholds) for target in targets]
-    decisions = [
-        _presence_decision(kind, target, limit, thresholds)
-        for target, limit in zip(targets, limits, strict=True)
-    ]
-    deciding = decisions.index(_deciding(decisions))
-    removed = decisions[deciding]
-    neighbors = _loss(summary, "neighbor_recognition_change", thresholds.neighbor_loss_max)
-    worst = _loss(summary, "worst_neighbor_typical_change", thresholds.worst_neighbor_loss_max)
-    anchor = _loss(summary, "anchor_typical_change", thresholds.anchor_loss_max)
+    parts = parts_of(kind, targets, summary, thresholds)
+    removed, neighbors, worst, anchor = parts.removed, parts.neighbors, parts.worst, parts.anchor
+    deciding = targets[parts.targets.index(removed)]
     # What was spared matters only once the target is gone.
     decided = [removed, *filter(None, (neighbors, worst, anchor))] if removed.within else [removed]
     if any(target.base < thresholds.base_min for target in targets):
@@ -183,11 +165,21 @@ def decide(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds:
         neighbors and neighbors.within and (worst is None or worst.within),
         anchor and anchor.within,
         "firm" if firm else "provisional",
-        targets[deciding].target,
-        limits[deciding],
+        deciding.target,
+        target_limit(kind, deciding.neutral, thresholds),
         removed.excess,
         removed.low,
         removed.high,
+    )
+
+
+def parts_of(kind: str, targets: Sequence[Presence], summary: Mapping, thresholds: Thresholds) -> Parts:
+    """Each value that decides beside its limit; arguments as of `decide`."""
+    return Parts(
+        tuple(_presence_decision(kind, target, thresholds) for target in targets),
+        _loss(summary, "neighbor_recognition_change", thresholds.neighbor_loss_max),
+        _loss(summary, "worst_neighbor_typical_change", thresholds.worst_neighbor_loss_max),
+        _loss(summary, "anchor_typical_change", thresholds.anchor_loss_max),
     )
 
 
@@ -219,10 +211,11 @@ def presence_of(row: Mapping, lines: Iterable[Mapping]) -> list[Presence]:
     return targets
 
 
-def _presence_decision(kind: str, target: Presence, limit: float, thresholds: Thresholds) -> Decision:
+def _presence_decision(kind: str, target: Presence, thresholds: Thresholds) -> Decision:
     """A target's share beside its limit. Where the limit lies above a neutral share, both are estimated: their difference decides."""
     if target.above is not None:
         return Decision.of(*target.above, getattr(thresholds, KINDS[kind].limit), "at most")
+    limit = target_limit(kind, target.neutral, thresholds)
     return Decision.of(target.ablated, target.low, target.high, limit, "at most")
 
 
@@ -243,16 +236,6 @@ def read_thresholds(spec: Mapping) -> Thresholds:
     if missing := [name for name in known if name not in given]:
         raise ValueError(f"verdict: {', '.join(missing)} missing")
     return Thresholds(**given)
-
-
-def _deciding(decisions: Sequence[Decision]) -> Decision:
-    """The decision that speaks for the row: of a target that is still there, else of the least certain one."""
-    beyond = [part for part in decisions if not part.within]
-    if beyond:
-        candidates = [part for part in beyond if part.settled] or beyond
-    else:
-        candidates = [part for part in decisions if not part.settled] or decisions
-    return max(candidates, key=lambda part: part.excess)
 
 
 def _loss(summary: Mapping, column: str, most: float) -> Decision | None:

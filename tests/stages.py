@@ -16,7 +16,7 @@ INPUTS = {
     "train_bundle": {"anchors": "anchors", "prompts": "prompts"},
     "repair_bundle": {"source": "source", "anchors": "anchors", "prompts": "prompts"},
     "score_general": {"samples": "samples", "base": "base", "other": "other"},
-    "sample_ablated": {"delta": "delta"},
+    "sample_ablated": {"delta": "delta", "base": "base"},
     "score_concept": {"samples": "samples", "base": "base"},
     "measure_interference": {"delta": "delta", "base": "base", "samples": "samples"},
     "probe_wordings": {"delta": "delta"},

@@ -208,6 +208,7 @@ def test_what_a_registry_names_counts_for_the_stages_that_look_into_it(copy):
         "train_bundle",
         "repair_bundle",
         "share_prompts",
+        "sample_ablated",  # where it counts pictures, it judges them as the next one does
         "score_concept",  # it asks a kind for its limit, and is taken to run all that the kinds run
         "measure_interference",
         "probe_wordings",
@@ -241,6 +242,7 @@ def test_an_entry_of_a_registry_asks_for_the_stages_that_read_the_registry(copy)
         copy("evaluation.metrics.kid_x1000", "1000 * kid.low", "999 * kid.low")
         == {
             "score_concept",
+            "sample_ablated",
             "measure_interference",
             "probe_wordings",
             "attack_concept",

@@ -11,7 +11,7 @@ import pytest
 
 from concept_ablation import verdict
 from concept_ablation.common.roles import is_pooled
-from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.common.score_table import COLUMNS, LATER
 from concept_ablation.evaluation import statistics as metrics
 from concept_ablation.methods.ablation.training import StepRecord
 from concept_ablation.methods.records import write_records
@@ -200,14 +200,18 @@ def test_thresholds_come_from_the_config():
 
 
 def score_line(concept, role, metric, side, value, low=None, high=None, probe=""):
-    line = dict.fromkeys(COLUMNS.names, "") | {
-        "pooled": is_pooled(role),
-        "concept": concept,
-        "probe": probe,
-        "role": role,
-        "metric": metric,
-        "side": side,
-    }
+    line = (
+        dict.fromkeys(COLUMNS.names, "")
+        | dict.fromkeys(LATER)
+        | {
+            "pooled": is_pooled(role),
+            "concept": concept,
+            "probe": probe,
+            "role": role,
+            "metric": metric,
+            "side": side,
+        }
+    )
     return line | {"value": value, "ci_low": value if low is None else low, "ci_high": high or value, "n": 40}
 
 

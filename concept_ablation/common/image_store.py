@@ -192,6 +192,11 @@ class ImageStore:
                 table = table.filter(pc.equal(table.column(name), value))
         return self._with(table)
 
+    def positions(self, role: str, subject: str) -> list[int]:
+        """Where the rows of one probe are among these, in order."""
+        places = zip(self.column("role"), self.column("subject"), strict=True)
+        return [position for position, place in enumerate(places) if place == (role, subject)]
+
     def first(self, count: int) -> ImageStore:
         """The first `count` rows, or all if there are fewer."""
         return self._with(self.table.slice(0, count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 PARAPHRASES = "paraphrases of {}"
 """Subject of the probe that asks for a target in other words; `{}` is the target."""
@@ -15,6 +15,22 @@ WORST = "worst neighbor"
 
 MARK = "<learned>"
 """Where a prompt has what an attack learned, in any case of its letters."""
+
+LANES = {"target": ("target", "paraphrase", "anchor"), "neighbor": ("neighbor",)}
+"""The roles whose probes are drawn in step where pictures are added in looks: what is compared or pooled has as many looks."""
+
+
+def planned_looks(probes: Iterable[Mapping], look: int) -> dict[str, int]:
+    """Role -> the most looks at its lane's probes, each of which has a `role` and at most `images` pictures, `look` of them a look."""
+    most: dict[str, int] = {}
+    for probe in probes:
+        most[probe["role"]] = max(most.get(probe["role"], 0), -(-probe["images"] // look))
+    return {
+        role: max(most.get(other, 0) for other in roles)
+        for roles in LANES.values()
+        for role in roles
+        if role in most
+    }
 
 
 def is_pooled(role: str) -> bool:

@@ -1,4 +1,7 @@
-"""Stages `sample_base` and `sample_ablated`: images for the evaluation, by the unchanged model and by the ablated one."""
+"""Images for the evaluation, by the unchanged model (stage `sample_base`) and by the ablated one.
+
+Stage `sample_ablated` is `evaluation.looks.sample_ablated`, which draws by the function of that name here where counts are fixed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def sample_base(spec: Mapping, images: str | Path, *, device: str = "auto", batc
 def sample_ablated(
     spec: Mapping, delta: str | Path, images: str | Path, *, device: str = "auto", batch_size: int = 16
 ) -> None:
-    """Stage `sample_ablated`: all probes of a row by the model with its delta, one after the other."""
+    """All probes of a row by the model with its delta, one after the other."""
     _sample_probes(spec, spec["probes"], images, delta_path=delta, device=device, batch_size=batch_size)
 
 
@@ -59,9 +62,14 @@ def _sample_probes(
     write_images(out_path, rows, pipeline, spec, {"delta_metadata": delta})
 
 
-def draw_probes(pipeline: DiffusionPipeline, probes: Sequence[Mapping], **options) -> Iterator[dict]:
-    """Rows with images; image i of a probe has prompt i (modulo their number), seed + i. `options`: sample_images'."""
-    rows = list(_probe_rows(probes))
+def draw_probes(
+    pipeline: DiffusionPipeline, probes: Sequence[Mapping], numbers: slice = slice(None), **options
+) -> Iterator[dict]:
+    """Rows with images; image i of a probe has prompt i (modulo their number), seed + i. `options`: sample_images'.
+
+    numbers: which of each probe's images; all, if nothing else is said.
+    """
+    rows = list(_probe_rows(probes, numbers))
     images = sample_images(
         pipeline, [row["prompt"] for row in rows], [row["seed"] for row in rows], **options
     )
@@ -79,9 +87,9 @@ def write_images(
     log.info("wrote %d images to %s (%s, %s)", count, path, pipeline.device, precision)
 
 
-def _probe_rows(probes: Sequence[Mapping]) -> Iterator[dict]:
+def _probe_rows(probes: Sequence[Mapping], numbers: slice) -> Iterator[dict]:
     for probe in probes:
-        for index in range(probe["images"]):
+        for index in range(probe["images"])[numbers]:
             prompt = probe["prompts"][index % len(probe["prompts"])]
             named = {"role": probe["role"], "subject": probe["subject"]}
             yield {"prompt": prompt, "seed": probe["seed"] + index, "index": index, **named}

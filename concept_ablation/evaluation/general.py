@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +76,7 @@ def quality(
 
     kid_x1000: 1000 x KID to `base`; of the bundle, and of `other` (noise floor). clip_score_2_5: 2.5 max(cosine with the prompt, 0).
     """
-    options = asdict(bootstrap)
+    options = bootstrap.options
     for model, pictures in (("bundle", bundle), ("noise floor", other)):
         found = kid_estimate([(pictures, base)], **options)
         yield "kid_x1000", model, found._replace(value=1000 * found.value, low=1000 * found.low, high=1000 * found.high)  # fmt: skip

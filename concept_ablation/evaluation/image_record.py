@@ -34,15 +34,20 @@ def record_columns() -> pa.Schema:
 def record_lines(row: Row, keys: Mapping[str, str], samples_key: str) -> Iterator[dict]:
     """A line for each picture of each probe, without the row's names: first those of the base model, then the ablated one's.
 
-    keys: subject -> the key of the base model's pictures. samples_key: of the ablated model's, which hold all probes one after the
-    other, so that positions count on.
+    keys: subject -> the key of the base model's pictures. samples_key: of the ablated model's. A probe that doesn't know its images'
+    positions there has them after those of the probes before it.
     """
     start = 0
     for probe in row.probes:
         values = _values(probe, row)
         for side, key, first in (("base", keys[probe.subject], 0), ("ablated", samples_key, start)):
             nearest = _nearest(getattr(probe, side), row.texts)
-            for number in range(len(probe.base)):
+            places = (
+                probe.positions
+                if side == "ablated" and probe.positions
+                else range(first, first + len(probe.base))
+            )
+            for number, position in enumerate(places):
                 yield {
                     "side": side,
                     "role": probe.role,
@@ -55,7 +60,7 @@ def record_lines(row: Row, keys: Mapping[str, str], samples_key: str) -> Iterato
                     },
                     "nearest_text": nearest[number],
                     "key": key,
-                    "position": first + number,
+                    "position": position,
                 }
         start += len(probe.ablated)
 

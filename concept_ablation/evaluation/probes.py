@@ -91,14 +91,16 @@ def _lines(
     """Rows of one probe, or of several pooled: base, ablated and their difference for each metric that has them."""
     # Seeds that all the probes share are drawn together: they may move all the same way.
     joint = len({probe.seeds for probe in probes}) == 1 and bool(probes[0].seeds)
-    lines = []
+    # Probes that are pooled are drawn in step, so they have as many looks.
+    taken, most = probes[0].looks or (None, None)
+    drawing, lines = replace(bootstrap, joint=joint, looks=most or 1), []
     for metric in (METRICS[metric] for metric in values[0]):
         members = [own[metric.name] for own in values]
         place = {"probe": name, "role": role, "pooled": is_pooled(role), "metric": metric.name}
-        place |= {"text": "", "against": metric.pooled_against}
+        place |= {"text": "", "against": metric.pooled_against, "looks": taken, "looks_most": most}
         if len(members) == 1:
             place |= {"text": members[0].text, "against": members[0].against}
-        for side, estimate in metric.estimates(members, replace(bootstrap, joint=joint)).items():
+        for side, estimate in metric.estimates(members, drawing).items():
             line = {"value": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
             lines.append(place | line | {"side": side, "n": estimate.n, "interval": estimate.interval})
     return lines

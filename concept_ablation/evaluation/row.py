@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,12 +14,21 @@ if TYPE_CHECKING:
     from concept_ablation.kinds.base import Kind
 
 
+class Looks(NamedTuple):
+    """How often a probe's pictures were looked at before they were enough: so far, and at most, which was planned before the first."""
+
+    taken: int
+    most: int
+
+
 @dataclass(frozen=True)
 class Probe:
     """Image features of one subject, row i of both made with the same prompt and seed. Rows have length 1.
 
     role: "target", "paraphrase", "anchor" or "neighbor"; base, ablated: (n, d).
     seeds, prompts: (n,) the images' seeds and prompts; empty: not known.
+    positions: (n,) where the ablated model's images are in their store; empty: one after the other, probe by probe.
+    looks: where pictures were added until they were enough; None: their number was fixed.
     measured: the numbers of metrics that read pictures: name -> (base (n,), ablated (n,)); base is None for a metric of pairs.
     """
 
@@ -30,6 +39,8 @@ class Probe:
     seeds: tuple[int, ...] = ()
     measured: Mapping[str, tuple[np.ndarray | None, np.ndarray]] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()
+    looks: Looks | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from concept_ablation.evaluation.image_models import ImageModels
 from concept_ablation.evaluation.image_record import record_lines, write_record
 from concept_ablation.evaluation.metrics.base import ImageMetric, PairMetric
 from concept_ablation.evaluation.probes import score_probes
-from concept_ablation.evaluation.row import Probe, Row
+from concept_ablation.evaluation.row import Looks, Probe, Row
 from concept_ablation.evaluation.statistics import Bootstrap
 from concept_ablation.kinds.base import Kind
 from concept_ablation.registries import KINDS, METRICS
@@ -51,7 +51,8 @@ def score_concept(
         spec: concept, kind, targets, anchor, neighbors, texts (subject -> the text that the scorer compares with),
             scorer {model, pretrained}, statistics {bootstrap, confidence, seed}, samples (key of the images), base (subject -> key);
             for a kind with a memorized picture also image {file, sha256} and descriptor {model, sha256}, for one with a detector
-            `detector` (see `detectors.load_detector`).
+            `detector` (see `detectors.load_detector`); where pictures were added until they were enough, `until` {look, looks (role ->
+            the most looks)}.
         samples: image store of the ablated model, all probes.
         base: image stores of the base model, one a probe in the order of `roles.probe_roles`.
         device, batch_size: where, and how many images at once; neither changes a score.
@@ -86,14 +87,18 @@ def read_probes(
     """Features of every probe of a row, in the order of `roles.probe_roles`, and what its metrics read in the pictures."""
     samples = read_store(samples_path)
     for (role, subject), base_path in zip(probe_roles(spec), base_paths, strict=True):
-        base, ablated = read_store(base_path), samples.select(role, subject)
+        base, ablated, looks = read_store(base_path), samples.select(role, subject), None
+        if "until" in spec:  # the base model's pictures are there to the last look
+            base = base.first(len(ablated))
+            looks = Looks(-(-len(ablated) // spec["until"]["look"]), spec["until"]["looks"][role])
         check_same_seeds(base, ablated, subject)
         measured = read_pictures(KINDS[spec["kind"]], role, base, ablated, models)
         features = [
             models.scorer.image_features(side.images(), models.batch_size) for side in (base, ablated)
         ]
         seeds, prompts = (tuple(base.column(name)) for name in ("seed", "prompt"))
-        yield Probe(role, subject, *features, seeds, measured, prompts)
+        places = tuple(samples.positions(role, subject))
+        yield Probe(role, subject, *features, seeds, measured, prompts, places, looks)
 
 
 def read_pictures(

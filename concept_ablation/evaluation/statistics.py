@@ -6,6 +6,7 @@ level) and says how the interval was made:
 - `bootstrap`: percentiles of means over images drawn again with replacement; of continuous quantities.
 - `wilson`: Wilson's score interval; of shares. A bootstrap of "32 of 32" would have no width at all, as if
   32 images could prove a share of exactly one; Wilson's interval there is [0.89, 1].
+- `clopper-pearson`: exact, of shares of a sample that was looked at several times.
 - `bonett-price`: the same repair for the difference of two shares on the same seeds.
 - `newcombe`: the difference of two shares of different images, each with its Wilson interval.
 - `redrawn-limit`: the change of `typical`, whose limit is itself estimated: see `typicality`.
@@ -18,9 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from concept_ablation.evaluation.exact import clopper_pearson
 
 TIE = 1e-6
 """Cosines closer than this are a tie: the same text, encoded twice, may differ by a rounding error."""
@@ -41,12 +44,25 @@ class Bootstrap:
     """How intervals are made: their level, the number of draws, and the seed of the draws.
 
     joint: pooled groups have the same seeds in the same order, so a seed is drawn for all of them together.
+    looks: at how many sizes of a sample that grows the intervals hold all at once, with probability `confidence`.
     """
 
     confidence: float = 0.95
     draws: int = 1000
     seed: int = 0
     joint: bool = False
+    looks: int = 1
+
+    @property
+    def level(self) -> float:
+        """The level of a single interval: the error is spent on all looks in equal parts (Bonferroni's inequality)."""
+        return 1 - (1 - self.confidence) / self.looks
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `mean` and its like: as many draws lie beyond an interval's ends whatever its level."""
+        draws = self.draws * self.looks
+        return {"confidence": self.level, "draws": draws, "seed": self.seed, "joint": self.joint}
 
 
 def cosine(images: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -101,9 +117,15 @@ def mean(
     return Estimate(float(values.mean()), low, high, len(values), "bootstrap")
 
 
-def proportion(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
-    """Share of images with Wilson's score interval (Wilson 1927). values (n,) in [0, 1] -> within [0, 1]."""
+def proportion(values: np.ndarray, *, confidence: float = 0.95, exact: bool = False) -> Estimate:
+    """Share of images with Wilson's score interval (Wilson 1927). values (n,) in [0, 1] -> within [0, 1].
+
+    exact: with Clopper and Pearson's. Wilson's holds less often than it says at levels far above 0.95.
+    """
     n, share, z = len(values), float(np.mean(values)), _z(confidence)
+    if exact:
+        low, high = clopper_pearson(float(np.sum(values)), n, confidence)
+        return Estimate(share, low, high, n, "clopper-pearson")
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Estimate(share, max(float(centre - half), 0.0), min(float(centre + half), 1.0), n, "wilson")
@@ -152,12 +174,14 @@ def paired_loss(after: np.ndarray, before: np.ndarray) -> float:
     return sum(comb(differing, count) for count in range(lost, differing + 1)) / 2**differing
 
 
-def share_difference(one: np.ndarray, other: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+def share_difference(
+    one: np.ndarray, other: np.ndarray, *, confidence: float = 0.95, exact: bool = False
+) -> Estimate:
     """Difference of two shares of different images: Newcombe's hybrid score interval (1998, method 10).
 
-    one (n,), other (m,) in [0, 1] -> `one` less `other`, within [-1, 1]; n is that of `one`.
+    one (n,), other (m,) in [0, 1] -> `one` less `other`, within [-1, 1]; n is that of `one`. exact: as of `proportion`.
     """
-    a, b = (proportion(side, confidence=confidence) for side in (one, other))
+    a, b = (proportion(side, confidence=confidence, exact=exact) for side in (one, other))
     value = a.value - b.value
     low = value - np.hypot(a.value - a.low, b.high - b.value)
     high = value + np.hypot(a.high - a.value, b.value - b.low)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from concept_ablation.common.decision import ROUNDING
 from concept_ablation.common.roles import WORST
 from concept_ablation.diffusion.sampler import sample_images
 from concept_ablation.evaluation.clip import ClipScorer
@@ -24,7 +25,7 @@ from concept_ablation.evaluation.probes import score_probes
 from concept_ablation.evaluation.row import Probe, Row
 from concept_ablation.evaluation.statistics import Bootstrap
 from concept_ablation.registries import KINDS, METRICS
-from concept_ablation.verdict import LOSSES, ROUNDING, Thresholds, Verdict, changes_of, decide, presence_of
+from concept_ablation.verdict import LOSSES, Thresholds, Verdict, changes_of, decide, presence_of
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -7,12 +7,12 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 
-from concept_ablation.common.roles import PARAPHRASES
+from concept_ablation.common.roles import PARAPHRASES, planned_looks
 from concept_ablation.plan.concept import Concept, slug
 from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.model_specs import clip_spec, fingerprint_of, sha256_of
 from concept_ablation.prompts.templates import PromptsError, fill, read_templates
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, STAGES
 from concept_ablation.verdict import LOSSES
 
 Frozen = tuple[tuple[str, tuple[str, ...]], ...]  # slots and their values, hashable for a cache
@@ -28,12 +28,18 @@ def plan_judging(
     pair = {"kind": concept.kind, "targets": list(concept.targets), "anchor": concept.anchor}
     probes, settings = probe_specs(concept, own), {"model": model, "sampler": own["evaluation"]["sampler"]}
     label = f"{concept.kind}-{'-'.join(concept.targets)}"
-    samples = plan.add("sample_ablated", label, {**settings, "delta": delta, "probes": probes})
     base = {}
     for probe in probes:
         plain = {name: value for name, value in probe.items() if name != "role"}
         subject = f"{concept.kind}-{probe['subject']}"
         base[probe["subject"]] = plan.add("sample_base", subject, {**settings, "probe": plain})
+    scored = {**scoring_spec(concept, own), **memory_spec(concept, own["evaluation"])}
+    asked, stops = {**settings, "delta": delta, "probes": probes}, {}
+    if until := until_spec(own, concept.kind, plan.report["verdict"]):
+        asked |= {**pair, **scored, **until, "neighbors": list(concept.neighbors), "base": base}
+        look = own["evaluation"]["until"]["look"]
+        stops["until"] = {"look": look, "looks": planned_looks(probes, look)}
+    samples = plan.add("sample_ablated", label, asked)
     judged = {
         **pair,
         "concept": concept.name,
@@ -41,10 +47,26 @@ def plan_judging(
         "samples": samples,
         "base": base,
         "paraphrases": [probe["subject"] for probe in probes if probe["role"] == "paraphrase"],
-        **scoring_spec(concept, own),
-        **memory_spec(concept, own["evaluation"]),
+        **scored,
+        **stops,
     }
     return Row(concept, anchors, delta, samples, plan.add("score_concept", concept.name, judged), base)
+
+
+def until_spec(own: Mapping, kind: str, limits: Mapping[str, float]) -> dict:
+    """When a row's pictures are enough; empty where their number is fixed. `limits`: the config's `verdict`, if it decides that."""
+    until = own["evaluation"]["until"]
+    if until["half_width"] is None and not until["decided"]:
+        return {}
+    # A metric that is measured in another way may want other pictures; those of a fixed number keep their names.
+    until = {**until, "scoring": STAGES["score_concept"].version}
+    return {"until": until} | ({"limits": _deciding(kind, limits)} if until["decided"] else {})
+
+
+def _deciding(kind: str, limits: Mapping[str, float]) -> dict[str, float]:
+    """The limits of the verdict that can decide about a row of this kind."""
+    names = (KINDS[kind].limit, *(f"{loss}_max" for loss in LOSSES))
+    return {name: limits[name] for name in names}
 
 
 def memory_spec(concept: Concept, evaluation: Mapping) -> dict:
@@ -97,13 +119,12 @@ def validation_spec(concept: Concept, own: Mapping, limits: Mapping[str, float])
     }
     judging = scoring_spec(concept, own)
     del judging["statistics"]  # the report's, which decide no look
-    names = (KINDS[concept.kind].limit, *(f"{loss}_max" for loss in LOSSES))
     return {
         "probes": probe_specs(concept, asked),
         "sampler": search["sampler"] or own["evaluation"]["sampler"],
         "batches": search["batches"],
         "alpha": search["alpha"],
-        "limits": {name: limits[name] for name in names},
+        "limits": _deciding(concept.kind, limits),
         **judging,
         **memory_spec(concept, own["evaluation"]),
     }

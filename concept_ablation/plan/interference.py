@@ -121,6 +121,8 @@ def _with_victims(
 ) -> Row:
     """A row with what measures its model on `chosen`, and on other rows' subjects that it draws itself."""
     own = {name: (role, subject) for name, role, subject in reversed(list(_own(row.concept)))}
+    until = plan.specs["sample_ablated"][row.samples].get("until")
+    least = until["look"] if until else images  # of its own pictures the first look is sure to be there
     victims, works = [], []
     for name in dict.fromkeys([*(name for name in own if name in subjects), *chosen]):
         probed, named = own.get(name), subjects[name]
@@ -130,7 +132,7 @@ def _with_victims(
             base = row.base[probed[1]] if probed else home.row.base[home.subject]
             concept = home.row.concept
             victim = Victim(home.subject, concept.name, concept.kind, home.role, others, base, probed)
-            works.append(_work(plan, home.row, victim, images))
+            works.append(_work(plan, home.row, victim, min(images, least) if probed else images))
             victims.append(victim)
     if not victims:
         return row

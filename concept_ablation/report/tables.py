@@ -18,7 +18,7 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.common.run_id import run_id
-from concept_ablation.common.score_table import COLUMNS
+from concept_ablation.common.score_table import COLUMNS, LATER
 from concept_ablation.common.versions import versions
 from concept_ablation.report import csv_table
 from concept_ablation.report.comebacks import attack_columns, read_attacks
@@ -199,7 +199,13 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def read_scores(path: str | Path) -> pa.Table:
     """The long table of one row. Raises TableError."""
-    return read_part(path, "scores", COLUMNS).cast(COLUMNS)
+    table = read_part(path, "scores")
+    for name in LATER:
+        if name not in table.schema.names:
+            table = table.append_column(COLUMNS.field(name), pa.nulls(len(table), pa.int64()))
+    if table.schema.names != COLUMNS.names:
+        raise damaged(TableError, path, "these columns are not this version's")
+    return table.cast(COLUMNS)
 
 
 def read_part(path: str | Path, what: str, columns: pa.Schema | None = None) -> pa.Table:

@@ -25,9 +25,10 @@ rule sample_base:
 
 
 rule sample_ablated:
-    """Draw all probes of one row with the ablated model."""
+    """Draw all probes of one row with the ablated model, with `evaluation.until` as many pictures as are needed beside the unchanged one's."""
     input:
         delta=lambda wildcards: plan.upstream("sample_ablated", wildcards.key, "delta"),
+        base=lambda wildcards: plan.upstream("sample_ablated", wildcards.key, "base"),
     output:
         images=file_of("sample_ablated", "images"),
     log:

@@ -34,7 +34,8 @@ class AboveNeutral(RowMetric):
 
     def estimates(self, members: Sequence[Values], bootstrap: Bootstrap) -> dict[str, Estimate]:
         (shares,) = members
-        above = share_difference(shares.ablated, shares.base, confidence=bootstrap.confidence)
+        level = {"confidence": bootstrap.level, "exact": bootstrap.looks > 1}
+        above = share_difference(shares.ablated, shares.base, **level)
         return {"ablated": above}
 
 

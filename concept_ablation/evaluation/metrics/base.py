@@ -14,7 +14,7 @@ The report reads the descriptions, so nothing here imports torch: the models tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -98,12 +98,11 @@ class Metric:
         """Model ("base", "ablated", "difference") -> estimate, of one probe or of several that are pooled image by image."""
         ablated = np.concatenate([member.ablated for member in members])
         if self.interval == "share":
-            level = {"confidence": bootstrap.confidence}
-            one = partial(statistics.proportion, **level)
-            change = partial(statistics.paired_proportion_difference, **level)
+            one = partial(statistics.proportion, confidence=bootstrap.level, exact=bootstrap.looks > 1)
+            change = partial(statistics.paired_proportion_difference, confidence=bootstrap.level)
         else:
             groups = np.repeat(np.arange(len(members)), [len(member.ablated) for member in members])
-            drawn = asdict(bootstrap) | {"groups": groups}
+            drawn = bootstrap.options | {"groups": groups}
             one, change = partial(statistics.mean, **drawn), partial(statistics.paired_difference, **drawn)
         if members[0].base is None:
             return {"ablated": one(ablated)}

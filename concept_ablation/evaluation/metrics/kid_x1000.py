@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import ClassVar
 
 from concept_ablation.evaluation.metrics.base import FeatureMetric, Values
@@ -34,7 +33,7 @@ class Kid(FeatureMetric):
 
     def estimates(self, members: Sequence[Values], bootstrap: Bootstrap) -> dict[str, Estimate]:
         """The KID of several probes is the mean of theirs, weighted by images, never the KID of their mixture."""
-        kid = kid_estimate([(member.ablated, member.base) for member in members], **asdict(bootstrap))
+        kid = kid_estimate([(member.ablated, member.base) for member in members], **bootstrap.options)
         return {"ablated": Estimate(1000 * kid.value, 1000 * kid.low, 1000 * kid.high, kid.n, kid.interval)}
 
     def decimals(self, value: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import ClassVar
 
 from concept_ablation.evaluation.metrics.base import SHARE, FeatureMetric, Values
@@ -38,7 +37,7 @@ class Typical(FeatureMetric):
 
     def estimates(self, members: Sequence[Values], bootstrap: Bootstrap) -> dict[str, Estimate]:
         """As for any share, but the interval of the change allows for a limit that is estimated from the same images."""
-        change = typical_change([member.detail for member in members], **asdict(bootstrap))
+        change = typical_change([member.detail for member in members], **bootstrap.options)
         return super().estimates(members, bootstrap) | {"difference": change}
 
 

@@ -1,0 +1,39 @@
+"""The exact interval of a share: Clopper and Pearson (1934)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, exp, floor, lgamma, log
+
+HALVINGS = 60  # of [0, 1]: to the last digit of a float
+
+
+def clopper_pearson(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The central interval of a share of which `count` of `n` were seen, 0 <= count <= n: it holds at least so often as it says.
+
+    Its ends are the shares at which so many, or so few, have a chance of (1 - confidence) / 2. A count that is no whole number, since
+    ties count half, is rounded outwards.
+    """
+    tail = (1 - confidence) / 2
+    few, many = floor(count), ceil(count)
+    low = 0.0 if few == 0 else _crossing(lambda p: 1 - _at_most(few - 1, n, p) < tail)
+    high = 1.0 if many == n else _crossing(lambda p: _at_most(many, n, p) > tail)
+    return low, high
+
+
+def _crossing(below: Callable[[float], bool]) -> float:
+    """The share from which on `below`, which holds of the smallest ones, holds no longer."""
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return high
+
+
+def _at_most(count: int, n: int, p: float) -> float:
+    """The chance of at most `count` of `n` independent events of probability p, 0 < p < 1."""
+    logs = (
+        lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) + k * log(p) + (n - k) * log(1 - p)
+        for k in range(count + 1)
+    )
+    return min(1.0, sum(map(exp, logs)))
