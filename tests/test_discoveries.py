@@ -45,6 +45,15 @@ def test_a_shares_p_is_its_interval_turned_round(rng):
     assert share_p(Share(0.2, 40), 0.2) == share_p(Share(1.0, 40), 0.2) == 1
 
 
+def test_a_share_that_was_looked_at_several_times_has_the_p_of_its_exact_interval(rng):
+    for _ in range(40):
+        count, looks = int(rng.integers(16, 100)), int(rng.integers(2, 8))
+        ones, limit = int(rng.integers(0, count // 3)), float(rng.uniform(0.05, 0.6))
+        found = share_p(Share(ones / count, count, looks), limit)
+        made = proportion(images(ones, count), confidence=1 - LEVEL / looks, exact=True)
+        assert (found <= LEVEL) == (made.high <= limit)
+
+
 def test_the_p_of_a_share_above_another_is_newcombes_interval_turned_round(rng):
     for _ in range(20):
         one, other = (images(int(rng.integers(0, n // 2)), n) for n in rng.integers(10, 60, size=2))

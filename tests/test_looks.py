@@ -13,9 +13,9 @@ import yaml
 from scipy.stats import beta, binom, norm
 
 from concept_ablation.common.decision import Decision
+from concept_ablation.common.exact import clopper_pearson
 from concept_ablation.common.image_store import read_store
 from concept_ablation.common.roles import planned_looks, probe_roles
-from concept_ablation.evaluation.exact import clopper_pearson
 from concept_ablation.evaluation.looks import open_lanes, sample_ablated
 from concept_ablation.evaluation.statistics import (
     Bootstrap,

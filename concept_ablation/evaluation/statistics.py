@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from concept_ablation.evaluation.exact import clopper_pearson
+from concept_ablation.common.exact import clopper_pearson
 
 TIE = 1e-6
 """Cosines closer than this are a tie: the same text, encoded twice, may differ by a rounding error."""

@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from concept_ablation.common.attack_table import COLUMNS
+from concept_ablation.common.decision import ROUNDING
 from concept_ablation.report.tables import read_part, read_scores, report_rows, write_table
-from concept_ablation.verdict import ROUNDING, Thresholds, presence_of, read_thresholds, target_limit
+from concept_ablation.verdict import Thresholds, presence_of, read_thresholds, target_limit
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,16 @@
 """False discoveries over the rows: how sure the claims "removed" and "harmed" are, and what of them stands when all rows are claims.
 
 A p-value here is the verdict's own interval turned round: it is at most 0.05 exactly where the 95 % interval lies wholly beyond the
-limit. docs/report.md states the hypotheses. Benjamini and Hochberg's adjustment, for all tables of the report, is here.
+limit. Pictures that were looked at several times have intervals that share the error among the looks, so the p-value is multiplied by
+their number. docs/report.md states the hypotheses. Benjamini and Hochberg's adjustment, for all tables of the report, is here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import hypot, sqrt
+from math import ceil, hypot, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
+from concept_ablation.common.exact import at_most
 from concept_ablation.registries import KINDS
 from concept_ablation.verdict import LOSSES, NOT_SHOWN, Thresholds, changes_of, target_limit
 
@@ -23,10 +25,11 @@ FARTHEST = 40.0
 
 
 class Share(NamedTuple):
-    """A share of n images."""
+    """A share of n images, which were looked at up to `looks` times."""
 
     value: float
     n: int
+    looks: int = 1
 
 
 def adjust(values: Sequence[float]) -> list[float]:
@@ -76,7 +79,7 @@ def claim_p(
             several = max(len(row["neighbors"]), 1) if loss == "worst_neighbor_loss" else 1
             excess = -changes[change] - getattr(thresholds, f"{loss}_max")
             low = -changes[f"{change}_high"] - getattr(thresholds, f"{loss}_max")
-            tests.append(loss_p(excess, low, confidence, several))
+            tests.append(loss_p(excess, low, confidence, several * looks_at(lines, change)))
     shown = verdict != NOT_SHOWN
     return {
         "removed": removed if shown else None,
@@ -85,7 +88,12 @@ def claim_p(
 
 
 def share_p(share: Share, limit: float) -> float:
-    """Two-sided p of a share below `limit`, 1 for one that isn't: Wilson's score test, whose intervals are the shares' own."""
+    """Two-sided p of a share below `limit`, 1 for one that isn't: Wilson's score test, whose intervals are the shares' own.
+
+    With several looks the exact test, as the shares then have Clopper and Pearson's intervals.
+    """
+    if share.looks > 1:
+        return min(1.0, 2 * share.looks * at_most(ceil(share.value * share.n - 1e-9), share.n, limit))
     spread = sqrt(limit * (1 - limit) / share.n)
     return _two_sided((limit - share.value) / spread if spread else 0.0)
 
@@ -97,30 +105,36 @@ def share_above_p(share: Share, neutral: Share, margin: float) -> float:
         a, b = wilson(share, z), wilson(neutral, z)
         return share.value - neutral.value + hypot(a[1] - share.value, neutral.value - b[0]) - margin
 
-    return _two_sided(_last_below(upper))
+    return min(1.0, share.looks * _two_sided(_last_below(upper)))
 
 
 def loss_p(excess: float, low: float, confidence: float, several: int = 1) -> float:
     """Two-sided p of a loss beyond its limit by `excess`, 1 for one that isn't beyond it.
 
     low: the lower end of the excess' interval. Its distance is taken to grow with the quantile, as that of Bonett and Price's does; so p is
-    exact where it matters, at the interval's end. several: of how many the largest was chosen; the interval has their Bonferroni level.
+    exact where it matters, at the interval's end. several: of how many the largest was chosen, times the looks; the interval has their Bonferroni level.
     """
     quantile = NormalDist().inv_cdf(1 - (1 - confidence) / (2 * several))
     width = max(excess - low, 1e-12)
     return min(1.0, several * _two_sided(quantile * excess / width))
 
 
+def looks_at(lines: Sequence[Mapping], change: str) -> int:
+    """The looks that the interval of a change of `verdict.LOSSES` is shared among, 1 where its pictures were drawn at once."""
+    role = "anchor" if change.startswith("anchor") else "neighbor"
+    return max([line.get("looks_most") or 1 for line in lines if line["role"] == role], default=1)
+
+
 def wilson(share: Share, z: float) -> tuple[float, float]:
     """Wilson's interval of a share at z standard deviations."""
-    value, n = share
+    value, n = share.value, share.n
     centre, half = value + z * z / (2 * n), z * sqrt(value * (1 - value) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
 def _target_p(kind: str, target: str, lines: Sequence[Mapping], thresholds: Thresholds) -> float:
     found = {
-        (line["metric"], line["side"]): Share(line["value"], line["n"])
+        (line["metric"], line["side"]): Share(line["value"], line["n"], line.get("looks_most") or 1)
         for line in lines
         if line["role"] == "target" and line["probe"] == target
     }

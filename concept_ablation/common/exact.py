@@ -16,8 +16,8 @@ def clopper_pearson(count: float, n: int, confidence: float = 0.95) -> tuple[flo
     """
     tail = (1 - confidence) / 2
     few, many = floor(count), ceil(count)
-    low = 0.0 if few == 0 else _crossing(lambda p: 1 - _at_most(few - 1, n, p) < tail)
-    high = 1.0 if many == n else _crossing(lambda p: _at_most(many, n, p) > tail)
+    low = 0.0 if few == 0 else _crossing(lambda p: 1 - at_most(few - 1, n, p) < tail)
+    high = 1.0 if many == n else _crossing(lambda p: at_most(many, n, p) > tail)
     return low, high
 
 
@@ -30,7 +30,7 @@ def _crossing(below: Callable[[float], bool]) -> float:
     return high
 
 
-def _at_most(count: int, n: int, p: float) -> float:
+def at_most(count: int, n: int, p: float) -> float:
     """The chance of at most `count` of `n` independent events of probability p, 0 < p < 1."""
     logs = (
         lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) + k * log(p) + (n - k) * log(1 - p)
