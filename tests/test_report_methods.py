@@ -35,6 +35,7 @@ def case(tmp_path):
         lines.append(line)
 
     add("owl", "ablation", True, 0.0, 0.1)
+    lines[0]["strength_found"] = True
     add("owl", "uce", True, 0.1, 0.3, gone=False)
     add("fox", "ablation", True, 0.1, 0.0)
     add("fox", "uce", False, 0.9, 0.0, gone=True)
@@ -47,6 +48,7 @@ def test_only_targets_of_several_methods_count_and_retention_only_where_the_targ
     assert (ours.name, ours.removed, uce.name, uce.removed, len(uce.lines)) == ("ablation", 2, "uce", 1, 2)
     assert uce.values(NEIGHBORS) == [0.3] and uce.values(LEFT) == [0.1, 0.9]
     assert (uce.at_once, uce.searched) == (1, 2) and ours.at_once is None
+    assert ours.found == "1 of 1" and uce.found == "–"
     mean, low, high = ours.mean(NEIGHBORS)
     assert mean == pytest.approx(0.05) and low == pytest.approx(0.0) and high == pytest.approx(0.1)
     assert math.isnan(uce.mean(NEIGHBORS)[1]), "one target has no interval"
