@@ -87,3 +87,22 @@ def test_a_table_of_one_method_has_no_section(case):
     rows, lines = case
     assert shown_methods(rows[4:], lines[4:])["methods"] == []
     assert shown_methods(rows[4:], lines[4:])["methods_figure"] == ""
+
+
+def test_the_table_of_make_compare_has_every_row_by_every_method(monkeypatch):
+    from pathlib import Path
+
+    from concept_ablation.common.settings import merge
+    from concept_ablation.plan.schema import read_config
+    from concept_ablation.plan.specs import load_plan
+    from concept_ablation.registries import METHODS
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    config = read_config("config/config.yaml")
+    merge(config, read_config("bench/compare.yaml"))
+    _, plan = load_plan(config, Path("workflow/schemas"), "bench/compare.yaml")
+    by_target = {}
+    for row in plan.rows:
+        spec = plan.specs["ablate_concept"][row.ablation]
+        by_target.setdefault(row.concept.target, []).append(spec.get("method", "ablation"))
+    assert len(by_target) >= 12 and all(sorted(own) == sorted(METHODS) for own in by_target.values())
