@@ -121,9 +121,11 @@ def write_table(path: Path, methods: list[MethodRows]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         heads = [f"{one.column}{end}" for one in measures for end in ("", "_low", "_high", "_n")]
-        writer.writerow(("method", "targets", "removed", "removed_at_published_size", *heads))
+        writer.writerow(
+            ("method", "targets", "removed", "strength_found", "removed_at_published_size", *heads)
+        )
         for method in methods:
-            values = [method.lines and len(method.lines), method.removed, method.at_once]
+            values = [method.lines and len(method.lines), method.removed, method.found, method.at_once]
             for one in measures:
                 values += [*(method.mean(one) or (None,) * 3), len(method.values(one))]
             writer.writerow((method.name, *values))
@@ -147,10 +149,14 @@ def main() -> None:
     write_table(folder / "compare.csv", methods)
     (folder / "compare.svg").write_text(methods_figure(methods) + "\n", encoding="utf-8")
     measures = measures_of(methods)
-    print("\t".join(["method", "gone", "at published size", *(one.title for one in measures)]))
+    print(
+        "\t".join(
+            ["method", "gone", "at equal erasure", "at published size", *(one.title for one in measures)]
+        )
+    )
     for method in methods:
         at_once = "–" if method.at_once is None else f"{method.at_once} of {method.searched}"
-        counts = [f"{method.removed} of {len(method.lines)}", at_once]
+        counts = [f"{method.removed} of {len(method.lines)}", method.found, at_once]
         print("\t".join([method.name, *counts, *(cell(one, method) for one in measures)]))
     print(f"\n{folder}/compare.csv, compare.svg; the page is {folder}/index.html")
 

@@ -35,6 +35,7 @@ def case(tmp_path):
         lines.append(line)
 
     add("owl", "ablation", True, 0.0, 0.1)
+    lines[0]["strength_found"] = True
     add("owl", "uce", True, 0.1, 0.3, gone=False)
     add("fox", "ablation", True, 0.1, 0.0)
     add("fox", "uce", False, 0.9, 0.0, gone=True)
@@ -47,6 +48,7 @@ def test_only_targets_of_several_methods_count_and_retention_only_where_the_targ
     assert (ours.name, ours.removed, uce.name, uce.removed, len(uce.lines)) == ("ablation", 2, "uce", 1, 2)
     assert uce.values(NEIGHBORS) == [0.3] and uce.values(LEFT) == [0.1, 0.9]
     assert (uce.at_once, uce.searched) == (1, 2) and ours.at_once is None
+    assert ours.found == "1 of 1" and uce.found == "–"
     mean, low, high = ours.mean(NEIGHBORS)
     assert mean == pytest.approx(0.05) and low == pytest.approx(0.0) and high == pytest.approx(0.1)
     assert math.isnan(uce.mean(NEIGHBORS)[1]), "one target has no interval"
@@ -85,3 +87,22 @@ def test_a_table_of_one_method_has_no_section(case):
     rows, lines = case
     assert shown_methods(rows[4:], lines[4:])["methods"] == []
     assert shown_methods(rows[4:], lines[4:])["methods_figure"] == ""
+
+
+def test_the_table_of_make_compare_has_every_row_by_every_method(monkeypatch):
+    from pathlib import Path
+
+    from concept_ablation.common.settings import merge
+    from concept_ablation.plan.schema import read_config
+    from concept_ablation.plan.specs import load_plan
+    from concept_ablation.registries import METHODS
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    config = read_config("config/config.yaml")
+    merge(config, read_config("bench/compare.yaml"))
+    _, plan = load_plan(config, Path("workflow/schemas"), "bench/compare.yaml")
+    by_target = {}
+    for row in plan.rows:
+        spec = plan.specs["ablate_concept"][row.ablation]
+        by_target.setdefault(row.concept.target, []).append(spec.get("method", "ablation"))
+    assert len(by_target) >= 12 and all(sorted(own) == sorted(METHODS) for own in by_target.values())

@@ -50,7 +50,7 @@ MEASURES = (
 
 @dataclass
 class MethodRows:
-    """One method's rows. at_once: how many were gone at the published size, None where no size was searched; found: of how many."""
+    """One method's rows. at_once: how many were gone at the published size, None where no size was searched; searched: of how many."""
 
     name: str
     lines: list[Mapping] = field(default_factory=list)
@@ -60,6 +60,12 @@ class MethodRows:
     @property
     def removed(self) -> int:
         return sum(bool(line["removed"]) for line in self.lines)
+
+    @property
+    def found(self) -> str:
+        """How many rows a search found a strength for that removes and keeps: those stand at equal erasure."""
+        known = [line["strength_found"] for line in self.lines if line.get("strength_found") is not None]
+        return f"{sum(known)} of {len(known)}" if known else "–"
 
     def values(self, measure: Measure, all_rows: bool = False) -> list[float]:
         """The measure's numbers of the rows that count; `all_rows`: of all."""

@@ -71,3 +71,15 @@ def test_a_lost_delta_is_merged_again(bundled):
     jobs = bundled.jobs("small.yaml")
     delta.write_bytes(content)
     assert jobs["merge_deltas"] == 1 and "ablate_concept" not in jobs
+
+
+def test_a_bundle_of_words_alone_is_made_without_a_delta(bundled):
+    (bundled.folder / "words.yaml").write_text(
+        yaml.safe_dump({**SMALL, "bundles": {**SMALL["bundles"], "how": "uce", "judge": False}}),
+        encoding="utf-8",
+    )
+    before = set(bundled.folder.glob("results/bundles/both.*/delta.safetensors"))
+    assert bundled.jobs("words.yaml")["merge_deltas"] == 1
+    done = bundled.snakemake("--cores", "1", "--configfile", "words.yaml")
+    assert done.returncode == 0, done.stdout
+    assert len(set(bundled.folder.glob("results/bundles/both.*/delta.safetensors")) - before) == 1
