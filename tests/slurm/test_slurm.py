@@ -49,6 +49,7 @@ SMALL = {
         "images": {"target": 4, "anchor": 4, "neighbor": 4},
         "sampler": SAMPLER,
         "interference": "none",  # its jobs are like sample_ablated's, and would add a third
+        "wordings": {"images": 0},  # the same
         "statistics": {"bootstrap": 20},
     },
     "runtime": {"device": "cpu"},  # the cluster's GPUs are fakes

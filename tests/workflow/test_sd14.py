@@ -28,6 +28,7 @@ TINY = {
     },
     "evaluation": {
         "images": {"target": 4, "anchor": 4, "neighbor": 2},
+        "wordings": {"images": 2},
         "sampler": FEW,
         "scorer": SMALL["evaluation"]["scorer"],
         "statistics": {"bootstrap": 20},
