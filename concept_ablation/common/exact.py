@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import ceil, exp, floor, lgamma, log
+from collections.abc import Callable, Sequence
+from math import ceil, exp, floor, lgamma, log, log1p
 
-HALVINGS = 60  # of [0, 1]: to the last digit of a float
+HALVINGS = 45  # of [0, 1]: to 13 digits
 
 
 def clopper_pearson(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -16,8 +16,9 @@ def clopper_pearson(count: float, n: int, confidence: float = 0.95) -> tuple[flo
     """
     tail = (1 - confidence) / 2
     few, many = floor(count), ceil(count)
-    low = 0.0 if few == 0 else _crossing(lambda p: 1 - at_most(few - 1, n, p) < tail)
-    high = 1.0 if many == n else _crossing(lambda p: at_most(many, n, p) > tail)
+    ways = _ways(n)
+    low = 0.0 if few == 0 else _crossing(lambda p: 1 - _at_most(few - 1, ways, p) < tail)
+    high = 1.0 if many == n else _crossing(lambda p: _at_most(many, ways, p) > tail)
     return low, high
 
 
@@ -32,8 +33,14 @@ def _crossing(below: Callable[[float], bool]) -> float:
 
 def at_most(count: int, n: int, p: float) -> float:
     """The chance of at most `count` of `n` independent events of probability p, 0 < p < 1."""
-    logs = (
-        lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) + k * log(p) + (n - k) * log(1 - p)
-        for k in range(count + 1)
-    )
-    return min(1.0, sum(map(exp, logs)))
+    return _at_most(count, _ways(n), p)
+
+
+def _ways(n: int) -> list[float]:
+    return [lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) for k in range(n + 1)]
+
+
+def _at_most(count: int, ways: Sequence[float], p: float) -> float:
+    """The chance of at most `count` independent events of probability p, 0 < p < 1; `ways`: the logarithms of n over 0, 1, ..., n."""
+    n, yes, no = len(ways) - 1, log(p), log1p(-p)
+    return min(1.0, sum(exp(ways[k] + k * yes + (n - k) * no) for k in range(count + 1)))
