@@ -179,7 +179,7 @@ def test_narrow_enough_intervals_end_it_after_the_first_look(run):
         (4, 1, 3)
     }
     assert {
-        line["interval"] for line in lines if line["metric"] == "recognition" and line["model"] == "base"
+        line["interval"] for line in lines if line["metric"] == "recognition" and line["side"] == "base"
     } == {"clopper-pearson"}
 
 
@@ -226,11 +226,11 @@ def test_the_record_of_pictures_says_where_each_one_is(run):
         )
     assert len(rows) == 2 * len(samples), "of the base model's pictures those that are compared"
     for line in lines:
-        if line["metric"] == "clip_accuracy" and not line["pooled"] and line["model"] != "difference":
+        if line["metric"] == "clip_accuracy" and not line["pooled"] and line["side"] != "difference":
             own = [
                 r["clip_accuracy"]
                 for r in rows
-                if (r["side"], r["role"], r["subject"]) == (line["model"], line["role"], line["probe"])
+                if (r["side"], r["role"], r["subject"]) == (line["side"], line["role"], line["probe"])
             ]
             assert line["value"] == pytest.approx(np.mean(own)) and line["n"] == len(own)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from concept_ablation.plan.graph import Bundle, Plan, PlanError, Row, has_content
 from concept_ablation.prompts.wording import has_word
-from concept_ablation.registries import KINDS
+from concept_ablation.registries import KINDS, METHODS
 
 PICTURES = {"row": 4, "bundle": 1}
 """How many of a probe's pictures are offered as examples; of a bundle the targets' alone are."""
@@ -69,11 +69,11 @@ class Catalogue:
 
 
 def make_catalogue(plan: Plan, sampler: Mapping[str, object]) -> Catalogue:
-    """All rows and bundles of `plan` whose delta is there. `sampler`: of bundles that aren't judged (the config's).
+    """All rows and bundles of `plan` whose delta is there and changes weights. `sampler`: of bundles that aren't judged (the config's).
 
     Raises PlanError if there are none.
     """
-    made = [row for row in plan.rows if has_content(plan.path(row.ablation))]
+    made = [row for row in plan.rows if _changes_weights(plan, row) and has_content(plan.path(row.ablation))]
     targets = Counter(row.concept.target for row in made)
     rows = [_of_row(plan, row, targets[row.concept.target] == 1) for row in made]
     bundles = [
@@ -97,6 +97,12 @@ def make_catalogue(plan: Plan, sampler: Mapping[str, object]) -> Catalogue:
             for prompt in probe["prompts"]
         ),
     )
+
+
+def _changes_weights(plan: Plan, row: Row) -> bool:
+    """Whether the row's method makes a change whose strength can be set; a negative prompt is none."""
+    spec = plan.specs["ablate_concept"].get(row.ablation)  # an imported delta has none
+    return spec is None or METHODS[spec["method"]].changes_weights
 
 
 def _sampling(plan: Plan, row: Row) -> Mapping:

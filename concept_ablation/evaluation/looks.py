@@ -18,7 +18,7 @@ import numpy as np
 from concept_ablation.common.image_store import ImageStore, open_store
 from concept_ablation.common.roles import LANES, planned_looks
 from concept_ablation.diffusion import stages
-from concept_ablation.diffusion.delta import apply_delta
+from concept_ablation.diffusion.delta import apply_delta, sampling_of
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.image_models import ImageModels
 from concept_ablation.evaluation.metrics.base import ImageMetric
@@ -65,7 +65,7 @@ def sample_ablated(
 
     def rows() -> Iterator[dict]:
         label, look = Path(images).stem, spec["until"]["look"]
-        options = {"sampler": spec["sampler"], "batch_size": batch_size}
+        options = {"sampler": spec["sampler"], "batch_size": batch_size, **sampling_of(applied)}
         for number in range(judge.most):
             numbers, probes = slice(number * look, (number + 1) * look), judge.open_probes()
             if not probes:

@@ -18,7 +18,7 @@ from concept_ablation.common.attack_table import COLUMNS
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hardware import pick_device
 from concept_ablation.common.image_store import read_store
-from concept_ablation.diffusion.delta import apply_delta
+from concept_ablation.diffusion.delta import apply_delta, sampling_of
 from concept_ablation.diffusion.sampler import sample_images
 from concept_ablation.diffusion.stages import load_model, write_images
 from concept_ablation.evaluation.presence import PresenceJudge, family_line, numbered
@@ -74,14 +74,18 @@ def _drawn(
 ) -> Iterator[dict]:
     """All families' pictures by the unchanged model, then by the row's."""
     for side in ("base", "ablated"):
-        if side == "ablated":
-            apply_delta(pipeline, delta)
+        extra = sampling_of(apply_delta(pipeline, delta)) if side == "ablated" else {}
         rows = [
             row
             for asked in spec["families"]
             for row in numbered(asked["prompts"], asked["seed"], side, asked["family"])
         ]
         prompts, seeds = ([row[name] for row in rows] for name in ("prompt", "seed"))
-        options = {"sampler": spec["sampler"], "batch_size": batch_size, "progress": f"{label}, {side}"}
+        options = {
+            "sampler": spec["sampler"],
+            "batch_size": batch_size,
+            "progress": f"{label}, {side}",
+            **extra,
+        }
         for row, image in zip(rows, sample_images(pipeline, prompts, seeds, **options), strict=True):
             yield {**row, "image": image}

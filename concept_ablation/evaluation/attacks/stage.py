@@ -18,7 +18,7 @@ from concept_ablation.common.attack_table import COLUMNS
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hardware import pick_device
 from concept_ablation.common.image_store import read_store, write_store
-from concept_ablation.diffusion.delta import apply_delta
+from concept_ablation.diffusion.delta import apply_delta, sampling_of
 from concept_ablation.diffusion.placeholders import add_placeholders, filled, placed
 from concept_ablation.diffusion.sampler import sample_images
 from concept_ablation.diffusion.stages import load_model, write_images
@@ -65,8 +65,8 @@ def attack_concept(
     def all_pictures() -> Iterator[dict]:
         yield from _draw(pipeline, spec, "base", spec["plain"], None, asked)
         yield from _attack(pipeline, spec, "control", [control], attack, asked)
-        apply_delta(pipeline, delta)
-        yield from _attack(pipeline, spec, "ablated", pictures, attack, asked, learned)
+        drawn = asked | sampling_of(apply_delta(pipeline, delta))
+        yield from _attack(pipeline, spec, "ablated", pictures, attack, drawn, learned)
 
     write_images(images, all_pictures(), pipeline, spec, {})
     store, judge = read_store(images), PresenceJudge(spec, pick_device(device))
@@ -94,10 +94,9 @@ def replay(
     """
     found, spec = load_learned(learned)
     pipeline = load_model(spec["model"], device)
-    if delta is not None:
-        apply_delta(pipeline, delta)
+    extra = sampling_of(apply_delta(pipeline, delta)) if delta is not None else {}
     found = Learned({name: rows.to(pipeline.device) for name, rows in found.rows.items()}, found.words)
-    asked = {"sampler": spec["sampler"], "batch_size": batch_size}
+    asked = {"sampler": spec["sampler"], "batch_size": batch_size, **extra}
     drawn = list(_draw(pipeline, spec, "ablated", spec["aims"]["ablated"]["prompts"], found, asked))
     if images is not None:
         write_store(images, drawn, spec)
