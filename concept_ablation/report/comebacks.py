@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from concept_ablation.common.image_store import open_store
-from concept_ablation.report.figures import thumbnail
+from concept_ablation.report.figures import PLAIN, thumbnail
 from concept_ablation.report.formatting import printable, share
 
 COLUMNS = {
@@ -75,7 +75,7 @@ def attacks_text(tried: Mapping[str, Sequence[Mapping]], most: int = 10) -> str:
 def attack_section(lines: Sequence[Mapping], pairs: int) -> dict | None:
     """What the page shows of one row: `lines`, the `worst` of them, and its first `pairs` pictures; None where nothing was tried.
 
-    A picture has base, ablated, prompt, seed, and `seen`, whether the judge counts the one after the ablation.
+    A picture is as `pictures.probe_pictures` gives it, without a badge.
     """
     worst = worst_attack(lines)
     if worst is None:
@@ -88,6 +88,7 @@ def attack_section(lines: Sequence[Mapping], pairs: int) -> dict | None:
             "seed": place["seed"],
             "base": thumbnail(before),
             "ablated": thumbnail(after),
+            **PLAIN,
         }
         for place, before, after in zip(sides[1].rows, *(side.images() for side in sides), strict=True)
     ]

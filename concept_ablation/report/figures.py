@@ -74,6 +74,10 @@ def sparkline(values: Sequence[float], width: float, height: float, most: int = 
     return " ".join(f"{x:.1f},{height * (1 - y):.1f}" for x, y in zip(across, scaled, strict=True))
 
 
+PLAIN = {"badge": "", "first": True, "worst": None, "more": {}}
+"""What the page shows beside a pair of pictures of which no record says how they were judged."""
+
+
 def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
     """A picture as a data URI, WebP (JPEG where Pillow lacks it), at most `size` pixels on its longer side."""
     image = image.convert("RGB")

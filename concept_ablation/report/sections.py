@@ -13,7 +13,7 @@ from concept_ablation.common.image_store import ImageStore, open_picture, open_s
 from concept_ablation.common.interference_table import DRAWN
 from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.comebacks import attack_section
-from concept_ablation.report.figures import thumbnail
+from concept_ablation.report.figures import PLAIN, thumbnail
 from concept_ablation.report.formatting import flat_settings
 from concept_ablation.report.pictures import Pair, probe_pictures, read_record
 from concept_ablation.report.strength import read_looks
@@ -160,8 +160,7 @@ def _probe(
 
 def _pairs(before: Sequence[tuple[str, int, str]], after: Sequence[str]) -> list[dict]:
     return [
-        {"prompt": prompt, "seed": seed, "base": base, "ablated": picture}
-        | {"badge": "", "first": True, "worst": None, "more": {}}
+        {"prompt": prompt, "seed": seed, "base": base, "ablated": picture, **PLAIN}
         for (prompt, seed, base), picture in zip(before, after, strict=True)
     ]
 
