@@ -414,7 +414,7 @@ def test_the_vocabulary_is_of_whole_words_without_those_of_targets():
         {"kind": "memorization", "targets": ["haunted house album cover"]},
     ]
     words = frequent_words(tokenizer, 3000, words_of_targets(rows))
-    assert {"owl", "dog", "house", "album"} <= set(words) and not {"cat", "pouting"} & set(words)
+    assert {"owl", "dog", "pig"} <= set(words) and not {"cat", "pouting", "cover"} & set(words)
     assert len(words) == len(set(words)) > 200 and all(word.isalpha() and len(word) > 2 for word in words)
     assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
     assert frequent_words(tokenizer, 20, words_of_targets(rows)) == words[:20]

@@ -213,7 +213,7 @@ def make_page(folder, rows, failures=(), waiting=(), **page):
     tried = folder / "report" / "attacks.parquet" if any("attacks" in row for row in rows) else None
     if tried:
         aggregate_attacks(spec, tried)
-    aggregate_scores(spec, long, wide, measured, tried)
+    aggregate_scores(spec, long, wide, measured, attacks_path=tried)
     report.render(spec, long, wide, out, WHEN, interference_path=measured, attacks_path=tried)
     return out.read_text(encoding="utf-8")
 

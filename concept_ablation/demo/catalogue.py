@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from concept_ablation.plan.graph import Bundle, Plan, PlanError, Row, has_content
 from concept_ablation.prompts.wording import has_word
-from concept_ablation.registries import KINDS, METHODS
+from concept_ablation.registries import KINDS, method_of
 
 PICTURES = {"row": 4, "bundle": 1}
 """How many of a probe's pictures are offered as examples; of a bundle the targets' alone are."""
@@ -102,7 +102,7 @@ def make_catalogue(plan: Plan, sampler: Mapping[str, object]) -> Catalogue:
 def _changes_weights(plan: Plan, row: Row) -> bool:
     """Whether the row's method makes a change whose strength can be set; a negative prompt is none."""
     spec = plan.specs["ablate_concept"].get(row.ablation)  # an imported delta has none
-    return spec is None or METHODS[spec["method"]].changes_weights
+    return spec is None or method_of(spec).changes_weights
 
 
 def _sampling(plan: Plan, row: Row) -> Mapping:

@@ -91,7 +91,7 @@ def render(
     figures = write_figures(folder / "figures", shown["lines"], shown["overview"], shown["matrix"], curves)
     more = {"bundles": bundles, "nested": curves, "handover": handover(folder, spec, figures)}
     stream = environment().get_template("report.html.j2").stream(shown | more)
-    stream.enable_buffering(64)
+    stream.enable_buffering(8)  # a folded row is one piece
     with atomic_output(out_path) as part:
         with part.open("w", encoding="utf-8") as file:
             stream.dump(file)

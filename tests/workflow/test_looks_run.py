@@ -22,7 +22,7 @@ FIXED = {
     "runtime": {"device": "cpu", "threads": 1},
 }
 UNTIL = {"half_width": 0.45, "decided": True, "look": 6}
-REPORT = {"aggregate_scores": 1, "render_report": 1}
+REPORT = {"aggregate_attacks": 1, "aggregate_scores": 1, "render_report": 1}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from concept_ablation.common.progress import progress_bar
 from concept_ablation.prompts.wording import with_article
-from concept_ablation.registries import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,9 +39,8 @@ def frequent_words(tokenizer: PreTrainedTokenizerBase, count: int, without: Iter
 
 
 def words_of_targets(rows: Sequence[Mapping]) -> set[str]:
-    """The words of all rows' targets, which are to go. Not of a caption: its words are to stay, in any other order."""
-    named = (target for row in rows if not KINDS[row["kind"]].one_target for target in row["targets"])
-    return {word for target in named for word in target.lower().split()}
+    """The words of all rows' targets, which are to go: also those of a caption, which came back where its words were preserved."""
+    return {word for row in rows for target in row["targets"] for word in target.lower().split()}
 
 
 def word_tokens(encoder: Encoder, words: Sequence[str]) -> Tensor:
