@@ -8,7 +8,7 @@ from concept_ablation.registries import METRICS
 
 def share(value: float | None) -> str:
     """0.034 -> "3%"."""
-    return "–" if value is None else f"{100 * value:.0f}%"
+    return "–" if value is None else f"{100 * value:z.0f}%"
 
 
 def points(value: float | None) -> str:
