@@ -66,7 +66,8 @@ JOBS = {  # of STYLES and OWL: what rows share is made once
     "render_report": 1,
 }
 # Measured anew each time.
-TIMED = {"seconds", "peak_memory_bytes", "training_seconds", "peak_memory_mb"}
+TIMED = {"seconds", "peak_memory_bytes", "training_seconds", "peak_memory_mb", "run"}
+COST = "cost_"  # how the summary's columns of what a row cost begin
 ATTEMPTS = 1 + yaml.safe_load((ROOT / "slurm" / "config.yaml").read_text())["retries"]
 REPORT = {"aggregate_scores", "render_report"}  # made in each run
 SAME = ("prompts/*", "anchors/*", "base/*", "samples/*", "scores/*")
@@ -131,7 +132,11 @@ class Checkout:
         """The lines of a table of the report that are about `concepts`, without what is measured anew each time."""
         with (self.folder / "results" / "report" / name).open(newline="") as file:
             return [
-                {column: value for column, value in row.items() if column not in TIMED}
+                {
+                    column: value
+                    for column, value in row.items()
+                    if column not in TIMED and not column.startswith(COST)
+                }
                 for row in csv.DictReader(file)
                 if row["concept"] in concepts
             ]
