@@ -392,7 +392,13 @@ def test_pairs_a_probe(probes, wanted, budget, pairs):
 
 
 def test_number_formats():
-    assert [formatting.share(value) for value in (None, -0.001, 0, 0.034, 1)] == ["–", "0%", "0%", "3%", "100%"]
+    assert [formatting.share(value) for value in (None, -0.001, 0, 0.034, 1)] == [
+        "–",
+        "0%",
+        "0%",
+        "3%",
+        "100%",
+    ]
     assert [formatting.points(value) for value in (None, -0.034, 0.05, -0.0001)] == [
         "–",
         "−3.4",
