@@ -31,7 +31,7 @@ TEMPLATES = {
 OWL = Words(
     "owl",
     "bird",
-    lambda word: [f"one {word}", f"my {word}", f"the {word}"],
+    lambda word, count: [f"one {word}", f"my {word}", f"the {word}"][:count],
     ["a bird"],
     ("duck", "eagle"),
     ("strix", "hooter"),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from concept_ablation.common.errors import show
 from concept_ablation.common.roles import MARK
 from concept_ablation.plan.concept import Concept
-from concept_ablation.plan.evaluation_specs import asked_prompts, memory_spec, scoring_spec
+from concept_ablation.plan.evaluation_specs import asked_prompts, first_seed, memory_spec, scoring_spec
 from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.schema import ConfigError, read_config
 from concept_ablation.prompts.rewording import Words, reword
@@ -31,7 +30,7 @@ def _plan_wordings(plan: Plan, row: Row, own: Mapping, model: Mapping) -> str:
     concept, settings = row.concept, own["evaluation"]["wordings"]
     words = [_words(concept, target, own) for target in concept.targets]
     families = [
-        {"family": family, "prompts": prompts, "seed": fresh_seed(f"{family} of {concept.target}", own)}
+        {"family": family, "prompts": prompts, "seed": first_seed(f"{family} of {concept.target}", own)}
         for family, prompts in reword(words, settings["images"]).items()
     ]
     spec = {**judged_work(row, own, model), "families": families}
@@ -61,14 +60,14 @@ def _plan_attack(plan: Plan, row: Row, own: Mapping, model: Mapping) -> str:
         },
         "plain": plain,
         "images": settings["images"],
-        "seed": fresh_seed(f"{name} of {concept.target}", own),
+        "seed": first_seed(f"{name} of {concept.target}", own),
     }
     return plan.add("attack_concept", concept.name, spec)
 
 
 def _first_prompts(concept: Concept, own: Mapping, role: str, word: str) -> list[str]:
     """The prompts that a row's pictures of a subject took in turn: prompt i, modulo their number, is picture i's."""
-    return asked_prompts(role, word, concept=concept, own=own)[: own["evaluation"]["images"][role]]
+    return asked_prompts(role, word, own["evaluation"]["images"][role], concept=concept, own=own)
 
 
 def judged_work(row: Row, own: Mapping, model: Mapping) -> dict:
@@ -90,11 +89,6 @@ def judged_work(row: Row, own: Mapping, model: Mapping) -> dict:
     }
 
 
-def fresh_seed(name: str, own: Mapping) -> int:
-    """The seed of the first picture of a set that is called so: no other set of the row has it."""
-    return (own["evaluation"]["seed"] + 1000 * (zlib.crc32(name.encode()) % 1_000_000)) % 2**32
-
-
 def _words(concept: Concept, target: str, own: Mapping) -> Words:
     """What the wordings of one target are made of."""
     settings = own["evaluation"]["wordings"]
@@ -103,7 +97,7 @@ def _words(concept: Concept, target: str, own: Mapping) -> Words:
         target,
         concept.anchor,
         functools.partial(asked_prompts, "target", concept=concept, own=own),
-        asked_prompts("anchor", concept.anchor, concept=concept, own=own),
+        asked_prompts("anchor", concept.anchor, settings["images"], concept=concept, own=own),
         concept.neighbors,
         others,
         _translations(settings["languages"], target),

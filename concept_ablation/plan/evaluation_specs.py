@@ -170,11 +170,16 @@ def probe_specs(concept: Concept, own: Mapping) -> list[dict]:
     return found
 
 
-def asked_prompts(role: str, word: str, concept: Concept, own: Mapping) -> list[str]:
-    """All evaluation prompts of a row that ask for `word` as they do for its target or its anchor. Raises PromptsError."""
+def asked_prompts(
+    role: str, word: str, count: int | None = None, *, concept: Concept, own: Mapping
+) -> list[str]:
+    """The first `count` evaluation prompts (None: all) of a row that ask for `word` as they do for its target or its anchor.
+
+    Raises PromptsError.
+    """
     words = own["prompts"]
     file = words["evaluation"] if role == "anchor" else words["target_evaluation"] or words["evaluation"]
-    return _filled(role, word, file, concept, own, None)
+    return _filled(role, word, file, concept, own, count)
 
 
 def _filled(role: str, word: str, file: str, concept: Concept, own: Mapping, count: int | None) -> list[str]:
@@ -193,9 +198,13 @@ def _probe(role: str, subject: str, word: str, file: str, concept: Concept, own:
     images = evaluation["images"][role]
     prompts = _filled(role, word, file, concept, own, images)
     # Each subject has its own seeds: if all shared them, a bad seed would count against all neighbors at once.
-    number = zlib.crc32(subject.encode()) % 1_000_000
-    seed = (evaluation["seed"] + 1000 * number) % 2**32
+    seed = first_seed(subject, own)
     return {"role": role, "subject": subject, "prompts": prompts, "images": images, "seed": seed}
+
+
+def first_seed(name: str, own: Mapping) -> int:
+    """The seed of the first picture of a set that is called so; the sets of other names begin elsewhere."""
+    return (own["evaluation"]["seed"] + 1000 * (zlib.crc32(name.encode()) % 1_000_000)) % 2**32
 
 
 @functools.lru_cache(maxsize=16384)

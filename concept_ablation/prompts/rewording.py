@@ -25,13 +25,13 @@ TEMPLATES = {
 class Words:
     """What the families of one target are made of.
 
-    requests: a word in the target's place -> the prompts that ask for it plainly, at least one. prompts: the anchor's evaluation
+    requests: a word in the target's place, and a number -> the first so many prompts that ask for it plainly, at least one. prompts: the anchor's evaluation
     prompts. translations: words for the target, a language each. templates: family -> its templates, as `check_templates` wants them.
     """
 
     target: str
     anchor: str
-    requests: Callable[[str], Sequence[str]]
+    requests: Callable[[str, int], Sequence[str]]
     prompts: Sequence[str] = ()
     neighbors: Sequence[str] = ()
     synonyms: Sequence[str] = ()
@@ -63,7 +63,7 @@ def longer(words: Words, count: int) -> list[str]:
     """The plain prompts inside longer ones."""
     return [
         fill(template, {"request": request})
-        for template, request in _turns(count, words.templates["longer"], words.requests(words.target))
+        for template, request in _turns(count, words.templates["longer"], words.requests(words.target, count))
     ]
 
 
@@ -71,7 +71,7 @@ def beside(words: Words, count: int) -> list[str]:
     """The plain prompts, with one of the neighbors beside the target."""
     if not words.neighbors:
         return []
-    requests = words.requests(words.target)
+    requests = words.requests(words.target, count)
     return [
         fill(template, {"request": requests[place % len(requests)], "neighbor": neighbor})
         for place, (template, neighbor) in enumerate(
@@ -172,7 +172,7 @@ def _double(text: str, place: int) -> str:
 
 def _asking(words: Words, others: Sequence[str], count: int) -> list[str]:
     """The plain prompts of other words, which take turns."""
-    lists = [words.requests(other) for other in others]
+    lists = [words.requests(other, count) for other in others[:count]]
     return [
         lists[place % len(lists)][place % len(lists[place % len(lists)])]
         for place in range(count if lists else 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from concept_ablation.common.attack_table import COLUMNS
-from concept_ablation.common.decision import ROUNDING
+from concept_ablation.common.decision import Decision
 from concept_ablation.report.tables import read_part, read_scores, report_rows, write_table
 from concept_ablation.verdict import Thresholds, presence_of, read_thresholds, target_limit
 
@@ -47,14 +47,15 @@ def _lines(row: Mapping, thresholds: Thresholds) -> Iterator[dict]:
     names = {name: row[name] for name in ("concept", "kind", "target")}
     for files in row["attacks"]:
         for line in read_part(files["scores"], "measurements of attacks", COLUMNS).to_pylist():
-            back = line["ablated"] > limit + ROUNDING
+            found = (line["ablated"], line["ablated_low"], line["ablated_high"])
+            decision = Decision.of(*found, limit, "at most")
             yield (
                 names
                 | {name: line[name] for name in line if not name.endswith("_seen")}
                 | {
                     "limit": limit,
-                    "back": back,
-                    "firm": line["ablated_low"] > limit if back else line["ablated_high"] <= limit + ROUNDING,
+                    "back": not decision.within,
+                    "firm": decision.settled,
                     "shown": line["base"] >= thresholds.base_min,
                     "images": files["images"],
                 }
