@@ -230,3 +230,11 @@ class _OpenStore(ImageStore):
 
     def _with(self, table: pa.Table) -> ImageStore:
         return _OpenStore(table, self.metadata, self.path, self._starts)
+
+
+class Pictures(list):
+    """Pictures in memory, as far as what only looks at them reads a store."""
+
+    def images(self) -> Iterator[Image.Image]:
+        """The pictures in order."""
+        return iter(self)

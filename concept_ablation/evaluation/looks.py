@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concept_ablation.common.image_store import ImageStore, open_store
+from concept_ablation.common.image_store import ImageStore, Pictures, open_store
 from concept_ablation.common.roles import LANES, planned_looks
 from concept_ablation.diffusion import stages
 from concept_ablation.diffusion.delta import apply_delta, sampling_of
@@ -134,7 +134,7 @@ class Judge:
         features = [self.models.scorer.image_features(side) for side in (before, pictures)]
         read = None
         if place[0] == "target" and isinstance(metric, ImageMetric):
-            read = np.stack([metric.read(_Drawn(side), self.models) for side in (before, pictures)])
+            read = np.stack([metric.read(Pictures(side), self.models) for side in (before, pictures)])
         seen.append((*features, read))
 
     def measured(self) -> tuple[list[Presence], dict[str, float]]:
@@ -167,10 +167,3 @@ def open_lanes(parts: Parts, half_width: float | None, decided: bool) -> set[str
         for part in filter(None, decisions)
         if not (decided and part.settled or half_width is not None and part.half_width <= half_width)
     }
-
-
-class _Drawn(list):
-    """Pictures in memory, as far as a metric of pictures reads a store."""
-
-    def images(self) -> Iterator[Image]:
-        return iter(self)

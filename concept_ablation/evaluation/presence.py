@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from concept_ablation.common.attack_table import SIDES
-from concept_ablation.common.image_store import ImageStore
+from concept_ablation.common.image_store import ImageStore, Pictures
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.image_models import ImageModels
 from concept_ablation.evaluation.metrics.base import ImageMetric
@@ -34,7 +34,7 @@ class PresenceJudge:
         self.models = ImageModels(spec, scorer, device)
         self.texts = dict(zip(spec["texts"], scorer.text_features(list(spec["texts"].values())), strict=True))
 
-    def seen(self, pictures: ImageStore) -> np.ndarray:
+    def seen(self, pictures: ImageStore | Pictures) -> np.ndarray:
         """(n,): 1 where a picture shows a target, 0 where not, between them where two texts are equally near."""
         metric = METRICS[self.kind.measure]
         if isinstance(metric, ImageMetric):

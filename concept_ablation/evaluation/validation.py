@@ -8,7 +8,7 @@ judged, and by which limits, is what the report judges later: `concept_ablation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concept_ablation.common.decision import ROUNDING
+from concept_ablation.common.image_store import Pictures
 from concept_ablation.common.roles import WORST
 from concept_ablation.diffusion.sampler import sample_images
 from concept_ablation.evaluation.clip import ClipScorer
@@ -248,7 +249,7 @@ class Validation:
         features, metric = self.models.scorer.image_features(images), METRICS[self.kind.measure]
         measured = {}
         if isinstance(metric, ImageMetric):
-            measured = {metric.name: (None, metric.read(_Drawn(images), self.models))}
+            measured = {metric.name: (None, metric.read(Pictures(images), self.models))}
         return Probe("target", probe["subject"], features, features, measured=measured)
 
     def _batch(self, probe: Mapping) -> int:
@@ -269,10 +270,3 @@ def no_losses() -> dict[str, None]:
     """A look's losses where none were looked at."""
     names = [name + end for name in LOSSES for end in ("", "_high")]
     return dict.fromkeys([*names, "worst_neighbor", "target_typical"])
-
-
-class _Drawn(list):
-    """Pictures in memory, as far as a metric of pictures reads a store."""
-
-    def images(self) -> Iterator[Image]:
-        return iter(self)

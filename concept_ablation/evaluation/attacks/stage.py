@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from concept_ablation.common.attack_table import COLUMNS
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hardware import pick_device
-from concept_ablation.common.image_store import read_store, write_store
+from concept_ablation.common.image_store import Pictures, read_store, write_store
 from concept_ablation.diffusion.delta import apply_delta, sampling_of
 from concept_ablation.diffusion.placeholders import add_placeholders, filled, placed
 from concept_ablation.diffusion.sampler import sample_images
@@ -101,8 +101,9 @@ def replay(
     if images is not None:
         write_store(images, drawn, spec)
     judge = PresenceJudge(spec, pick_device(device))
+    pictures = Pictures(row["image"] for row in drawn)
     more = {"budget": ATTACKS[spec["attack"]].budget(spec["settings"]), "learned": found.words}
-    return family_line(spec["attack"], {"ablated": judge.seen(_Drawn(drawn))}, spec["confidence"], **more)
+    return family_line(spec["attack"], {"ablated": judge.seen(pictures)}, spec["confidence"], **more)
 
 
 def _attack(
@@ -149,13 +150,3 @@ def _draw(
         drawn = sample_images(pipeline, turns, seeds, progress=f"{spec['attack']}, {side}", **asked)
         for row, image in zip(rows, drawn, strict=True):
             yield {**row, "image": image}
-
-
-class _Drawn:
-    """Pictures in memory, as far as the judge reads a store."""
-
-    def __init__(self, rows: Sequence[Mapping]) -> None:
-        self.rows = rows
-
-    def images(self) -> Iterator:
-        return (row["image"] for row in self.rows)
