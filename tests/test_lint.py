@@ -172,6 +172,25 @@ def test_findings_are_shown_by_line_and_equal_ones_once():
     assert format_findings([], "concepts.csv") == ""
 
 
+def test_a_run_shows_a_few_warnings_of_a_kind_and_counts_the_rest():
+    unknown = [Finding(line, "a", "warning", "unknown-word", f"word {line}") for line in range(2, 12)]
+    others = [
+        Finding(20, "b", "warning", "duplicate", "b"),
+        *(Finding(n, "c", "error", "no-op", f"{n}") for n in range(30, 40)),
+    ]
+    shown = format_findings([*unknown, *others], "t.csv", most=3).splitlines()
+    assert shown[:4] == [
+        *(f"t.csv:{line}: warning: word {line}" for line in (2, 3, 4)),
+        "t.csv:20: warning: b",
+    ]
+    assert len([line for line in shown if ": error: " in line]) == 10
+    assert (
+        shown[-1]
+        == "t.csv: 7 more warnings like these (unknown-word); python -m concept_ablation check lists all"
+    )
+    assert len(format_findings(unknown, "t.csv").splitlines()) == 10
+
+
 def test_it_needs_no_torch_and_a_thousand_rows_take_a_second():
     code = (
         "import sys; from concept_ablation.plan import lint; from concept_ablation.prompts import tokenizer;"

@@ -45,8 +45,8 @@ def read_table(configfiles: Sequence[str], disabled: bool = False) -> tuple[dict
     return load_plan(config, ROOT / "workflow" / "schemas", source, disabled)
 
 
-def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping) -> str:
-    """The linter's warnings about `rows` of the plan, one a line; empty if there are none.
+def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping, most: int | None = None) -> str:
+    """The linter's warnings about `rows` of the plan, one a line; empty if there are none. most: see `format_findings`.
 
     Raises PlanError if a row's prompts make its training useless.
     """
@@ -65,7 +65,7 @@ def check_rows(plan: Plan, rows: Sequence[Row], config: Mapping) -> str:
         raise PlanError(
             f"{table}: {len(errors)} row(s) whose prompts can't work\n{format_findings(errors, table)}"
         )
-    return "\n".join([*warnings, *([format_findings(findings, table)] if findings else [])])
+    return "\n".join([*warnings, *([format_findings(findings, table, most)] if findings else [])])
 
 
 def check_report(plan: Plan) -> str:

@@ -7,6 +7,7 @@ the base model's tokenizer. Words are counted once for all rows, so a thousand r
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,19 +78,30 @@ def lint_rows(rows: Sequence[LintRow], tokens: Tokens | None) -> list[Finding]:
     return findings
 
 
-def format_findings(findings: Sequence[Finding], path: str | Path) -> str:
-    """`path:line: level: message` for each finding, by line, errors first. Equal ones of several rows are one line."""
-    lines: dict[tuple[str, str], list[int]] = {}
+def format_findings(findings: Sequence[Finding], path: str | Path, most: int | None = None) -> str:
+    """`path:line: level: message` for each finding, by line, errors first. Equal ones of several rows are one line.
+
+    most: at most so many warnings with one `code`; one more line counts the rest. None: all. Errors are always all there.
+    """
+    lines: dict[tuple[str, str, str], list[int]] = {}
     for finding in findings:
-        where = lines.setdefault((finding.level, finding.message), [])
+        where = lines.setdefault((finding.level, finding.message, finding.code), [])
         if finding.line not in where:
             where.append(finding.line)
-    text = []
-    for (level, message), where in sorted(lines.items(), key=lambda item: (min(item[1]), item[0])):
+    text, count = [], Counter()
+    for (level, message, code), where in sorted(lines.items(), key=lambda item: (min(item[1]), item[0])):
+        count[level, code] += 1
+        if most is not None and level == "warning" and count[level, code] > most:
+            continue
         first, *others = sorted(where)
         shown = ", ".join(map(str, others[:5])) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         also = f" (also line{'s' if len(others) > 1 else ''} {shown})" if others else ""
         text.append(f"{path}:{first}: {level}: {message}{also}")
+    for (level, code), found in count.items():
+        if most is not None and level == "warning" and found > most:
+            text.append(
+                f"{path}: {found - most} more warnings like these ({code}); python -m concept_ablation check lists all"
+            )
     return "\n".join(text)
 
 

@@ -45,7 +45,7 @@ def read_plan(config, configfiles):
         if workflow.is_main_process:  # the run has already warned, its jobs needn't
             for file in set_empty_aside(plan):
                 logger.warning(f"{file} was empty: it is set aside as .damaged and made anew")
-            for warnings in (check_rows(plan, plan.pending, checked), check_report(plan)):
+            for warnings in (check_rows(plan, plan.pending, checked, most=5), check_report(plan)):
                 if warnings:
                     logger.warning(warnings)
         return plan
