@@ -20,8 +20,6 @@ from concept_ablation.plan.checks import ROOT
 from concept_ablation.plan.graph import Plan
 from concept_ablation.plan.schema import read_config
 from concept_ablation.plan.specs import load_plan
-from concept_ablation.report.summary import summarise
-from concept_ablation.report.tables import read_scores
 from concept_ablation.verdict import Verdict, decide, read_thresholds
 
 OFF = {"evaluation": {"until": {"half_width": None, "decided": False}}}
@@ -62,12 +60,16 @@ def main() -> None:
     for before, row in zip(fixed.rows, until.rows, strict=True):
         spec = json.loads(until.spec("sample_ablated", row.samples))
         base = until.upstream("sample_ablated", row.samples, "base")
-        pictures, looks, found = look_again(spec, fixed.path(before.samples), base, thresholds)
-        told = fixed.report_row(before)
-        all_of_them = summarise(told, read_scores(told["scores"]), thresholds)
+        samples = fixed.path(before.samples)
+        at_once = {
+            **spec,
+            "until": {**spec["until"], "look": max(probe["images"] for probe in spec["probes"])},
+        }
+        pictures, looks, found = look_again(spec, samples, base, thresholds)
+        _, _, whole = look_again(at_once, samples, base, thresholds)
         count = sum(probe["images"] for probe in spec["probes"])
         totals = [totals[0] + count, totals[1] + pictures]
-        verdicts = f"{all_of_them['verdict']}, {all_of_them['firmness']} | {found.verdict}, {found.firmness}"
+        verdicts = f"{whole.verdict}, {whole.firmness} | {found.verdict}, {found.firmness}"
         taken = ", ".join(f"{lane} {number}" for lane, number in looks.items())
         print(f"| {row.concept.name} | {count} | {pictures} | {taken} | {verdicts} |", flush=True)
     print(f"| together | {totals[0]} | {totals[1]} | | | |")
