@@ -125,6 +125,8 @@ def print_failures(plan, scheduler):
 # Collect garbage rarely: searching a graph of many jobs takes a sixth of the planning time and finds nothing.
 gc.set_threshold(100_000, 50, 100)
 plan = read_plan(config, workflow.configfiles)
+if workflow.is_main_process and workflow.dryrun:  # `onstart` says it of a real run
+    logger.info(plan.summary())
 # Whether results are in a remote storage.
 stored = workflow.storage_settings.default_storage_provider is not None
 # Rule `all` asks for these files, too: a report that another checkout made must not hide unfinished rows. In a remote storage
