@@ -1,6 +1,7 @@
 """A target asked for in other words: the prompts of each family, what is planned of them, and what the tables and the page say."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -131,6 +132,12 @@ def test_every_row_is_asked_in_other_words_from_seeds_of_its_own(config):
     probes = plan.specs["sample_ablated"][plan.rows[0].samples]["probes"]
     seeds = [one["seed"] for one in (*fox.values(), *probes)]
     assert len(set(seeds)) == len(seeds) and all(seed % 1000 == 0 for seed in seeds)
+
+
+def test_what_a_row_cost_counts_what_it_was_asked_in_other_words(config):
+    plan = build_plan([FOX], config)
+    jobs = json.loads(plan.report_spec())["rows"][0]["jobs"]
+    assert f"probe_wordings/{plan.rows[0].attacks[0]}" in jobs and len(set(jobs)) == len(jobs)
 
 
 def test_wordings_change_no_other_key_and_can_be_left_out(config):

@@ -231,9 +231,13 @@ class Plan:
         unjudged = {row.scores for row in self.unfinished(judged=True)}
         due = [row.concept.name for row in self.pending if row.scores in unjudged]
         more = [row.concept.name for row in self.pending if row.scores not in unjudged]
-        text = f"{len(self.rows)} concepts: {len(self.rows) - len(due)} finished, {len(due)} to do{_listed(due)}"
+        text = (
+            f"{len(self.rows)} concepts: {len(self.rows) - len(due)} finished, {len(due)} to do{_listed(due)}"
+        )
         if more:
-            text += f"; measurements to add to finished ones, without new training: {len(more)}{_listed(more)}"
+            text += (
+                f"; measurements to add to finished ones, without new training: {len(more)}{_listed(more)}"
+            )
         bundles = [bundle.name for bundle in self.pending_bundles]
         return text + (f"; bundles to do: {len(bundles)}{_listed(bundles)}" if bundles else "")
 
