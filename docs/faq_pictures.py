@@ -144,14 +144,24 @@ def look_alike(plan: Plan) -> Image.Image:
     return sheet(["target: an owl", "neighbor: a penguin"], lines)
 
 
-def back(plan: Plan, _: Plan) -> Image.Image:
-    """What if it comes back? The target asked for plainly and misspelt, by a row of the word and by one of both spellings."""
+def back(plan: Plan) -> Image.Image:
+    """What if it comes back? A removed style asked for plainly, in other sentences and inside longer prompts."""
+    row = row_of(plan, "style-pencil")
+    families = {"paraphrase": "in other sentences", "longer": "inside longer prompts"}
+    plain = {"before": before, "after": after}
+    lines = {
+        side: [draw(plan, row, "pencil", 4)]
+        + [asked(plan, row, family, "base" if side == "before" else "ablated", 6) for family in families]
+        for side, draw in plain.items()
+    }
+    return sheet(["in the style of pencil", *families.values()], lines)
 
 
 PICTURES = {  # name -> what draws it, and from which table's plan
     "worked": (worked, "concepts.csv"),
     "loaded": (loaded, "concepts.csv"),
     "several": (several, "concepts.csv"),
+    "back": (back, "concepts.csv"),
     "negative": (negative, "docs/faq.csv"),
     "look-alike": (look_alike, "docs/faq.csv"),
 }

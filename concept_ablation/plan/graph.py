@@ -130,9 +130,10 @@ class Plan:
         """The rows that were unfinished when this was first read. Only these are part of the workflow."""
         return self.unfinished()
 
-    def unfinished(self, judged: bool = False) -> list[Row]:
-        """The rows with a file that is missing or empty now. `judged`: which aren't judged yet, whatever else is missing."""
-        rows = [replace(row, interference=None, attacks=()) for row in self.rows] if judged else self.rows
+    def unfinished(self, judged: bool = False, among: Sequence[Row] | None = None) -> list[Row]:
+        """The rows (or those of `among`) with a file that is missing or empty now. `judged`: which aren't judged yet, whatever else is missing."""
+        rows = self.rows if among is None else among
+        rows = [replace(row, interference=None, attacks=()) for row in rows] if judged else rows
         return [row for row in rows if not all(map(has_content, self.files(row)))]
 
     @functools.cached_property
@@ -228,9 +229,9 @@ class Plan:
 
         A new row may be near a finished one, which then is tried on the new row's subjects; its training and its verdict stay.
         """
-        unjudged = {row.scores for row in self.unfinished(judged=True)}
-        due = [row.concept.name for row in self.pending if row.scores in unjudged]
-        more = [row.concept.name for row in self.pending if row.scores not in unjudged]
+        due = [row.concept.name for row in self.unfinished(judged=True, among=self.pending)]
+        known = set(due)
+        more = [row.concept.name for row in self.pending if row.concept.name not in known]
         text = (
             f"{len(self.rows)} concepts: {len(self.rows) - len(due)} finished, {len(due)} to do{_listed(due)}"
         )
