@@ -18,7 +18,7 @@ FOLDER = "figures/pictures"
 """Where they lie, as the page says it."""
 
 QUALITY = 90
-"""Of WebP, 0 to 100: a picture of 512 pixels takes some 50 kB, an eighth of its PNG in the image store."""
+"""Of WebP, 0 to 100: a picture of 512 pixels takes some tens of kB, a fraction of its PNG in the image store."""
 
 
 class FullSize:

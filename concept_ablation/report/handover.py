@@ -16,6 +16,7 @@ TABLES = {
     "scores": "every metric of every probe and model",
     "images": "one line a picture, with every metric's number",
     "interference": "what each row's model did to other rows' subjects",
+    "attacks": "what was tried to bring targets back, and how often it did",
     "bundles": "the rows once more, under the model of their bundle",
     "costs": "what each job took",
 }

@@ -98,7 +98,7 @@ def probe_pictures(
     found = []
     for number in [*first, *sorted(set(ranks) - set(first))]:
         pair = pairs[number] if number < len(pairs) else None
-        prompt, seed, base = _base_picture(str(row["base"][subject]), number, full)
+        prompt, seed, base = _base_picture(str(row["base"][subject]), number, full if pair else None)
         after = samples.image(number)
         if full and pair:
             full.keep(pair.ablated["key"], pair.ablated["position"], after)
