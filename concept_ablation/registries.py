@@ -263,7 +263,7 @@ STAGES = {
         neutral={"paraphrases": []},
     ),
     "score_general": Stage(
-        version=1,
+        version=2,
         files={"scores": "general/{key}.parquet"},
         function="concept_ablation.evaluation.general:score_general",
         options=("device",),

@@ -30,9 +30,10 @@ def run_plan(plan: Plan, *, device: str = "cpu", batch_size: int = 16) -> None:
     from concept_ablation.report.attacks import aggregate_attacks
     from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.costs import aggregate_costs, row_costs
+    from concept_ablation.report.images import aggregate_images
     from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import render
-    from concept_ablation.report.tables import aggregate_images, aggregate_scores
+    from concept_ablation.report.tables import aggregate_scores
 
     run_stages(plan, device=device, batch_size=batch_size)
     report = Path(plan.results) / "report"

@@ -17,7 +17,7 @@ def features(seed, shift=0.0, n=12, d=6):
 
 
 def found(*sides):
-    return {(metric, model): estimate for metric, model, estimate in quality(*sides, FEW)}
+    return {(metric, side): estimate for metric, side, estimate in quality(*sides, FEW)}
 
 
 def kid_by_loops(x, y):
@@ -33,7 +33,7 @@ def kid_by_loops(x, y):
 def test_the_distances_are_kids_to_the_base_models_pictures():
     base, bundle, other, texts = features(0), features(1, 1.0), features(2), features(3)
     values = found(base, bundle, other, texts)
-    assert values["kid_x1000", "bundle"].value == pytest.approx(1000 * kid_by_loops(bundle, base))
+    assert values["kid_x1000", "ablated"].value == pytest.approx(1000 * kid_by_loops(bundle, base))
     assert values["kid_x1000", "noise floor"].value == pytest.approx(1000 * kid_by_loops(other, base))
     scores = [
         [2.5 * max(float(a @ b), 0) for a, b in zip(side, texts, strict=True)] for side in (base, bundle)
@@ -46,7 +46,7 @@ def test_the_distances_are_kids_to_the_base_models_pictures():
 def test_a_model_that_changed_nothing_lies_at_zero_and_a_ruined_one_above_the_floor():
     base, other, texts = features(0), features(2), features(3)
     same = found(base, base, other, texts)
-    kid, change = same["kid_x1000", "bundle"], same["clip_score_2_5", "difference"]
+    kid, change = same["kid_x1000", "ablated"], same["clip_score_2_5", "difference"]
     assert kid.value == kid.low == kid.high == change.value == 0
     ruined = found(base, features(1, 3.0), other, texts)
-    assert ruined["kid_x1000", "bundle"].low > ruined["kid_x1000", "noise floor"].high
+    assert ruined["kid_x1000", "ablated"].low > ruined["kid_x1000", "noise floor"].high

@@ -223,6 +223,21 @@ def test_a_point_of_the_overview_opens_its_row(visit, pages):
     assert_landed(page, "row-6")
 
 
+def test_a_page_alone_enlarges_its_thumbnails(browser, pages, tmp_path):
+    shutil.copy(pages["few"].removeprefix("file://"), tmp_path / "index.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "index.html").as_uri())
+    page.locator("#row-1 .probe.target figure img").first.click()
+    page.wait_for_timeout(300)
+    shown = (
+        page.get_by_role("dialog")
+        .locator(".stage img")
+        .evaluate_all("all => all.map((one) => one.naturalWidth)")
+    )
+    page.close()
+    assert shown == [192, 192]
+
+
 def test_folded_rows_are_text_until_they_are_opened(visit, pages):
     page = visit(pages["many"])
     assert page.locator("#rows img").count() == 0 == page.locator("#rows .cards").count()
@@ -252,6 +267,9 @@ def test_pictures_are_enlarged_sorted_by_what_counts_and_stay_veiled(visit, page
         dialog.locator(".over").evaluate("(one) => getComputedStyle(one).clipPath")
         == "inset(0px 0px 0px 80%)"
     )
+    large = "(one) => one.complete && one.naturalWidth === 300 && one.src.endsWith('.webp')"
+    for side in dialog.locator(".stage img").all():  # thumbnails have 192 pixels, the pictures 300
+        page.wait_for_function(large, arg=side.element_handle())
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
     page.locator("#row-2 .probe.target").get_by_role("button", name="Enlarge seed 101").click()

@@ -449,6 +449,17 @@ def test_a_row_is_finished_when_all_its_files_exist(config):
     assert not set(again.pending_files()) & set(files)
 
 
+def test_finished_rows_that_a_new_one_is_near_are_measured_further_and_not_to_do(config):
+    plan = build_plan([CAT, INK], config)
+    for file in itertools.chain(*map(plan.files, plan.rows)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_bytes(b"x")
+    assert build_plan([CAT, INK], config).summary() == "2 concepts: 2 finished, 0 to do"
+    said = build_plan([CAT, INK, WEARY], config).summary()
+    assert said.startswith("3 concepts: 2 finished, 1 to do (cat-2); measurements to add to finished ones")
+    assert said.endswith(" without new training: 2 (cat-1, ink)")
+
+
 def test_the_looks_at_a_searched_strength_are_among_a_rows_files_and_no_others(config):
     """So that a storage plugin fetches them for the report, and results without them, of fixed strengths, are whole."""
     fixed = replace(CAT, name="fixed", overrides={"training.strength": "fixed"})

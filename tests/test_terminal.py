@@ -117,6 +117,23 @@ def test_each_job_has_a_line_with_its_progress(handler, plan, tmp_path):
     assert "object-owl" not in drawn(handler)
 
 
+def test_in_a_terminal_of_80_columns_the_numbers_stay_whole(handler, tmp_path, monkeypatch):
+    handler.console.width = 80
+    key = "memorization-the-midnight-garden-poster.0"
+    start(handler, 1, "measure_interference", key, tmp_path / "measure_interference" / f"{key}.log")
+    (tmp_path / f"measure_interference.{key}").write_text('["", 100, 2480, "image"]')
+    handler.emit(event("progress", done=101, total=1280))
+    monkeypatch.setattr(handler.state, "seconds_left", lambda: 5000)
+    shown = drawn(handler)
+    for whole in (
+        "measure_interference memori",
+        "100/2480 images",
+        "about 1 h 23 min left",
+        "101 of 1280 jobs",
+    ):
+        assert whole in shown, shown
+
+
 def test_many_jobs_take_no_more_lines_than_the_terminal_has(handler, tmp_path):
     handler.console.height = 10
     for number in range(30):

@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from concept_ablation import verdict
+from concept_ablation.common.roles import probe_roles
 from concept_ablation.evaluation.image_record import write_record
 from concept_ablation.evaluation.statistics import proportion
 from concept_ablation.report.changes import ChangesError, read_changes
@@ -157,7 +159,9 @@ def record_of(row, count=12):
                     "recognition": float(kept),
                 }
                 own |= {"typical": 1.0, "image_similarity": 0.9 if after else None, "nearest_text": subject}
-                lines.append(own | {"key": f"{side}-key", "position": number})
+                place = [list(probe) for probe in probe_roles(row)].index([role, subject])
+                key = Path(row["samples"] if after else row["base"][subject]).stem
+                lines.append(own | {"key": key, "position": number + after * 12 * place})
     row["images"] = str(Path(row["samples"]).with_name("images.parquet"))
     write_record(row["images"], lines)
     return read_record(row)
@@ -183,7 +187,7 @@ def test_badges_and_the_worst_pictures_come_from_the_record(tmp_path):
     seeds = [figure["data-seed"] for figure in elements.of("figure")][:4]
     assert seeds == ["100", "101", "103", "109"]  # two first ones, then the two worst
     assert text.count('<b class="badge">seen by CLIP</b>') == 2 and text.count("worst 2</button>") == 4
-    assert "results/samples" not in text.split("data-more")[0] and "samples/ablated-key.parquet" in text
+    assert "results/samples" not in text.split("data-more")[0] and "samples/samples.parquet" in text
 
 
 def test_a_page_without_records_shows_the_first_pictures(tmp_path):
@@ -208,16 +212,54 @@ def test_the_overview_places_every_row_and_escapes_its_name():
 def test_the_plots_are_files_beside_the_page(tmp_path):
     rows = [make_row(tmp_path, "one"), make_row(tmp_path, "veiled", kind="nudity")]
     (tmp_path / "report" / "figures").mkdir(parents=True)
-    (tmp_path / "report" / "figures" / "grid-gone.svg").write_text("old")
+    for end in ("svg", "png"):
+        (tmp_path / "report" / "figures" / f"grid-gone.{end}").write_text("old")
     text = make_page(tmp_path, rows)
-    files = sorted((tmp_path / "report" / "figures").iterdir())
+    files = sorted((tmp_path / "report" / "figures").glob("*.svg"))
     assert len(files) == 4 and {"overview.svg", "matrix.svg"} < {file.name for file in files}
     for file in files:
         assert ElementTree.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
         assert f'href="figures/{file.name}"' in text
     grids = {row["concept"]: (tmp_path / "report" / "figures" / f"grid-{Path(row['delta']).parent.name}.svg").read_text() for row in rows}  # fmt: skip
     assert "target: pouting cat" in grids["one"] and "target:" not in grids["veiled"]
+    pixels = {file.stem: Image.open(file).size for file in (tmp_path / "report" / "figures").glob("*.png")}
+    assert set(pixels) == {file.stem for file in files if file.stem.startswith("grid-")}
+    assert (
+        len({wide for wide, _ in pixels.values()}) == 1 and len({high for _, high in pixels.values()}) == 2
+    ), "the veiled row's grid lacks the strip of its target"
+    assert all(f'href="figures/{name}.png"' in text for name in pixels)
     assert 'href="summary.csv"' in text and "anchor: cat" in grids["veiled"]
+
+
+def test_pictures_larger_than_their_thumbnails_lie_beside_the_page(tmp_path):
+    rows = [make_row(tmp_path, "a"), make_row(tmp_path, "veiled", kind="nudity")]
+    for row, name in zip(
+        rows, ("plain", "unsafe"), strict=True
+    ):  # the stores' keys, by which the files are named
+        Path(row["samples"]).rename(Path(row["samples"]).with_name(f"{name}.parquet"))
+        row["samples"] = str(Path(row["samples"]).with_name(f"{name}.parquet"))
+        record_of(row)
+    folder = tmp_path / "report" / "figures" / "pictures"
+    folder.mkdir(parents=True)
+    (folder / "gone.0.webp").write_bytes(b"of an earlier page")
+    text = make_page(tmp_path, rows, images_per_probe=4)
+    names = {file.name for file in folder.iterdir()}
+    assert 'data-full="figures/pictures"' in text and "img-src data: 'self'" in text
+    assert "gone.0.webp" not in names and not any("unsafe" in name for name in names)
+    shown = {
+        f"plain.{number}.webp" for number in (0, 1, 2, 3, 9)
+    }  # the target's first ones, and one of its worst
+    assert shown < names and "base-0.9.webp" in names and "plain.4.webp" not in names
+    assert Image.open(folder / "plain.9.webp").size == (300, 200)
+
+
+def test_pictures_no_larger_than_a_thumbnail_are_in_the_page_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("concept_ablation.report.full_size.THUMBNAIL", 300)
+    row = make_row(tmp_path, "a")
+    record_of(row)
+    text = make_page(tmp_path, [row])
+    assert 'data-full=""' in text and "img-src data:;" in text
+    assert not (tmp_path / "report" / "figures" / "pictures").exists()
 
 
 def test_commands_and_links_take_any_name():

@@ -1,6 +1,7 @@
 """A target asked for in other words: the prompts of each family, what is planned of them, and what the tables and the page say."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from concept_ablation.common.attack_table import COLUMNS
-from concept_ablation.common.image_store import write_store
+from concept_ablation.common.image_store import open_store, write_store
 from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.specs import build_plan
@@ -18,9 +19,11 @@ from concept_ablation.prompts.rewording import FAMILIES, PromptsError, Words, mi
 from concept_ablation.registries import ATTACKS
 from concept_ablation.report.attacks import aggregate_attacks
 from concept_ablation.report.comebacks import attack_columns, attacks_text, read_attacks, worst_attack
+from concept_ablation.report.images import aggregate_images
 from concept_ablation.report.tables import TableError
 from tests.shipped import report_spec
 from tests.test_report import HOSTILE, images, make_page, make_row
+from tests.test_triage import record_of
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = {
@@ -133,6 +136,12 @@ def test_every_row_is_asked_in_other_words_from_seeds_of_its_own(config):
     assert len(set(seeds)) == len(seeds) and all(seed % 1000 == 0 for seed in seeds)
 
 
+def test_what_a_row_cost_counts_what_it_was_asked_in_other_words(config):
+    plan = build_plan([FOX], config)
+    jobs = json.loads(plan.report_spec())["rows"][0]["jobs"]
+    assert f"probe_wordings/{plan.rows[0].attacks[0]}" in jobs and len(set(jobs)) == len(jobs)
+
+
 def test_wordings_change_no_other_key_and_can_be_left_out(config):
     plan = build_plan([FOX], config)
     config["evaluation"]["wordings"]["images"] = 0
@@ -200,6 +209,7 @@ def write_attacks(folder, row, shares, /, count=8, role=""):
         line = {"family": family, "n": count}
         for side, share in (("base", base), ("ablated", ablated)):
             line |= {side: share, f"{side}_low": max(0.0, share - 0.1), f"{side}_high": min(1.0, share + 0.1)}
+            line[f"{side}_seen"] = [float(number < round(count * share)) for number in range(count)]
         lines.append(line | {"worst_low": max(0.0, ablated - 0.3), "worst_high": min(1.0, ablated + 0.3)})
     pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), scores)
     drawn = [
@@ -252,6 +262,24 @@ def test_the_table_says_what_brings_a_target_back_and_how_surely(rows, tmp_path)
     unsure = {"fox": tried["fox"][:1], "elk": tried["elk"]}
     assert attacks_text(unsure).startswith("None of 2 targets come back")
     assert attacks_text(unsure).endswith("way, 1 more may: fox (paraphrase, 25% of 8 images, provisional)")
+
+
+def test_the_pictures_of_wordings_are_in_the_table_of_pictures(rows, tmp_path):
+    for row in rows:
+        record_of(row)
+    out = tmp_path / "images.parquet"
+    aggregate_images(report_spec(rows), out)
+    found = pq.read_table(out).to_pandas().query("role == 'attack'")
+    shares = found.groupby(["concept", "subject", "side"]).clip_accuracy.mean()
+    table = tmp_path / "attacks.parquet"
+    aggregate_attacks(report_spec(rows), table)
+    for line in pq.read_table(table).to_pylist():
+        for side in ("base", "ablated"):
+            assert shares[line["concept"], line["family"], side] == round(8 * line[side]) / 8
+        store = open_store(line["images"])
+        for one in found[(found.concept == line["concept"]) & (found.subject == line["family"])].itertuples():
+            place = store.rows[one.position]
+            assert (place["role"], place["subject"], place["seed"]) == (one.side, one.subject, one.seed)
 
 
 def test_the_summary_and_the_page_have_the_worst_family(rows, tmp_path):

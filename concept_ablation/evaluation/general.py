@@ -30,7 +30,7 @@ from concept_ablation.evaluation.statistics import (
 
 log = logging.getLogger(__name__)
 COLUMNS = pa.schema(
-    [("metric", pa.string()), ("model", pa.string())]
+    [("metric", pa.string()), ("side", pa.string())]
     + [(name, pa.float64()) for name in ("value", "ci_low", "ci_high")]
     + [("n", pa.int64()), ("interval", pa.string()), ("features", pa.string())]
 )
@@ -46,10 +46,10 @@ def score_general(
     device: str = "auto",
     batch_size: int = 64,
 ) -> None:
-    """Write the table of a bundle's general quality: a line a metric and model, columns `COLUMNS`.
+    """Write the table of a bundle's general quality: a line a metric and side, columns `COLUMNS`.
 
     samples: the bundle's pictures; base: the base model's of the same seeds; other: its pictures of other seeds, by which the noise
-    floor is measured (model `noise floor`). Raises ScoreError where samples and base don't fit, FeatureError, StoreError.
+    floor is measured (side `noise floor`). Raises ScoreError where samples and base don't fit, FeatureError, StoreError.
     """
     scorer = ClipScorer(spec["scorer"]["model"], spec["scorer"].get("pretrained"), pick_device(device))
     stores = [read_store(path) for path in (base, samples, other)]
@@ -72,15 +72,15 @@ def score_general(
 def quality(
     base: np.ndarray, bundle: np.ndarray, other: np.ndarray, texts: np.ndarray, bootstrap: Bootstrap
 ) -> Iterator[tuple[str, str, Estimate]]:
-    """Metric, model and estimate. All features are (n, d), rows of length 1; row i of all has the same prompt, whose text is `texts[i]`.
+    """Metric, side (as in `scores`; `ablated` is the bundle's model) and estimate. All features are (n, d), rows of length 1; row i of all has the same prompt, whose text is `texts[i]`.
 
     kid_x1000: 1000 x KID to `base`; of the bundle, and of `other` (noise floor). clip_score_2_5: 2.5 max(cosine with the prompt, 0).
     """
     options = bootstrap.options
-    for model, pictures in (("bundle", bundle), ("noise floor", other)):
+    for side, pictures in (("ablated", bundle), ("noise floor", other)):
         found = kid_estimate([(pictures, base)], **options)
-        yield "kid_x1000", model, found._replace(value=1000 * found.value, low=1000 * found.low, high=1000 * found.high)  # fmt: skip
+        yield "kid_x1000", side, found._replace(value=1000 * found.value, low=1000 * found.low, high=1000 * found.high)  # fmt: skip
     scores = [clip_score((pictures * texts).sum(1)) for pictures in (base, bundle)]
-    for model, values in zip(("base", "bundle"), scores, strict=True):
-        yield "clip_score_2_5", model, mean(values, **options)
+    for side, values in zip(("base", "ablated"), scores, strict=True):
+        yield "clip_score_2_5", side, mean(values, **options)
     yield "clip_score_2_5", "difference", paired_difference(scores[1], scores[0], **options)

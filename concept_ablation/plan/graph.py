@@ -130,9 +130,10 @@ class Plan:
         """The rows that were unfinished when this was first read. Only these are part of the workflow."""
         return self.unfinished()
 
-    def unfinished(self, judged: bool = False) -> list[Row]:
-        """The rows with a file that is missing or empty now. `judged`: which aren't judged yet, whatever else is missing."""
-        rows = [replace(row, interference=None, attacks=()) for row in self.rows] if judged else self.rows
+    def unfinished(self, judged: bool = False, among: Sequence[Row] | None = None) -> list[Row]:
+        """The rows (or those of `among`) with a file that is missing or empty now. `judged`: which aren't judged yet, whatever else is missing."""
+        rows = self.rows if among is None else among
+        rows = [replace(row, interference=None, attacks=()) for row in rows] if judged else rows
         return [row for row in rows if not all(map(has_content, self.files(row)))]
 
     @functools.cached_property
@@ -224,11 +225,25 @@ class Plan:
         return found
 
     def summary(self) -> str:
-        """One line: how many rows there are, how many are finished, and which are not."""
-        names = ", ".join(row.concept.name for row in self.pending[:10])
-        more = f" and {len(self.pending) - 10} more" if len(self.pending) > 10 else ""
-        done = len(self.rows) - len(self.pending)
-        text = f"{len(self.rows)} concepts: {done} finished, {len(self.pending)} to do"
-        text += f" ({names}{more})" if names else ""
-        bundles = ", ".join(bundle.name for bundle in self.pending_bundles[:10])
-        return text + (f"; bundles to do: {len(self.pending_bundles)} ({bundles})" if bundles else "")
+        """One line: how many rows there are, how many are finished, which are not, and which finished ones are measured further.
+
+        A new row may be near a finished one, which then is tried on the new row's subjects; its training and its verdict stay.
+        """
+        due = [row.concept.name for row in self.unfinished(judged=True, among=self.pending)]
+        known = set(due)
+        more = [row.concept.name for row in self.pending if row.concept.name not in known]
+        text = (
+            f"{len(self.rows)} concepts: {len(self.rows) - len(due)} finished, {len(due)} to do{_listed(due)}"
+        )
+        if more:
+            text += (
+                f"; measurements to add to finished ones, without new training: {len(more)}{_listed(more)}"
+            )
+        bundles = [bundle.name for bundle in self.pending_bundles]
+        return text + (f"; bundles to do: {len(bundles)}{_listed(bundles)}" if bundles else "")
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """ " (fox, owl and 3 more)"; nothing for no names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f" ({', '.join(names[:most])}{more})" if names else ""

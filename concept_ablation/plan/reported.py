@@ -65,8 +65,8 @@ def _jobs(plan: Plan, row: Row) -> list[str]:
         found[key] = None
 
     visit(row.scores)
-    keys = [*found, *([row.interference.key] if row.interference else [])]
-    return [f"{plan.stages[key]}/{key}" for key in keys]
+    beside = row.last[1:]  # what is measured of a finished row
+    return [f"{plan.stages[key]}/{key}" for key in [*found, *beside]]
 
 
 def _bundle(plan: Plan, bundle: Bundle) -> dict:

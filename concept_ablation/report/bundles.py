@@ -26,13 +26,13 @@ LEADING = {
     "anchor_removed_by": pa.string(),
 }
 GENERAL = {
-    "general_kid_x1000": ("kid_x1000", "bundle", True),
+    "general_kid_x1000": ("kid_x1000", "ablated", True),
     "general_kid_x1000_floor": ("kid_x1000", "noise floor", True),
-    "general_clip_score_2_5": ("clip_score_2_5", "bundle", False),
+    "general_clip_score_2_5": ("clip_score_2_5", "ablated", False),
     "general_clip_score_2_5_base": ("clip_score_2_5", "base", False),
     "general_clip_score_2_5_change": ("clip_score_2_5", "difference", True),
 }
-"""A column of a bundle's general quality, the same in all its lines -> metric and model in its scores, and whether with the interval."""
+"""A column of a bundle's general quality, the same in all its lines -> metric and side in its scores, and whether with the interval."""
 
 
 def aggregate_bundles(spec: Mapping, summary_path: str | Path, out_path: str | Path) -> None:
@@ -71,16 +71,16 @@ def general_columns(path: str | Path | None) -> dict[str, float | None]:
     if path is None:
         return {name: None for name, _ in general_schema()}
     try:
-        lines = {(line["metric"], line["model"]): line for line in pq.read_table(path).to_pylist()}
+        lines = {(line["metric"], line["side"]): line for line in pq.read_table(path).to_pylist()}
     except (OSError, pa.ArrowException) as error:
         raise damaged(TableError, path, f"scores can't be read ({error})") from error
     found = {}
-    for name, (metric, model, interval) in GENERAL.items():
-        line = lines[metric, model]
+    for name, (metric, side, interval) in GENERAL.items():
+        line = lines[metric, side]
         found[name] = line["value"]
         if interval:
             found |= {f"{name}_low": line["ci_low"], f"{name}_high": line["ci_high"]}
-    return found | {"general_images": lines["kid_x1000", "bundle"]["n"]}
+    return found | {"general_images": lines["kid_x1000", "ablated"]["n"]}
 
 
 def bundles_schema() -> pa.Schema:

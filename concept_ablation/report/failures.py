@@ -156,9 +156,10 @@ def _make_report(plan: Plan, spec: Mapping, folder: Path) -> dict[str, Path | No
     from concept_ablation.report.bundles import aggregate_bundles
     from concept_ablation.report.columns import write_columns
     from concept_ablation.report.costs import aggregate_costs, row_costs
+    from concept_ablation.report.images import aggregate_images
     from concept_ablation.report.interference import aggregate_interference
     from concept_ablation.report.page import render
-    from concept_ablation.report.tables import aggregate_images, aggregate_scores
+    from concept_ablation.report.tables import aggregate_scores
 
     scores, summary, costs = (folder / f"{name}.parquet" for name in ("scores", "summary", "costs"))
     harm = folder / "interference.parquet" if plan.measures_interference else None

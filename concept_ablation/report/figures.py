@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageDraw, ImageFont, features
+
+Strip = tuple[str, Sequence[tuple[Image.Image, Image.Image]]]
+"""A subject's name and its pictures: pairs of the base model's and the ablated one's, a pair a seed."""
 
 THUMBNAIL = 192
 """Longest side of a picture on the page and in a card, in pixels."""
@@ -99,6 +102,33 @@ def picture_strip(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
             small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             strip.paste(small, (x * (width + GAP), y * (height + GAP)))
     return strip
+
+
+def grid_picture(title: str, strips: Sequence[Strip]) -> Image.Image:
+    """What `plots.grid_figure` draws, as a picture: of each subject a strip, the base model's above the ablated one's, a column a seed.
+
+    Pictures have at most THUMBNAIL pixels a side. Letters that Pillow's own font lacks are boxes; the SVG has them.
+    """
+    longest = max((max(picture.size) for _, pairs in strips for pair in pairs for picture in pair), default=0)
+    side, left, top = min(THUMBNAIL, longest), 170, 34
+    wide, high = max((len(pairs) for _, pairs in strips), default=0) * (side + GAP), 2 * (side + GAP) + 12
+    bold, plain = ImageFont.load_default(15), ImageFont.load_default(13)
+    grid = Image.new(
+        "RGB", (left + max(wide, round(bold.getlength(title)) - left), top + len(strips) * high), "white"
+    )
+    pen = ImageDraw.Draw(grid)
+    pen.text((4, 6), title, "#1a1c20", bold)
+    for number, (name, pairs) in enumerate(strips):
+        y = top + number * high
+        pen.text((4, y), name if len(name) <= 24 else f"{name[:23]}…", "#1a1c20", plain)
+        for below, word in enumerate(("before", "after")):
+            middle = y + below * (side + GAP) + side // 2
+            pen.text((left - 8, middle), word, "#5d6169", plain, anchor="rm")
+            for place, pair in enumerate(pairs):
+                small = pair[below].convert("RGB")
+                small.thumbnail((side, side), Image.Resampling.LANCZOS)
+                grid.paste(small, (left + place * (side + GAP), middle - side // 2))
+    return grid
 
 
 COLORS = ("#2563a8", "#c2571a", "#3a7d44", "#8a4a9e", "#6b6b6b", "#a33d4a", "#1c7f86")

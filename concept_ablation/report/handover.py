@@ -16,6 +16,7 @@ TABLES = {
     "scores": "every metric of every probe and model",
     "images": "one line a picture, with every metric's number",
     "interference": "what each row's model did to other rows' subjects",
+    "attacks": "what was tried to bring targets back, and how often it did",
     "bundles": "the rows once more, under the model of their bundle",
     "costs": "what each job took",
 }
@@ -27,7 +28,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "snakemake
 def handover(folder: str | Path, spec: Mapping, figures: Sequence[str]) -> dict:
     """What the template is filled with. folder: the page's; figures: the files that `paper_figures.write_figures` wrote.
 
-    tables: name, what it holds, its files as (name, size). versions: name and version. settings: the judgement's, as JSON.
+    tables: name, what it holds, its files as (name, size). figures: each as (SVG, PNG, empty where there is none). versions: name and
+    version. settings: the judgement's, as JSON.
     """
     folder = Path(folder)
     tables = [
@@ -36,7 +38,11 @@ def handover(folder: str | Path, spec: Mapping, figures: Sequence[str]) -> dict:
     ]
     return {
         "tables": [table for table in tables if table[2]],
-        "figures": figures,
+        "figures": [
+            (name, pixels if (pixels := f"{name[:-4]}.png") in figures else "")
+            for name in figures
+            if name.endswith(".svg")
+        ],
         "versions": _versions(),
         "settings": json.dumps({"verdict": spec["verdict"], "report": spec["page"]}, indent=2),
     }

@@ -39,6 +39,7 @@ from concept_ablation.report.formatting import (
     share,
     whole_points,
 )
+from concept_ablation.report.full_size import FOLDER, FullSize, full_size_of
 from concept_ablation.report.handover import card_command, handover, link_to, results_of
 from concept_ablation.report.methods_figure import shown_methods
 from concept_ablation.report.page_lines import harm, loss_limits, overview, rows_lines, worst_first
@@ -65,7 +66,7 @@ def render(
     costs_path: str | Path | None = None,
     attacks_path: str | Path | None = None,
 ) -> None:
-    """Writes the page to `out_path`, whole or not at all, and beside it `figures`, the plots as files.
+    """Writes the page to `out_path`, whole or not at all, and beside it `figures`, the plots and the enlarged pictures as files.
 
     Args:
         spec: as for `tables.aggregate_scores`, with "page": images_per_probe (pairs of pictures a probe), image_budget
@@ -82,19 +83,24 @@ def render(
         StoreError: a row's images can't be read.
     """
     measured = read_interference(interference_path), read_attacks(attacks_path)
-    shown = _shown(spec, scores_path, summary_path, when, *measured)
+    folder = Path(out_path).parent
+    full = full_size_of(report_rows(spec), folder)
+    shown = _shown(spec, scores_path, summary_path, when, *measured, full)
     bundles = read_bundles(bundles_path)
     costs = read_costs_table(costs_path)
     shown |= {"stage_costs": stage_costs(costs), "total_cost": total(costs)}
-    panels, folder = nested_panels(bundles), Path(out_path).parent
+    panels = nested_panels(bundles)
     curves = curve_figure(panels) if panels else None
     figures = write_figures(folder / "figures", shown["lines"], shown["overview"], shown["matrix"], curves)
     more = {"bundles": bundles, "nested": curves, "handover": handover(folder, spec, figures)}
+    more["full_size"] = FOLDER if full else ""
     stream = environment().get_template("report.html.j2").stream(shown | more)
     stream.enable_buffering(8)  # a folded row is one piece
     with atomic_output(out_path) as part:
         with part.open("w", encoding="utf-8") as file:
             stream.dump(file)
+        if full:
+            full.remove_others()
         log.info("%s: %d concepts, %s", out_path, len(spec["rows"]), size_text(part.stat().st_size))
 
 
@@ -105,6 +111,7 @@ def _shown(
     when: datetime | None,
     measured: Mapping[str, Sequence[Mapping]],
     tried: Mapping[str, Sequence[Mapping]],
+    full: FullSize | None,
 ) -> dict:
     """What the template is filled with; the rows' pictures are read when it asks for them."""
     rows, page, limits = report_rows(spec), spec["page"], verdict.read_thresholds(spec)
@@ -115,7 +122,6 @@ def _shown(
     probes = sum(len(probe_roles(row)) for row in rows) + drawn_victims(measured) + len(tried)
     pairs = pairs_a_probe(probes, page["images_per_probe"], page["image_budget"])
     shown = probes_a_row(len(rows), probes, page["image_budget"])
-    scored = set(pc.unique(scores["metric"]).to_pylist())
     return {
         **_code(),
         "when": when or datetime.now(UTC),
@@ -126,7 +132,7 @@ def _shown(
         "previews": previews(rows),
         **_counted(lines),
         "overview": overview(lines, limits.worst_neighbor_loss_max),
-        "metrics_shown": [METRICS[name] for name in METRICS if name in scored],
+        "metrics_shown": _metrics(scores),
         "limits": limits,
         "loss_limits": loss_limits(limits),
         "pairs": pairs,
@@ -135,10 +141,16 @@ def _shown(
         **{name: spec.get(name, []) for name in ("failures", "waiting")},
         "changes": read_changes(page.get("earlier"), lines),
         "unfolded": len(rows) <= page["open_rows"],
-        "sections": sections(rows, lines, scores, measured, pairs, shown, tried),
+        "sections": sections(rows, lines, scores, measured, pairs, shown, tried, full),
         **harm(rows, lines, measured, scores, limits),
         **shown_methods(rows, lines),
     }
+
+
+def _metrics(scores: pa.Table) -> list:
+    """The metrics that a table of scores has, in the order of their registry."""
+    scored = set(pc.unique(scores["metric"]).to_pylist())
+    return [METRICS[name] for name in METRICS if name in scored]
 
 
 def _counted(lines: Sequence[Mapping]) -> dict:

@@ -1,6 +1,8 @@
-"""The report's plots as files for papers and slides: `figures/*.svg` beside the page, each written whole or not at all."""
+"""The report's plots as files for papers and slides: `figures/*.svg` beside the page, each written whole or not at all.
 
-import itertools
+Grids of pictures are PNG, too, which slides and text programs take; lines and texts are better off as SVG, at any size.
+"""
+
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.image_store import open_store
 from concept_ablation.registries import KINDS
+from concept_ablation.report.figures import Strip, grid_picture
 from concept_ablation.report.matrix import Matrix
 from concept_ablation.report.plots import grid_figure, matrix_figure, standalone
 
@@ -26,9 +29,9 @@ def write_figures(
     matrix: Matrix | None,
     curves: str | None,
 ) -> list[str]:
-    """Writes overview.svg, matrix.svg, curves.svg (those that there are) and grid-NAME.svg of the page's first rows; returns their names.
+    """Writes overview.svg, matrix.svg, curves.svg (those that there are), grid-NAME.svg and .png of the page's first rows; returns their names.
 
-    lines: the page's, each with its `row`. An SVG of an earlier report that is no longer made is removed. Raises StoreError.
+    lines: the page's, each with its `row`. A figure of an earlier report that is no longer made is removed. Raises StoreError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,28 +39,35 @@ def write_figures(
     if matrix:
         names = [str(column["victim"]) for column in matrix.columns]
         plots["matrix"] = matrix_figure(matrix.rows, names, matrix.cells)
-    drawn = ((name, svg) for name, svg in plots.items() if svg)
-    written = []
-    for name, svg in itertools.chain(drawn, _grids(lines[:GRIDS])):
-        with atomic_output(folder / f"{name}.svg") as part:
-            part.write_text(standalone(svg) + "\n", encoding="utf-8")
-        written.append(f"{name}.svg")
-    for old in folder.glob("*.svg"):
+    written = [_write_svg(folder / f"{name}.svg", svg) for name, svg in plots.items() if svg]
+    for name, title, strips in _grids(lines[:GRIDS]):
+        written.append(_write_svg(folder / f"{name}.svg", grid_figure(title, strips)))
+        with atomic_output(folder / f"{name}.png") as part:
+            grid_picture(title, strips).save(part, format="PNG")
+        written.append(f"{name}.png")
+    for old in (*folder.glob("*.svg"), *folder.glob("*.png")):
         if old.name not in written:
             old.unlink()
     log.info("%s: %d figures", folder, len(written))
     return written
 
 
-def _grids(lines: Sequence[Mapping]) -> Iterator[tuple[str, str]]:
-    """Name and grid of each row. Names are those of the deltas' folders, which are safe in a path, without their key if that is unique."""
+def _write_svg(path: Path, svg: str) -> str:
+    with atomic_output(path) as part:
+        part.write_text(standalone(svg) + "\n", encoding="utf-8")
+    return path.name
+
+
+def _grids(lines: Sequence[Mapping]) -> Iterator[tuple[str, str, list[Strip]]]:
+    """Name, title and strips of each row's grid. Names are those of the deltas' folders, which are safe in a path, without their key if that is unique."""
     keys = [Path(line["delta"]).parent.name or line["id"] for line in lines]
     short = [key.rpartition(".")[0] or key for key in keys]
     for line, key, name in zip(lines, keys, short, strict=True):
-        yield f"grid-{name if short.count(name) == 1 else key}", _grid(line)
+        title = f"{line['concept']}: {line['verdict']}, {line['firmness']}"
+        yield f"grid-{name if short.count(name) == 1 else key}", title, _strips(line)
 
 
-def _grid(line: Mapping) -> str:
+def _strips(line: Mapping) -> list[Strip]:
     """A row's target, anchor and worst neighbor, before and after. Of a kind whose pictures are veiled the target is left out."""
     row = line["row"]
     places = [] if KINDS[row["kind"]].veiled else [("target", line["deciding"].target)]
@@ -68,4 +78,4 @@ def _grid(line: Mapping) -> str:
         before, after = open_store(str(row["base"][subject])), samples.select(role, subject)
         count = min(SEEDS, len(before), len(after))
         strips.append((f"{role}: {subject}", [(before.image(n), after.image(n)) for n in range(count)]))
-    return grid_figure(f"{line['concept']}: {line['verdict']}, {line['firmness']}", strips)
+    return strips

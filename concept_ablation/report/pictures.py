@@ -12,6 +12,7 @@ from concept_ablation.common.image_store import ImageStore, open_store
 from concept_ablation.registries import KINDS, METRICS
 from concept_ablation.report.figures import thumbnail
 from concept_ablation.report.formatting import format_metric, is_share
+from concept_ablation.report.full_size import FullSize
 from concept_ablation.report.tables import read_part
 
 Side = Mapping[str, object]
@@ -76,27 +77,37 @@ def worst_first(row: Mapping, role: str, pairs: Sequence[Pair]) -> list[int]:
 
 
 def probe_pictures(
-    row: Mapping, samples: ImageStore, place: tuple[str, str], pairs: Sequence[Pair], counts: tuple[int, int]
+    row: Mapping,
+    samples: ImageStore,
+    place: tuple[str, str],
+    pairs: Sequence[Pair],
+    counts: tuple[int, int],
+    full: FullSize | None = None,
 ) -> list[dict]:
     """The pictures of a probe that the page shows: its first ones, then those of the worst that aren't among them.
 
-    place: role and subject. pairs: the record's, empty without one. counts: how many first ones and how many of the worst.
+    place: role and subject. pairs: the record's, empty without one. counts: how many first ones and how many of the worst. full: keeps
+    them in full size, too, but for those of a kind whose pictures are veiled.
     Each: prompt, seed, base and ablated (data URIs), badge, first (bool), worst (its rank from 0, or None), more (what the
     enlarged picture tells).
     """
     role, subject = place
+    full = None if KINDS[row["kind"]].veiled else full
     first = range(min(counts[0], len(samples)))
     ranks = {found: rank for rank, found in enumerate(worst_first(row, role, pairs)[: counts[1]])}
     found = []
     for number in [*first, *sorted(set(ranks) - set(first))]:
         pair = pairs[number] if number < len(pairs) else None
-        prompt, seed, base = _base_picture(str(row["base"][subject]), number)
+        prompt, seed, base = _base_picture(str(row["base"][subject]), number, full if pair else None)
+        after = samples.image(number)
+        if full and pair:
+            full.keep(pair.ablated["key"], pair.ablated["position"], after)
         found.append(
             {
                 "prompt": prompt,
                 "seed": seed,
                 "base": base,
-                "ablated": thumbnail(samples.image(number)),
+                "ablated": thumbnail(after),
                 "badge": badge(row, role, pair),
                 "first": number in first,
                 "worst": ranks.get(number),
@@ -130,10 +141,13 @@ def _number(side: Side, name: str, otherwise: float) -> float:
 
 
 @lru_cache(maxsize=2048)
-def _base_picture(path: str, place: int) -> tuple[str, int, str]:
+def _base_picture(path: str, place: int, full: FullSize | None) -> tuple[str, int, str]:
     """Prompt, seed and picture of a base store's image; rows share these stores."""
-    store = _base_store(path)
-    return store.rows[place]["prompt"], store.rows[place]["seed"], thumbnail(store.image(place))
+    store, key = _base_store(path), Path(path).stem
+    picture = store.image(place)
+    if full:
+        full.keep(key, place, picture)
+    return store.rows[place]["prompt"], store.rows[place]["seed"], thumbnail(picture)
 
 
 @lru_cache(maxsize=8)

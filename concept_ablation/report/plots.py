@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from concept_ablation.report.figures import Strip
 from concept_ablation.report.formatting import whole_points
 
 COLORS = {"good": "#14704a", "warn": "#885200", "bad": "#b03020", "open": "#595c65"}
@@ -50,9 +51,7 @@ def _cell(x: float, y: float, side: float, cell: Mapping) -> str:
     )
 
 
-def grid_figure(
-    title: str, strips: Sequence[tuple[str, Sequence[tuple[Image.Image, Image.Image]]]], side: int = 128
-) -> str:
+def grid_figure(title: str, strips: Sequence[Strip], side: int = 128) -> str:
     """A row's pictures: of each subject a strip, the base model's above the ablated one's, a column a seed."""
     gap, left, top = 4, 150, 30
     wide = max((len(pairs) for _, pairs in strips), default=0) * (side + gap)

@@ -15,6 +15,7 @@ from concept_ablation.common.roles import probe_roles
 from concept_ablation.report.comebacks import attack_section
 from concept_ablation.report.figures import PLAIN, thumbnail
 from concept_ablation.report.formatting import flat_settings
+from concept_ablation.report.full_size import FullSize
 from concept_ablation.report.pictures import Pair, probe_pictures, read_record
 from concept_ablation.report.strength import read_looks
 from concept_ablation.report.summary import training_record
@@ -81,11 +82,12 @@ def sections(
     pairs: int,
     shown: int | None,
     tried: Mapping[str, Sequence[Mapping]] | None = None,
+    full: FullSize | None = None,
 ) -> Iterator[dict]:
     """What the page shows of each row, made when the page asks for it. `shown`: as `probes_a_row` gives it.
 
     measured: what the rows did to other rows' subjects, as `victims.read_interference` gives it. tried: what was tried to bring their
-    targets back, as `comebacks.read_attacks` gives it.
+    targets back, as `comebacks.read_attacks` gives it. full: what keeps the probes' pictures in full size, too.
     """
     places = _places(scores["concept"])
     for row, line in zip(rows, lines, strict=True):
@@ -97,7 +99,13 @@ def sections(
             "row": row,
             "probes": [
                 _probe(
-                    row, samples, place, metrics, record.get(place, ()), counts if place in chosen else (0, 0)
+                    row,
+                    samples,
+                    place,
+                    metrics,
+                    record.get(place, ()),
+                    counts if place in chosen else (0, 0),
+                    full,
                 )
                 for place in probe_roles(row)
             ],
@@ -150,10 +158,11 @@ def _probe(
     metrics: Sequence[Mapping],
     record: Sequence[Pair],
     counts: tuple[int, int],
+    full: FullSize | None,
 ) -> dict:
     role, subject = place
     ablated = samples.select(role, subject)
-    pictures = probe_pictures(row, ablated, place, record, counts)
+    pictures = probe_pictures(row, ablated, place, record, counts, full)
     found = {line["metric"]: line for line in metrics if (line["role"], line["probe"]) == place}
     return {"role": role, "subject": subject, "total": len(ablated), "pictures": pictures, "metrics": found}
 

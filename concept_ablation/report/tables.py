@@ -4,7 +4,6 @@ docs/report.md explains every column to a reader. Each Parquet file says in its 
 rows it has and which are missing because they aren't finished; a whole run leaves the same beside them, as a mark.
 """
 
-import contextlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,27 +77,6 @@ def aggregate_scores(
     wide = pa.Table.from_pylist(summary, schema=columns)
     write_table([wide], summary_path, columns.with_metadata(about))
     log.info("%d concepts, %d scores", len(rows), scores)
-
-
-def aggregate_images(spec: Mapping, out_path: str | Path) -> None:
-    """Writes all rows' records of their pictures to `out_path`, one Parquet file; a bundle's rows follow, with its name in `bundle`.
-
-    Raises TableError if a row's record is missing or damaged.
-    """
-    models = [(None, row) for row in report_rows(spec)]
-    models += [(bundle["name"], row) for bundle in spec.get("bundles", []) for row in bundle["rows"]]
-    about, writer = {METADATA_KEY: json.dumps(describe(spec))}, None
-    with atomic_output(out_path) as part, contextlib.ExitStack() as open_file:
-        for bundle, row in models:
-            table = read_part(row["images"], "records of pictures")
-            table = table.add_column(0, "bundle", pa.array([bundle] * len(table), pa.string()))
-            if writer is None:
-                writer = open_file.enter_context(pq.ParquetWriter(part, table.schema.with_metadata(about)))
-            elif table.schema.names != writer.schema.names:
-                raise damaged(TableError, row["images"], "these columns are not this version's")
-            writer.write_table(table.cast(writer.schema))
-        if writer is None:  # no row is finished
-            pq.write_table(pa.table({}).replace_schema_metadata(about), part)
 
 
 def describe(spec: Mapping) -> dict:

@@ -33,6 +33,8 @@ from concept_ablation.report.status import read_costs, unfinished_keys
 
 STANDARD = "DefaultStreamHandler"
 """The name of Snakemake's handler of the terminal."""
+BESIDE = 52
+"""What a job's line needs beside its name and its bar: the longest rule, "about 1 h 20 min left", "20 min", and the gaps."""
 STYLES = {"good": "green", "bad": "red", "warn": "yellow"}
 
 
@@ -147,8 +149,8 @@ class TerminalHandler(logging.Handler):
         """A line for each job that runs, at most as many as fit, and one for all."""
         grid = Table.grid(padding=(0, 1))
         grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        grid.add_column(width=20)
+        grid.add_column(no_wrap=True, ratio=1)
+        grid.add_column(width=self.bar_width)
         grid.add_column(no_wrap=True, justify="right")
         grid.add_column(no_wrap=True, justify="right")
         jobs = list(self.state.running.values())
@@ -160,17 +162,23 @@ class TerminalHandler(logging.Handler):
         done, total, left = self.state.done, self.state.total, self.state.seconds_left()
         rest = f"about {duration(left)} left" if left else ""
         passed = duration(time.monotonic() - self.began)
-        bar = ProgressBar(total=max(total, 1), completed=done, width=20)
+        bar = ProgressBar(total=max(total, 1), completed=done, width=self.bar_width)
         grid.add_row("[bold]all[/]", f"{done} of {total} jobs", bar, rest, passed)
         return grid
 
+    @property
+    def bar_width(self) -> int:
+        """Of a job's bar, in characters. A narrow terminal has a short one, since the numbers beside it say the same."""
+        return 20 if self.console.width >= 100 else 10
+
     def _job_line(self, job: Running) -> tuple[str | Text | ProgressBar, ...]:
         told = read_progress(self.folder, job.log) if job.log else None
-        label = Text(printable((job.key or "").rpartition(".")[0], 60))
+        room = max(8, min(60, self.console.width - self.bar_width - BESIDE))
+        label = Text(printable((job.key or "").rpartition(".")[0], room))
         passed = duration(time.monotonic() - job.began)
         if told is None or not told.total:
             return job.rule, label, "", "", passed
-        bar = ProgressBar(total=told.total, completed=told.done, width=20)
+        bar = ProgressBar(total=told.total, completed=told.done, width=self.bar_width)
         return job.rule, label, bar, count_text(told), passed
 
 

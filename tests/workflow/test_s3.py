@@ -119,6 +119,9 @@ def test_a_run_leaves_everything_in_the_bucket_and_nothing_here(first, store):
     (line,) = store.read("studies/results/report/summary.csv").splitlines()[1:]
     delta = re.search(r"results/concepts/[^,\"]+", line).group()
     assert "pouting cat" in line and f"studies/{delta}" in store.files()  # as a reader of the bucket finds it
+    assert {f"studies/results/report/{name}" for name in ("figures/overview.svg", "images.parquet")} <= set(
+        store.files()
+    )
     page = store.read("studies/results/report/index.html")
     assert page.count("data:image/") > 8
     assert SECRET not in page and not any(SECRET in text for text in texts(first.folder))

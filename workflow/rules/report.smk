@@ -1,6 +1,6 @@
 # The tables of all rows and the page that shows them.
 # Reads every row's scores and pictures, and the jobs' benchmarks and logs; writes report/scores, report/summary and report/costs (Parquet
-# and CSV), report/images (a line a picture) and report/index.html with report/figures/*.svg.
+# and CSV), report/images (a line a picture) and report/index.html with report/figures/ (plots, grids and enlarged pictures).
 # report/complete.json marks a report of all rows. The report that `onerror` makes of the finished rows doesn't have it.
 # Rows that were finished before this run aren't inputs, so that planning stays quick; the spec names the files of all rows.
 # In a remote storage all rows are inputs, so that Snakemake fetches their files.
@@ -35,7 +35,7 @@ rule aggregate_scores:
 
 
 rule render_report:
-    """Make the page, worst rows first, with pictures before and after for every row; and its plots as SVG files for papers."""
+    """Make the page, worst rows first, with pictures before and after for every row; its plots as files for papers, and large pictures in full size."""
     input:
         scores="<results>/report/scores.parquet",
         summary="<results>/report/summary.parquet",

@@ -9,7 +9,8 @@ start_job(snakemake)
 
 from concept_ablation.report.columns import write_columns
 from concept_ablation.report.costs import aggregate_costs, row_costs
-from concept_ablation.report.tables import aggregate_images, aggregate_scores, mark_complete, relocate_paths
+from concept_ablation.report.images import aggregate_images
+from concept_ablation.report.tables import aggregate_scores, mark_complete, relocate_paths
 
 results = Path(snakemake.output.scores).parents[1]
 spec = relocate_paths(json.loads(snakemake.params.spec), results)

@@ -168,6 +168,14 @@
   const inStrip = () => [...shown.parentElement.querySelectorAll("figure")].filter((figure) => figure.offsetParent)
     .sort((a, b) => Number(getComputedStyle(a).order) - Number(getComputedStyle(b).order));
 
+  // The same picture in full size, once it is there; a page without its folder keeps the thumbnail.
+  function fullSize(image, figure, file, position) {
+    const key = file.split("/").at(-1).replace(/\.parquet$/, "");
+    const full = new Image();
+    full.onload = () => { if (shown === figure) image.src = full.src; };
+    full.src = `${zoom.dataset.full}/${encodeURIComponent(`${key}.${position}.webp`)}`;
+  }
+
   function enlarge(figure) {
     shown = figure;
     const { values = [], where = [] } = JSON.parse(figure.dataset.more);
@@ -176,7 +184,10 @@
     const badge = figure.querySelector(".badge")?.textContent;
     part("h2").textContent = `${name}, seed ${figure.dataset.seed}${badge ? `: ${badge}` : ""}`;
     part("#zoom-prompt").textContent = figure.dataset.prompt;
-    stage.querySelectorAll("img").forEach((image, number) => { image.src = figure.querySelectorAll("img")[number].src; });
+    stage.querySelectorAll("img").forEach((image, number) => {
+      image.src = figure.querySelectorAll("img")[number].src;
+      if (where[number] && zoom.dataset.full && !check) fullSize(image, figure, ...where[number]);
+    });
     part(".unveil").hidden = !check;
     part(".unveil input").checked = check?.checked || Boolean(figure.closest(".fold").querySelector(".reveal:checked"));
     stage.classList.toggle("veiled", Boolean(check) && !part(".unveil input").checked);
