@@ -87,9 +87,10 @@ class Kind:
         templates: Sequence[str],
         slots: Mapping[str, Sequence[str]],
         probe_template: str,
+        count: int | None = None,
     ) -> list[str]:
-        """The evaluation prompts of `subject`. `role`: its role in the row, target, paraphrase, anchor or neighbor."""
-        return expand(templates, subject, slots)
+        """The first `count` evaluation prompts of `subject` (None: all). `role`: its role in the row, target, paraphrase, anchor or neighbor."""
+        return expand(templates, subject, slots)[:count]
 
     def templates(self, wanted: str | Sequence[str]) -> list[str]:
         """The templates of target prompts. `wanted`: the name of a published set, or a list of templates.
@@ -149,8 +150,9 @@ class AddedKind(Kind):
         templates: Sequence[str],
         slots: Mapping[str, Sequence[str]],
         probe_template: str,
+        count: int | None = None,
     ) -> list[str]:
         if role not in self.added_roles:
-            return expand(templates, subject, slots)
-        prompts = expand(templates, anchor, slots)
+            return expand(templates, subject, slots)[:count]
+        prompts = expand(templates, anchor, slots)[:count]
         return [fill(probe_template, {"prompt": prompt, "target": subject}) for prompt in prompts]

@@ -43,8 +43,9 @@ class Object(Kind):
         templates: Sequence[str],
         slots: Mapping[str, Sequence[str]],
         probe_template: str,
+        count: int | None = None,
     ) -> list[str]:
-        prompts = self.anchor_prompts(anchor, templates, slots)
+        prompts = self.anchor_prompts(anchor, templates, slots)[:count]
         return prompts if role == "anchor" else [replace_word(prompt, anchor, subject) for prompt in prompts]
 
 

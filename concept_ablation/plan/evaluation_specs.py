@@ -219,8 +219,7 @@ def _probe_prompts(
     probe_template: str,
 ) -> list[str]:
     """A probe's first `count` prompts. They are cached, since rows share most of their neighbors."""
-    prompts = KINDS[kind].probe_prompts(role, subject, anchor, templates, dict(slots), probe_template)
-    return prompts[:count]
+    return KINDS[kind].probe_prompts(role, subject, anchor, templates, dict(slots), probe_template, count)
 
 
 def frozen(slots: Mapping[str, Sequence[str]]) -> Frozen:

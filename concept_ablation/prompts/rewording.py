@@ -171,12 +171,14 @@ def _double(text: str, place: int) -> str:
 
 
 def _asking(words: Words, others: Sequence[str], count: int) -> list[str]:
-    """The plain prompts of other words, which take turns."""
-    lists = [words.requests(other, count) for other in others[:count]]
-    return [
-        lists[place % len(lists)][place % len(lists[place % len(lists)])]
-        for place in range(count if lists else 0)
-    ]
+    """The plain prompts of other words, which take turns. Of each word only those up to its last turn are made."""
+    others, found = others[:count], [""] * (count if others else 0)
+    for first, other in enumerate(others):
+        turns = range(first, count, len(others))
+        requests = words.requests(other, turns[-1] + 1)
+        for place in turns:
+            found[place] = requests[place % len(requests)]
+    return found
 
 
 def _turns(count: int, one: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
