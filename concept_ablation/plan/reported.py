@@ -65,7 +65,7 @@ def _jobs(plan: Plan, row: Row) -> list[str]:
         found[key] = None
 
     visit(row.scores)
-    keys = [*found, *([row.interference.key] if row.interference else [])]
+    keys = [*found, *(key for key in row.last if key not in found)]
     return [f"{plan.stages[key]}/{key}" for key in keys]
 
 
