@@ -6,9 +6,9 @@ The checkout is nupurkmr9/concept-ablation (commit c11fb1b). Its `train.main` ru
 guidance 6, batches of 4), then trains (batches of 4, `--scale_lr --hflip`, cross-attn), all in fp32, as it does on a CPU. Pictures to
 judge are drawn by its pipeline as its evaluate.py does (DDIM, 50 steps, eta 1, batches of 10), which itself asks for a GPU. Ours does the same
 by the same settings, then once more by its own defaults. Each side is a process of its own, on one thread; they alternate, since other
-work may share the machine, and CPU seconds are compared: medians over batches, steps and rounds, the first of each left out.
+work may share the machine, and CPU seconds are compared: medians over batches, steps and rounds, the first of several left out.
 
-A concept is reckoned from these parts (`Protocol`), and so are 16 concepts of 4 anchors. Its README's protocol: 1,000 anchor pictures, 200 steps
+A concept is reckoned from these parts (`Work`), and so are 16 concepts of 4 anchors. Its README's protocol: 1,000 anchor pictures, 200 steps
 of 4 on one device, 200 pictures of target and anchor and 50 of each of 4 neighbors by the ablated model, 50 of each by the base.
 """
 
