@@ -152,6 +152,10 @@ def test_wordings_change_no_other_key_and_can_be_left_out(config):
     assert set(plan.files(plan.rows[0])) - set(without.files(without.rows[0])) == {
         file for key in plan.rows[0].attacks for file in plan.unit_files(key).values()
     }
+    told = [json.loads(one.report_spec())["rows"][0]["jobs"] for one in (plan, without)]
+    assert set(told[0]) - set(told[1]) == {f"probe_wordings/{key}" for key in plan.rows[0].attacks}, (
+        "its cost is the row's"
+    )
 
 
 def test_synonyms_and_other_languages_come_from_the_table_and_a_file(config, tmp_path):

@@ -30,6 +30,16 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def read_end(path: str | Path, size: int = 4096) -> str:
+    """The last `size` bytes of a text file; an empty text where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
 def damaged(kind: type[ValueError], path: str | Path, why: str) -> ValueError:
     """An error of class `kind` that says `why` the file at `path` is damaged; its attribute `damaged` is that path."""
     error = kind(f"{path}: {why}{CURE}")

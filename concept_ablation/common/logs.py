@@ -16,8 +16,9 @@ import warnings
 from pathlib import Path
 
 from concept_ablation.common.errors import UserError
-from concept_ablation.common.files import CURE, set_aside
+from concept_ablation.common.files import CURE, read_end, set_aside
 from concept_ablation.common.hardware import peak_resident
+from concept_ablation.common.parts import spent_text
 from concept_ablation.common.progress import tell_progress_of
 
 log = logging.getLogger(__name__)
@@ -81,18 +82,14 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _log_done() -> None:
+    log.info("%s", spent_text())
     log.info(TOOK, time.process_time(), peak_resident() / 1e6)
     log.info(DONE)
 
 
 def read_took(path: str | Path) -> tuple[float, float] | None:
     """CPU seconds and the most resident memory (MB) that a finished job's log tells; None if it doesn't or isn't there."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            found = _TOOK.findall(file.read().decode("utf-8", "replace"))
-    except OSError:
-        return None
+    found = _TOOK.findall(read_end(path))
     return (float(found[-1][0]), float(found[-1][1])) if found else None
 
 

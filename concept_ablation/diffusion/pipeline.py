@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from concept_ablation.common.hardware import pick_device
+from concept_ablation.common.parts import timed
 from concept_ablation.common.remote_code import REFUSED, find_code
 from concept_ablation.diffusion.families.base import Family, ModelError, family_named
 from concept_ablation.registries import FAMILIES
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"  # of a pipeline's folder; it names the pipeline's class
 
 
+@timed("loading")
 def load_pipeline(
     path: str | Path,
     revision: str | None = None,

@@ -16,6 +16,7 @@ import torch
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.hardware import Precision, autocast
+from concept_ablation.common.parts import timed
 from concept_ablation.common.progress import progress_bar
 from concept_ablation.diffusion.families.base import family_of
 
@@ -63,6 +64,7 @@ def sample_images(
             bar.update(len(images))
 
 
+@timed("pictures")
 def _sample_batch(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],

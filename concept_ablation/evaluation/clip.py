@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from concept_ablation.common.parts import timed
 from concept_ablation.evaluation.features import FeatureError, batches, normalised
 
 WEIGHT_NAMES = (
@@ -30,6 +31,7 @@ class ClipScorer:
         FeatureError: unknown architecture, missing or unreadable weights.
     """
 
+    @timed("loading")
     def __init__(self, model: str | Path, pretrained: str | Path | None = None, device="cpu"):
         self.device = torch.device(device)
         self.model, self.preprocess, self.tokenize = _load_open_clip(str(model), pretrained, self.device)
@@ -37,6 +39,7 @@ class ClipScorer:
         short = Path(model).name if Path(model).is_dir() else str(model)
         self.name = f"CLIP {short}" + (f" ({Path(str(pretrained)).name})" if pretrained else "")
 
+    @timed("scoring")
     @torch.inference_mode()
     def image_features(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
         """(n, d) float32, rows of length 1. `images` is read lazily, `batch_size` at a time."""
@@ -48,6 +51,7 @@ class ClipScorer:
         ]
         return normalised(chunks)
 
+    @timed("scoring")
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
         """(n, d) float32, rows of length 1, in the order of `texts`."""

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from concept_ablation.common.parts import timed
 from concept_ablation.evaluation.features import FeatureError, batches, normalised
 
 # SSCD as the paper uses it: pixels a side, the similarity above which two pictures are copies, where it is published.
@@ -99,6 +100,7 @@ class CopyDescriptor:
         FeatureError: a file is missing or can't be read, or isn't the one that `sha256` names.
     """
 
+    @timed("loading")
     def __init__(self, model: str | Path, device="cpu", sha256: str | None = None):
         self.device, path = torch.device(device), Path(model)
         if path.is_dir():
@@ -114,6 +116,7 @@ class CopyDescriptor:
         self.net = net.to(self.device).eval()
         self.name = f"copy descriptor {path.name}"
 
+    @timed("scoring")
     @torch.inference_mode()
     def features(self, images: Iterable[Image.Image], batch_size: int = 64) -> np.ndarray:
         """(n, dim) float32, rows of length 1. Pictures are resized to a square, never cropped."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concept_ablation.common.image_store import ImageStore, Pictures, open_store
+from concept_ablation.common.parts import timed
 from concept_ablation.common.roles import LANES, planned_looks
 from concept_ablation.diffusion import stages
 from concept_ablation.diffusion.delta import apply_delta, sampling_of
@@ -113,6 +114,7 @@ class Judge:
         roles = {role for lane in self.open for role in LANES[lane]}
         return [probe for probe in self.spec["probes"] if probe["role"] in roles]
 
+    @timed("scoring")
     def look(self, drawn: Mapping[tuple, Sequence[Image]]) -> None:
         """Add pictures, by role and subject, each probe's next ones; then see which lanes are still open."""
         for place, pictures in drawn.items():

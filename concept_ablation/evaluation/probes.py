@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from concept_ablation.common.parts import timed
 from concept_ablation.common.roles import POOLS, WORST, is_pooled
 from concept_ablation.evaluation.metrics.base import Metric, RowMetric, Values
 from concept_ablation.evaluation.row import Probe, Row
@@ -24,6 +25,7 @@ CHOOSES_WORST = "typical"
 """The metric by which the worst neighbor is chosen: `recognition` stays at its top while pictures change."""
 
 
+@timed("scoring")
 def score_probes(row: Row, bootstrap: Bootstrap, names: Container[str] | None = None) -> list[dict]:
     """The long table's rows, without the row's names: probe, role, pooled, model, metric, value, interval, n, text, against.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from concept_ablation.common.amx import avoid_hidden_tiles
 from concept_ablation.common.gpu_locks import claim_device
+from concept_ablation.common.parts import MAIN, begin, timed
 from concept_ablation.registries import STAGES
 
 
@@ -25,7 +26,11 @@ def describe(snakemake) -> dict[str, object]:
 def run(job: Mapping) -> None:
     """Do the work of a stage's job, as `describe` gives it. Once a process, in its main thread."""
     _prepare(job)
-    STAGES[job["spec"]["stage"]].run(job["spec"], **job["files"], **job["options"])
+    stage = job["spec"]["stage"]
+    with timed("start-up"):
+        work = STAGES[stage].run  # imports torch, unless the process is warm
+    with timed(MAIN.get(stage, "rest")):
+        work(job["spec"], **job["files"], **job["options"])
 
 
 def _setting_of(snakemake) -> dict[str, object]:
@@ -39,6 +44,7 @@ def _prepare(job: Mapping) -> None:
     """Before torch computes: keep oneDNN from unusable AMX, start the log, lock a GPU if the job may use one."""
     from concept_ablation.common.logs import setup_logging, tell_end
 
+    begin()
     avoid_hidden_tiles()
     setup_logging(job["log"], results=job["results"])
     tell_end(job["log"])

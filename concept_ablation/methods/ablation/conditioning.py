@@ -27,8 +27,8 @@ TEXTS_AT_ONCE = 64
 class Encoder:
     """A pipeline's text encoders and VAE encoder; what isn't trained is encoded once for each distinct input.
 
-    On a CPU each input is encoded alone, so that its encoding doesn't depend, in its last bits, on the rest of the batch;
-    batches aren't quicker there. Elsewhere as many are encoded at once as `PIXELS_AT_ONCE` and `TEXTS_AT_ONCE` allow. `embeddings`: the token embeddings that are trained, if they are.
+    On a CPU each input is encoded alone, so that its encoding doesn't depend, in its last bits, on the rest of the batch, and a training
+    that goes on after it was killed is the same (docs/performance.md says what that costs). Elsewhere as many are encoded at once as `PIXELS_AT_ONCE` and `TEXTS_AT_ONCE` allow. `embeddings`: the token embeddings that are trained, if they are.
     """
 
     def __init__(
