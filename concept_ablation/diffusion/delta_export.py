@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
-LORA_WRITERS = {"lora": save_diffusers, "kohya": save_kohya}
+LORA_FORMS = ("lora", "kohya")
 # The bound on each layer's relative error where neither rank nor bound is given: docs/formats.md has the measurements.
 LORA_ERROR = 0.1
 
@@ -71,10 +71,9 @@ def export_delta(
     own = delta_parameters(pipeline, tensors)
     base = {name: own[name].detach().clone() for name in tensors if name in own}
     apply_delta(pipeline, delta_path)
-    if form in LORA_WRITERS:
+    if form in LORA_FORMS:
         changes = {name: tensors[name] - base[name] for name in tensors}
-        network = family_of(pipeline).network_name
-        text = _write_lora(out, form, changes, network, metadata, rank, error)
+        text = _write_lora(out, form, changes, pipeline, metadata, rank, error)
     elif form == "pipeline":
         text = _write_pipeline(out, pipeline, metadata, half)
     else:
@@ -88,10 +87,8 @@ def _check_options(out: Path, form: Format, rank: int | None, error: float | Non
     """Raise FormatError for an unknown form, for options that it hasn't, and for a folder that is there already."""
     if form not in FORMATS:
         raise FormatError(f"format {form!r} is unknown (allowed: {', '.join(FORMATS)})")
-    if form not in LORA_WRITERS and (rank, error) != (None, None):
-        raise FormatError(
-            f"format {form}: a rank or an error bound is for {' and '.join(LORA_WRITERS)} alone"
-        )
+    if form not in LORA_FORMS and (rank, error) != (None, None):
+        raise FormatError(f"format {form}: a rank or an error bound is for {' and '.join(LORA_FORMS)} alone")
     if half and form != "pipeline":
         raise FormatError(f"format {form}: fp16 is for pipeline alone, the others are fp32")
     if form == "pipeline" and out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -168,14 +165,19 @@ def _write_lora(
     out: Path,
     form: str,
     changes: Mapping[str, Tensor],
-    network: str,
+    pipeline: DiffusionPipeline,
     metadata: Mapping,
     rank: int | None,
     error: float | None,
 ) -> str:
     error = LORA_ERROR if rank is None and error is None else error
-    lora = factorise(changes, network, rank=rank, error=error)
-    LORA_WRITERS[form](out, lora, {**metadata, "lora": {"rank": rank, "error_bound": error, **lora.report()}})
+    family = family_of(pipeline)
+    lora = factorise(changes, family.network_name, rank=rank, error=error)
+    about = {**metadata, "lora": {"rank": rank, "error_bound": error, **lora.report()}}
+    if form == "kohya":
+        save_kohya(out, lora, about, family.kohya_names(pipeline, lora.layers))
+    else:
+        save_diffusers(out, lora, about)
     for name, layer in lora.layers.items():
         log.info("%s: rank %d, relative error %.3g", name, layer.rank, layer.error)
     return lora.summary()

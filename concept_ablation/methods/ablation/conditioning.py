@@ -70,6 +70,10 @@ class Encoder:
         with self.embeddings.active():
             return self.family.encode_prompts(self.pipeline, prompts)
 
+    def framed(self, conditioning: Conditioning, batch: Batch) -> Conditioning:
+        """The conditioning of n prompts for a batch's n views: a network that is told how pictures are cut is told the truth."""
+        return self.family.framed(conditioning, batch.frames)
+
     @torch.no_grad()
     def latents(self, batch: Batch, noise: Tensor) -> Tensor:
         """Latents of a batch's views, as the network takes them: drawn from the VAE's posterior with `noise`.
