@@ -20,6 +20,7 @@ from torch import Tensor
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hashes import fingerprint
 from concept_ablation.common.text import size_text
+from concept_ablation.diffusion.compvis import LayoutError
 from concept_ablation.diffusion.delta import (
     METADATA_KEY,
     apply_delta,
@@ -135,9 +136,12 @@ def _write_delta_bin(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[st
     own = {n.removeprefix(f"{network}."): t for n, t in tensors.items() if n.startswith(f"{network}.")}
     content, text = {network: own}, f"{len(own)} tensors of the {network}"
     for component in sorted(changed - {network}):
-        state = family.encoders(pipeline)[component].state_dict()
-        # The name that transformers gave them when the reference was written, and before its version 5.
-        content[component] = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in state.items()}
+        encoder = family.encoders(pipeline)[component]
+        state = encoder.state_dict()
+        if type(encoder).__name__ == "CLIPTextModel":
+            # The name that transformers gave them when the reference was written, and before its version 5.
+            state = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in state.items()}
+        content[component] = dict(state)
         count = sum(name.startswith(f"{component}.") for name in tensors)
         text += f" and the whole {component} ({count} changed tensors)"
     with atomic_output(out) as part:
@@ -153,7 +157,9 @@ def _write_compvis(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[str,
     state = {theirs: tensors[name] for name, theirs in names.items()}
     text = f"{len(names)} tensors"
     if rows:
-        (table,) = family.token_tables(pipeline).values()
+        table, *others = family.token_tables(pipeline).values()
+        if others:
+            raise LayoutError(f"{rows[0]}: a delta in CompVis's layout has one text encoder")
         state["embed"] = table.weight.detach().clone()
         text += f" and the whole token embedding ({len(rows)} changed rows)"
     with atomic_output(out) as part:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding"]
+ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding", "single-attn"]
 """`cross-attn`: what projects the text to keys and values (the paper's choice for styles and objects); `attn`: queries,
 keys, values and output projections of all attention layers; `full-weight`: the whole network; `embedding`: nothing of
-the network, but rows of the text encoders' token embeddings."""
+the network, but rows of the text encoders' token embeddings; `single-attn`: keys and values where text and picture share them."""
 
 
 Frame = tuple[int, int, int]
@@ -64,6 +64,10 @@ class Conditioning:
 
         columns = zip(*(part._values() for part in parts), strict=True)
         return Conditioning(*(None if values[0] is None else torch.cat(values) for values in columns))
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same on another device."""
+        return Conditioning(*(None if value is None else value.to(device) for value in self._values()))
 
     def _values(self) -> list[Tensor | None]:
         return [getattr(self, field.name) for field in fields(self)]

@@ -49,8 +49,10 @@ class Encoder:
         for start in range(0, len(new), size):
             chunk = new[start : start + size]
             encoded = self._encode(chunk)
-            self._texts |= {prompt: encoded[i : i + 1] for i, prompt in enumerate(chunk)}
-        return Conditioning.join([self._texts[prompt] for prompt in prompts])
+            # In the machine's memory: a prompt of Stable Diffusion 3 has 5.5 MB, and there may be a thousand.
+            self._texts |= {prompt: encoded[i : i + 1].to("cpu") for i, prompt in enumerate(chunk)}
+        found = Conditioning.join([self._texts[prompt] for prompt in prompts])
+        return found.to(self.pipeline.device)
 
     def hidden(self, prompts: Sequence[str]) -> Iterator[Tensor]:
         """(n, tokens, width): the same hidden states, of n prompts at a time. They aren't kept, since there may be thousands."""
