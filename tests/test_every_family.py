@@ -388,7 +388,7 @@ def test_esd_leads_away_from_what_guidance_sets_against_the_target(name, folders
     loss = esd_loss(training.predict, training.unchanged, noisy, timesteps, *told, 1.0)
     with torch.no_grad():
         towards, plain = (training.unchanged(noisy, timesteps, text) for text in told)
-    assert float(loss) == pytest.approx(float((2 * (towards - plain)).square().mean()), rel=1e-3)
+    assert float(loss.detach()) == pytest.approx(float((2 * (towards - plain)).square().mean()), rel=1e-3)
     (record,) = training
     assert record["loss"] > 0 and all(
         not torch.equal(value, training.start[own]) for own, value in training.parameters.items()

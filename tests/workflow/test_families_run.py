@@ -56,9 +56,9 @@ def settings(name: str) -> dict:
         own["training"]["preserve"] = "none"
         own["bundles"]["how"] = "sum"
     if name in SEARCHES:
-        looked = {"target": 2, "anchor": 2, "neighbor": 2}
+        looked = {"target": 4, "anchor": 4, "neighbor": 4}
         search = {"looks": [1], "scales": [1.0], "ladder": [{"preserve": "distill"}], "images": looked}
-        own["training"] |= {"strength": "auto", "search": {**search, "batches": 1, "sampler": FEW}}
+        own["training"] |= {"strength": "auto", "search": {**search, "batches": 2, "sampler": FEW}}
     return own
 
 

@@ -148,7 +148,7 @@ class Family:
 
     def token_tables(self, pipeline: DiffusionPipeline) -> dict[str, nn.Embedding]:
         """The token embedding, (vocabulary, width), of each text encoder, by the encoder's name."""
-        return {name: encoder.get_input_embeddings() for name, encoder in self.encoders(pipeline).items()}
+        return {name: _token_table(encoder) for name, encoder in self.encoders(pipeline).items()}
 
     # Encoding and prediction
 
@@ -267,6 +267,12 @@ class Family:
     def compvis_names(self, pipeline: DiffusionPipeline, names: Iterable[str]) -> dict[str, str]:
         """A parameter's name in a delta -> in CompVis's code, for each of `names`. Raises LayoutError."""
         raise LayoutError(f"{self.title} has no names in CompVis's layout")
+
+
+def _token_table(encoder: nn.Module) -> nn.Embedding:
+    """The module that a text encoder looks tokens up in; T5's has its weights from another, which is never called."""
+    inner = getattr(getattr(encoder, "encoder", None), "embed_tokens", None)
+    return encoder.get_input_embeddings() if inner is None else inner
 
 
 def family_named(pipeline_class: str) -> Family:
