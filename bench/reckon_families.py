@@ -104,7 +104,7 @@ def reckon(name: str) -> None:
     print(f"{name}: {sizes[0]:.0f} M parameters, {sizes[1]:.1f} M trained; a prediction {tflop:.2f} TFLOP, {each:.2f} GB a picture + {rest:.2f}", flush=True)  # fmt: skip
     for value in trained:
         value.requires_grad_(True)
-    for checkpointing in (False, True):
+    for checkpointing in (True, False):
         (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()
         tflop, each, rest = count(network, functools.partial(step))
         print(f"  a step{', checkpointing' * checkpointing}: {tflop:.2f} TFLOP, {each:.2f} GB a picture + {rest:.2f}", flush=True)  # fmt: skip

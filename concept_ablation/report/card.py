@@ -32,7 +32,6 @@ from concept_ablation.report.tables import missing_rows
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
-TAGS = ("concept-ablation", "stable-diffusion", "text-to-image")
 UNLISTED = (
     "base_model",
     "base_revision",
@@ -122,7 +121,7 @@ def write_card(
 def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_model: str | None) -> dict:
     """What the card says of a row, of its scores and of its delta's metadata."""
     return {
-        "front_matter": front_matter(base_model or metadata.get("base_model")),
+        "front_matter": front_matter(metadata, base_model),
         "base": base_name(metadata, base_model),
         "targets": ", ".join(metadata.get("targets") or [summary["target"]]),
         "anchor": summary["anchor"],
@@ -145,11 +144,14 @@ def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageS
             yield from [strip] if strip else []
 
 
-def front_matter(base_model: object) -> str:
+def front_matter(metadata: Mapping, base_model: str | None) -> str:
+    """The card's head in YAML, without its lines of dashes. metadata: the delta's."""
     from huggingface_hub import ModelCardData
 
+    family = "flux" if _pipeline_class((), metadata) == "FluxPipeline" else "stable-diffusion"
+    tags, base_model = ["concept-ablation", family, "text-to-image"], base_model or metadata.get("base_model")
     named = {"base_model": base_model} if is_hub_id(base_model) else {}
-    data = ModelCardData(license="other", tags=list(TAGS), pipeline_tag="text-to-image", **named)
+    data = ModelCardData(license="other", tags=tags, pipeline_tag="text-to-image", **named)
     return data.to_yaml()
 
 

@@ -96,4 +96,6 @@ def test_a_family_goes_through_every_stage(name, models, tmp_path, monkeypatch):
 
     card = card_of_results(plan.results, "r2d2", tmp_path / "card")
     kinds = {"sd2": "StableDiffusion", "sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3", "flux": "Flux"}
-    assert f"import {kinds[name]}Pipeline" in (card / "README.md").read_text(encoding="utf-8")
+    text = (card / "README.md").read_text(encoding="utf-8")
+    assert f"import {kinds[name]}Pipeline" in text
+    assert ("- flux" if name == "flux" else "- stable-diffusion") in text
