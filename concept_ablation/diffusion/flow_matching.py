@@ -6,13 +6,18 @@ At noise level s, between 0 and 1, the noisy latents are (1 - s) x latents + s x
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from concept_ablation.diffusion.families.base import NoiseSchedule
+from concept_ablation.diffusion.families.base import Family, NoiseSchedule
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from torch import Tensor, nn
+
+MIXED = "its text tokens change from block to block together with the picture's"
+"""Why such a network's keys and values aren't linear in the text's encoding, and no token is the same for every prompt."""
+PROJECTIONS = (".add_k_proj", ".add_v_proj")
 
 
 class FlowSchedule(NoiseSchedule):
@@ -42,11 +47,23 @@ class FlowSchedule(NoiseSchedule):
         return noise - latents
 
 
-def shifted_latents(moments: Tensor, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Latents drawn from a VAE's posterior with `noise`, as the networks of these families take them: shifted, then scaled.
+class FlowFamily(Family):
+    """What transformers of text and picture together share that are trained so."""
 
-    moments: (n, 2 x channels, cells, cells); noise: (n, channels, cells, cells). config: the VAE's.
-    """
-    mean, log_variance = moments.chunk(2, dim=1)
-    deviation = (0.5 * log_variance.clamp(-30, 20)).exp()  # diffusers' bounds
-    return (mean + deviation * noise.to(mean) - config["shift_factor"]) * config["scaling_factor"]
+    network_name = "transformer"
+    schedulers: ClassVar = {"flow-euler": ("FlowMatchEulerDiscreteScheduler", {})}
+    latent_sampler = "flow-euler"
+
+    def latents(self, pipeline: DiffusionPipeline, moments: Tensor, noise: Tensor) -> Tensor:
+        mean, log_variance = moments.chunk(2, dim=1)
+        deviation, config = (
+            (0.5 * log_variance.clamp(-30, 20)).exp(),
+            pipeline.vae.config,
+        )  # diffusers' bounds
+        return (mean + deviation * noise.to(mean) - config.shift_factor) * config.scaling_factor
+
+    def noise_schedule(self, pipeline: DiffusionPipeline) -> NoiseSchedule:
+        return FlowSchedule(pipeline.scheduler.config)
+
+    def text_projections(self, network: nn.Module) -> dict[str, nn.Module]:
+        return {name: layer for name, layer in network.named_modules() if name.endswith(PROJECTIONS)}

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from concept_ablation.diffusion.families.base import Conditioning, Family, ModelError, NoiseSchedule
-from concept_ablation.diffusion.flow_matching import FlowSchedule, shifted_latents
+from concept_ablation.diffusion.families.base import Conditioning, ModelError
+from concept_ablation.diffusion.flow_matching import MIXED, FlowFamily
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 
 GUIDANCE = 3.5
 """What training tells a guidance-distilled network: the published sampler's value, since pictures are drawn so."""
-MIXED = "its text tokens change from block to block together with the picture's"
 DISTILLED = "guidance is an input of its network, which predicts once"
 
 
-class Flux(Family):
+class Flux(FlowFamily):
     """FLUX.1-dev and, without guidance, FLUX.1-schnell."""
 
     title = "FLUX.1"
-    network_name = "transformer"
     text_encoders: ClassVar = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     groups: ClassVar = {
         "cross-attn": re.compile(
@@ -39,8 +37,6 @@ class Flux(Family):
         "attn": re.compile(r"\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\."),
         "full-weight": re.compile(""),
     }
-    schedulers: ClassVar = {"flow-euler": ("FlowMatchEulerDiscreteScheduler", {})}
-    latent_sampler = "flow-euler"
     lacks: ClassVar = {
         "text-projections": f"{MIXED} (allowed: method ablation, training.preserve distill, how sum and ties)",
         "begin-of-text": f"{MIXED} (allowed: training.detach_bos false)",
@@ -64,9 +60,6 @@ class Flux(Family):
         hidden, pooled, _ = pipeline.encode_prompt(list(prompts), None, pipeline.device)
         return Conditioning(hidden, pooled)
 
-    def latents(self, pipeline: FluxPipeline, moments: Tensor, noise: Tensor) -> Tensor:
-        return shifted_latents(moments, noise, pipeline.vae.config)
-
     def predict(
         self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
@@ -82,9 +75,6 @@ class Flux(Family):
             img_ids=places(height // 2, width // 2).to(noisy),
         ).sample
         return unpacked(found, height, width)
-
-    def noise_schedule(self, pipeline: FluxPipeline) -> NoiseSchedule:
-        return FlowSchedule(pipeline.scheduler.config)
 
     def sample(
         self,
@@ -104,10 +94,6 @@ class Flux(Family):
             width=sampler["width"],
             generator=list(generators),
         ).images
-
-    def text_projections(self, network: nn.Module) -> dict[str, nn.Module]:
-        found = (".add_k_proj", ".add_v_proj")
-        return {name: layer for name, layer in network.named_modules() if name.endswith(found)}
 
 
 def packed(latents: Tensor) -> Tensor:

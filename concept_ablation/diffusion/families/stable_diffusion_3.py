@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from concept_ablation.diffusion.families.base import Conditioning, Family, NoiseSchedule
-from concept_ablation.diffusion.flow_matching import FlowSchedule, shifted_latents
+from concept_ablation.diffusion.families.base import Conditioning
+from concept_ablation.diffusion.flow_matching import MIXED, FlowFamily
 
 if TYPE_CHECKING:
     import torch
@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-MIXED = "its text tokens change from block to block together with the picture's"
 THIRD = ("text_encoder_3", "tokenizer_3")
 
 
-class StableDiffusion3(Family):
+class StableDiffusion3(FlowFamily):
     """Stable Diffusion 3 and 3.5. A folder without the third text encoder, T5, is loaded without it."""
 
     title = "Stable Diffusion 3"
-    network_name = "transformer"
     text_encoders: ClassVar = {
         "text_encoder": "tokenizer",
         "text_encoder_2": "tokenizer_2",
@@ -35,8 +33,6 @@ class StableDiffusion3(Family):
         "attn": re.compile(r"\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\."),
         "full-weight": re.compile(""),
     }
-    schedulers: ClassVar = {"flow-euler": ("FlowMatchEulerDiscreteScheduler", {})}
-    latent_sampler = "flow-euler"
     lacks: ClassVar = {
         "text-projections": f"{MIXED} (allowed: methods ablation and esd, training.preserve distill, how sum and ties)",
         "begin-of-text": f"{MIXED} (allowed: training.detach_bos false)",
@@ -66,9 +62,6 @@ class StableDiffusion3(Family):
         hidden, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, None, pipeline.device, 1, False)
         return Conditioning(hidden, pooled)
 
-    def latents(self, pipeline: StableDiffusion3Pipeline, moments: Tensor, noise: Tensor) -> Tensor:
-        return shifted_latents(moments, noise, pipeline.vae.config)
-
     def predict(
         self, network: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
@@ -78,9 +71,6 @@ class StableDiffusion3(Family):
             encoder_hidden_states=conditioning.hidden,
             pooled_projections=conditioning.pooled,
         ).sample
-
-    def noise_schedule(self, pipeline: StableDiffusion3Pipeline) -> NoiseSchedule:
-        return FlowSchedule(pipeline.scheduler.config)
 
     def sample(
         self,
@@ -99,10 +89,6 @@ class StableDiffusion3(Family):
             width=sampler["width"],
             generator=list(generators),
         ).images
-
-    def text_projections(self, network: nn.Module) -> dict[str, nn.Module]:
-        found = (".add_k_proj", ".add_v_proj")
-        return {name: layer for name, layer in network.named_modules() if name.endswith(found)}
 
 
 FAMILY = StableDiffusion3()
