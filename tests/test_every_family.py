@@ -17,6 +17,7 @@ from concept_ablation.common.hardware import DeviceError
 from concept_ablation.diffusion.compvis import LayoutError
 from concept_ablation.diffusion.delta import apply_delta, delta_parameters, load_delta, save_delta
 from concept_ablation.diffusion.delta_export import export_delta
+from concept_ablation.diffusion.delta_import import import_delta
 from concept_ablation.diffusion.families.base import ModelError, family_of
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.diffusion.sampler import sample_images
@@ -474,3 +475,16 @@ def test_on_a_gpu_what_is_published_in_half_precision_is_held_so(name, folders):
     halved = {"sd3": {"text_encoder_3"}, "flux": {"transformer", "text_encoder_2"}}[name]
     assert {own for own, kind in held.items() if kind == torch.bfloat16} == halved
     assert set(family.precisions(torch.device("cpu")).values()) == {torch.float32}
+
+
+def test_a_compvis_delta_of_sd2_is_of_the_network_alone(folders, tmp_path):
+    pipeline = pipeline_of(folders, "sd2")
+    training = begin(pipeline, steps=1)
+    list(training)
+    save_delta(tmp_path / "d.safetensors", training.parameters, {"base_model": str(folders["sd2"])})
+    export_delta(tmp_path / "d.safetensors", tmp_path / "compvis.pt", "compvis")
+    tensors, metadata = import_delta(tmp_path / "compvis.pt", folders["sd2"])
+    assert metadata["group"] == "cross-attn"
+    assert all(torch.equal(tensors[own], value) for own, value in training.parameters.items())
+    with pytest.raises(LayoutError, match="an OpenCLIP text encoder"):
+        family_of(pipeline).compvis_names(pipeline, ["text_encoder.final_layer_norm.weight"])
