@@ -153,7 +153,12 @@ METRICS = Registry(
 
 FAMILIES = Registry(
     "family",
-    {"StableDiffusionPipeline": "concept_ablation.diffusion.families.stable_diffusion:FAMILY"},
+    {
+        "StableDiffusionPipeline": "concept_ablation.diffusion.families.stable_diffusion:FAMILY",
+        "StableDiffusionXLPipeline": "concept_ablation.diffusion.families.stable_diffusion_xl:FAMILY",
+        "StableDiffusion3Pipeline": "concept_ablation.diffusion.families.stable_diffusion_3:FAMILY",
+        "FluxPipeline": "concept_ablation.diffusion.families.flux:FAMILY",
+    },
 )
 """Model architectures, by pipeline class. An entry is a `concept_ablation.diffusion.families.base.Family`."""
 
@@ -226,10 +231,7 @@ STAGES = {
     ),
     "train_bundle": Stage(
         version=1,
-        files={
-            "delta": "trained/{key}/delta.safetensors",
-            "training": "trained/{key}/training.parquet",
-        },
+        files={"delta": "trained/{key}/delta.safetensors", "training": "trained/{key}/training.parquet"},
         function="concept_ablation.methods.bundles.training:train_bundle",
         options=("device", "checkpoint_steps"),
         neutral={"model.trust_remote_code": False},

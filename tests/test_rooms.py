@@ -101,7 +101,7 @@ def test_planning_loads_no_heavy_library():
     code += (
         "import concept_ablation.plan.checks, concept_ablation.plan.specs, concept_ablation.plan.snapshot\n"
     )
-    code += "[list(registry.values()) for registry in (registries.KINDS, registries.METHODS)]\n"
+    code += "[list(registry.values()) for registry in (registries.KINDS, registries.METHODS, registries.WAYS, registries.FAMILIES)]\n"
     code += f"sys.exit(', '.join(sorted({HEAVY} & set(sys.modules))) or 0)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False

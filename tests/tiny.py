@@ -17,11 +17,12 @@ def make_tiny_pipeline(
     vae_factor: int = 8,
     latent_channels: int = 4,
     prediction_type: str = "epsilon",
+    activation: str = "quick_gelu",
     seed: int = 0,
 ) -> Path:
     """Write a tiny ``StableDiffusionPipeline`` to ``folder`` and return the folder.
 
-    ``size`` is the side of an image in pixels, ``vae_factor`` (a power of two) that of one latent cell.
+    ``activation`` is the text encoder's. ``size`` is the side of an image in pixels, ``vae_factor`` (a power of two) that of one latent cell.
     Any text tokenises: one token a byte, 77 tokens at most.
     """
     import torch
@@ -44,6 +45,7 @@ def make_tiny_pipeline(
                     intermediate_size=64,
                     num_hidden_layers=2,
                     num_attention_heads=4,
+                    hidden_act=activation,
                     max_position_embeddings=77,
                     bos_token_id=tokenizer.bos_token_id,
                     eos_token_id=tokenizer.eos_token_id,

@@ -38,7 +38,7 @@ def resolve_precision(name: Precision, device: torch.device) -> Literal["fp32", 
     """The precision that `name` means on `device`. Raises DeviceError for one that the device can't compute in.
 
     `auto` is bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else fp16 on
-    CUDA, else fp32. The precision is that of computation (autocast) only: weights stay fp32.
+    CUDA, else fp32. The precision is that of computation (autocast) only: weights stay as a family holds them.
     """
     if name not in get_args(Precision):
         raise DeviceError(f"precision {name!r} is unknown (allowed: {', '.join(get_args(Precision))})")
@@ -60,6 +60,18 @@ def _cpu_multiplies_bf16() -> bool:
 
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def check_precision(network: torch.nn.Module, precision: Precision, device: torch.device) -> None:
+    """Raises DeviceError if `network` would compute in fp32 with weights that are held in half precision."""
+    import torch
+
+    half = {value.dtype for value in network.parameters()} & {torch.bfloat16, torch.float16}
+    if half and resolve_precision(precision, device) == "fp32":
+        raise DeviceError(
+            f"precision {precision!r}: this model's weights are held in half precision on {device.type!r}, so it can't compute in "
+            "fp32 (allowed: bf16, or auto where the hardware has it)"
+        )
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:

@@ -20,6 +20,7 @@ from torch import Tensor
 from concept_ablation.common.files import atomic_output
 from concept_ablation.common.hashes import fingerprint
 from concept_ablation.common.text import size_text
+from concept_ablation.diffusion.compvis import LayoutError
 from concept_ablation.diffusion.delta import (
     METADATA_KEY,
     apply_delta,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 log = logging.getLogger(__name__)
-LORA_WRITERS = {"lora": save_diffusers, "kohya": save_kohya}
+LORA_FORMS = ("lora", "kohya")
 # The bound on each layer's relative error where neither rank nor bound is given: docs/formats.md has the measurements.
 LORA_ERROR = 0.1
 
@@ -71,10 +72,9 @@ def export_delta(
     own = delta_parameters(pipeline, tensors)
     base = {name: own[name].detach().clone() for name in tensors if name in own}
     apply_delta(pipeline, delta_path)
-    if form in LORA_WRITERS:
+    if form in LORA_FORMS:
         changes = {name: tensors[name] - base[name] for name in tensors}
-        network = family_of(pipeline).network_name
-        text = _write_lora(out, form, changes, network, metadata, rank, error)
+        text = _write_lora(out, form, changes, pipeline, metadata, rank, error)
     elif form == "pipeline":
         text = _write_pipeline(out, pipeline, metadata, half)
     else:
@@ -88,10 +88,8 @@ def _check_options(out: Path, form: Format, rank: int | None, error: float | Non
     """Raise FormatError for an unknown form, for options that it hasn't, and for a folder that is there already."""
     if form not in FORMATS:
         raise FormatError(f"format {form!r} is unknown (allowed: {', '.join(FORMATS)})")
-    if form not in LORA_WRITERS and (rank, error) != (None, None):
-        raise FormatError(
-            f"format {form}: a rank or an error bound is for {' and '.join(LORA_WRITERS)} alone"
-        )
+    if form not in LORA_FORMS and (rank, error) != (None, None):
+        raise FormatError(f"format {form}: a rank or an error bound is for {' and '.join(LORA_FORMS)} alone")
     if half and form != "pipeline":
         raise FormatError(f"format {form}: fp16 is for pipeline alone, the others are fp32")
     if form == "pipeline" and out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -138,9 +136,12 @@ def _write_delta_bin(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[st
     own = {n.removeprefix(f"{network}."): t for n, t in tensors.items() if n.startswith(f"{network}.")}
     content, text = {network: own}, f"{len(own)} tensors of the {network}"
     for component in sorted(changed - {network}):
-        state = family.encoders(pipeline)[component].state_dict()
-        # The name that transformers gave them when the reference was written, and before its version 5.
-        content[component] = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in state.items()}
+        encoder = family.encoders(pipeline)[component]
+        state = encoder.state_dict()
+        if type(encoder).__name__ == "CLIPTextModel":
+            # The name that transformers gave them when the reference was written, and before its version 5.
+            state = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in state.items()}
+        content[component] = dict(state)
         count = sum(name.startswith(f"{component}.") for name in tensors)
         text += f" and the whole {component} ({count} changed tensors)"
     with atomic_output(out) as part:
@@ -156,7 +157,9 @@ def _write_compvis(out: Path, pipeline: DiffusionPipeline, tensors: Mapping[str,
     state = {theirs: tensors[name] for name, theirs in names.items()}
     text = f"{len(names)} tensors"
     if rows:
-        (table,) = family.token_tables(pipeline).values()
+        table, *others = family.token_tables(pipeline).values()
+        if others:
+            raise LayoutError(f"{rows[0]}: a delta in CompVis's layout has one text encoder")
         state["embed"] = table.weight.detach().clone()
         text += f" and the whole token embedding ({len(rows)} changed rows)"
     with atomic_output(out) as part:
@@ -168,14 +171,19 @@ def _write_lora(
     out: Path,
     form: str,
     changes: Mapping[str, Tensor],
-    network: str,
+    pipeline: DiffusionPipeline,
     metadata: Mapping,
     rank: int | None,
     error: float | None,
 ) -> str:
     error = LORA_ERROR if rank is None and error is None else error
-    lora = factorise(changes, network, rank=rank, error=error)
-    LORA_WRITERS[form](out, lora, {**metadata, "lora": {"rank": rank, "error_bound": error, **lora.report()}})
+    family = family_of(pipeline)
+    lora = factorise(changes, family.network_name, rank=rank, error=error)
+    about = {**metadata, "lora": {"rank": rank, "error_bound": error, **lora.report()}}
+    if form == "kohya":
+        save_kohya(out, lora, about, family.kohya_names(pipeline, lora.layers))
+    else:
+        save_diffusers(out, lora, about)
     for name, layer in lora.layers.items():
         log.info("%s: rank %d, relative error %.3g", name, layer.rank, layer.error)
     return lora.summary()

@@ -169,7 +169,9 @@ def _from_delta_bin(content: Mapping, path: str | Path) -> dict[str, Tensor]:
 def _from_compvis(state: Mapping, pipeline: DiffusionPipeline, path: str | Path) -> dict[str, Tensor]:
     """A CompVis delta's tensors, named as in ours where the model has them; else by their own names."""
     family = family_of(pipeline)
-    parts = {family.network_name: family.network(pipeline)} | family.encoders(pipeline)
+    parts = {family.network_name: family.network(pipeline)}
+    if any(name.startswith(TEXT_ENCODER) for name in state):  # an OpenCLIP text encoder's have no such names
+        parts |= family.encoders(pipeline)
     own = [
         f"{part}.{name}"
         for part, module in parts.items()

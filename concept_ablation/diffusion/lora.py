@@ -167,12 +167,14 @@ def save_diffusers(path: str | Path, lora: Lora, metadata: Mapping[str, object])
     _save(path, tensors, metadata, {"lora_adapter_metadata": json.dumps(named)})
 
 
-def save_kohya(path: str | Path, lora: Lora, metadata: Mapping[str, object]) -> None:
-    """Write the LoRA with kohya's names, as A1111's web UI and ComfyUI read it."""
+def save_kohya(
+    path: str | Path, lora: Lora, metadata: Mapping[str, object], names: Mapping[str, str]
+) -> None:
+    """Write the LoRA with kohya's names, as A1111's web UI and ComfyUI read it. names: of each layer, see `Family.kohya_names`."""
     # Readers scale by alpha / rank. One alpha for all: diffusers mixes up an attention layer's own with the others'.
     alpha, tensors = max(layer.rank for layer in lora.layers.values()), {}
     for name, layer in lora.layers.items():
-        flat = f"lora_unet_{name.replace('.', '_')}"  # kohya's prefix, whatever the network is
+        flat = names[name]
         tensors[f"{flat}.lora_down.weight"] = layer.down
         tensors[f"{flat}.lora_up.weight"] = layer.up * (layer.rank / alpha)
         tensors[f"{flat}.alpha"] = torch.tensor(float(alpha))

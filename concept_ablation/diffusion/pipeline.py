@@ -54,7 +54,7 @@ def load_pipeline(
     elif config is not None:
         raise ModelError(f"{path}: a config ({config}) is for a checkpoint in one file alone")
     else:
-        family, pipeline = _load_folder(source, revision, trust_remote_code)
+        family, pipeline = _load_folder(source, revision, trust_remote_code, place)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(place)
     for part in pipeline.components.values():
@@ -80,7 +80,7 @@ def _refuse_code(folder: str | None) -> None:
 
 
 def _load_folder(
-    path: str, revision: str | None, trust_remote_code: bool
+    path: str, revision: str | None, trust_remote_code: bool, device: torch.device
 ) -> tuple[Family, DiffusionPipeline]:
     """The pipeline in a folder, or of a hub id that is in this machine's cache. Raises ModelError."""
     family = _family_of_folder(path, revision)
@@ -90,9 +90,9 @@ def _load_folder(
             path,
             revision=revision,
             local_files_only=True,
-            dtype=torch.float32,
+            dtype=family.precisions(device),
             trust_remote_code=trust_remote_code,
-            **family.load_options,
+            **family.options(path),
         )
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path}: {why_refused(error)}") from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from concept_ablation.common.errors import UserError
-from concept_ablation.common.hardware import Precision, autocast
+from concept_ablation.common.hardware import Precision, autocast, check_precision
 from concept_ablation.common.parts import timed
 from concept_ablation.common.progress import progress_bar
 from concept_ablation.diffusion.families.base import family_of
@@ -105,6 +105,7 @@ def _mixed_precision(network: torch.nn.Module, precision: Precision, device: tor
     Guidance and the scheduler then compute in fp32, and so does the VAE, whose steps of half precision would
     show as grey levels that depend on the batch.
     """
+    check_precision(network, precision, device)
     forward = network.forward
 
     def mixed(*inputs, **named) -> tuple[torch.Tensor, ...]:

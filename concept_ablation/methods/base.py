@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from concept_ablation.common.needs import Need
 from concept_ablation.common.settings import changed
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Method:
     def validates(self, settings: Mapping) -> bool:
         """Whether it judges its strength on validation pictures: its spec then has `validation`."""
         return False
+
+    def needs(self, settings: Mapping) -> dict[Need, str]:
+        """What it asks of the model's family, see `common.needs`: each with the setting or the method that needs it."""
+        return {}
 
     def mistake(self, settings: Mapping) -> str | None:
         """What is wrong with a row's merged settings that no schema can tell, and what is allowed; None: nothing."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from concept_ablation.common.needs import Need
 from concept_ablation.methods.concept_editing import TEMPLATES
 from concept_ablation.methods.edited import FIXED, STRENGTH, Edited
 
@@ -80,6 +81,9 @@ class Esd(Edited):
     def groups(self, settings: Mapping) -> set[str]:
         return {GROUPS[settings["method"][self.name]["parameters"]]}
 
+    def needs(self, settings: Mapping) -> dict[Need, str]:
+        return {"guidance": f"method {self.name}"}
+
     def edit(self, spec: Mapping, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], list[dict]]:
         from concept_ablation.common.progress import progress_bar
         from concept_ablation.methods.strength import put
@@ -130,7 +134,11 @@ class EsdTraining:
         self.pipeline, self.settings, self.family = pipeline, settings, family_of(pipeline)
         self.network = self.family.network(pipeline)
         self.targets, encoder = list(targets), Encoder(pipeline)
-        self.texts = {text: encoder.text([text] * settings["batch_size"]) for text in ["", *self.targets]}
+        count = settings["batch_size"]
+        self.texts = {text: encoder.text([text] * count) for text in self.targets}
+        with torch.no_grad():
+            empty = self.family.unconditional(pipeline)
+        self.texts[""] = type(empty).join([empty] * count)
         own = chosen_parameters(self.network, self.family.text_projections(self.network), settings["parameters"])  # fmt: skip
         self.network.requires_grad_(False)
         for value in own.values():
@@ -189,12 +197,13 @@ class EsdTraining:
         from concept_ablation.diffusion.sampler import make_scheduler
 
         settings, device = self.settings, self.pipeline.device
-        sampler = make_scheduler(self.pipeline.scheduler, "ddim", self.family.schedulers)
+        sampler = make_scheduler(self.pipeline.scheduler, self.family.latent_sampler, self.family.schedulers)
         sampler.set_timesteps(settings["sampling_steps"], device=device)
         stop = int(torch.randint(len(sampler.timesteps), (), generator=self.generator))
         cells = self.network.config.sample_size
         shape = (settings["batch_size"], self.family.latent_channels(self.pipeline), cells, cells)
-        latents = torch.randn(shape, generator=self.generator).to(device) * sampler.init_noise_sigma
+        latents = torch.randn(shape, generator=self.generator).to(device)
+        latents = latents * getattr(sampler, "init_noise_sigma", 1.0)  # flow matching starts from plain noise
         predict = self.predict if settings["latents_by"] == "current" else self.unchanged
         both, scale = type(target).join([empty, target]), settings["guidance_scale"]
         with torch.no_grad():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from concept_ablation.common.needs import Need
 from concept_ablation.methods.base import Method
 
 
@@ -20,6 +21,9 @@ class NegativePrompt(Method):
     uses_anchors = False
     changes_weights = False
     row_fields = ("kind", "targets", "anchor")
+
+    def needs(self, settings: Mapping) -> dict[Need, str]:
+        return {"guidance": f"method {self.name}"}
 
     def mistake(self, settings: Mapping) -> str | None:
         scale = settings["evaluation"]["sampler"]["guidance_scale"]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from concept_ablation.common.needs import Need
 from concept_ablation.methods.concept_editing import SCALE, TEMPLATES
 from concept_ablation.methods.edited import FIXED, STRENGTH, Edited
 
@@ -59,6 +60,9 @@ class Rece(Edited):
 
     def groups(self, settings: Mapping) -> set[str]:
         return {"cross-attn"}
+
+    def needs(self, settings: Mapping) -> dict[Need, str]:
+        return {"text-projections": f"method {self.name}"}
 
     def edit(self, spec: Mapping, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], list[dict]]:
         from concept_ablation.methods.concept_editing import edit, encodings, projections

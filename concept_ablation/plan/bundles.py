@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from concept_ablation.common.errors import did_you_mean, show
 from concept_ablation.plan.bundle_specs import (
@@ -19,6 +20,7 @@ from concept_ablation.plan.bundle_specs import (
 from concept_ablation.plan.bundle_training import training_mistakes
 from concept_ablation.plan.concept import Concept
 from concept_ablation.plan.evaluation_specs import plan_judging
+from concept_ablation.plan.families import bundle_mistakes, family_of_model
 from concept_ablation.plan.graph import Bundle, Plan, PlanError
 from concept_ablation.prompts.templates import PromptsError
 from concept_ablation.registries import METHODS, WAYS
@@ -75,9 +77,10 @@ def plan_bundles(
 ) -> list[tuple[int, str]]:
     """Add every bundle's work to a plan that has the rows' already; returns line and text of what can't be made."""
     done, errors = {row.concept.name: row for row in plan.rows}, []
+    family = family_of_model(model) if bundles else None
     for name, rows in sorted(bundles.items()):
         settings, rows = bundle_settings(config, name), sorted(rows, key=lambda row: row.concept.name)
-        wrong = [(line, f"bundle {show(name)}: {text}") for line, text in _mistakes(rows, settings)]
+        wrong = [(line, f"bundle {show(name)}: {text}") for line, text in _mistakes(rows, settings, family)]
         errors += wrong
         if not wrong and all(row.concept.name in done for row in rows):
             full = [
@@ -136,9 +139,11 @@ def _spared(row: Member, gone: Collection[str]) -> Member:
     return replace(row, concept=replace(row.concept, neighbors=kept))
 
 
-def _mistakes(rows: Sequence[Member], settings: Mapping) -> Iterator[tuple[int, str]]:
-    """Line and text of what can't be made, as far as it is known before the deltas are there."""
+def _mistakes(rows: Sequence[Member], settings: Mapping, family: Any) -> Iterator[tuple[int, str]]:
+    """Line and text of what can't be made, as far as it is known before the deltas are there. family: the model's, or None."""
     way, trained = WAYS[settings["how"]], {}
+    for text in bundle_mistakes(family, settings):
+        yield min(row.concept.line for row in rows), text
     yield from way.mistakes(rows, settings)
     if "anchors" in way.reads:
         yield from training_mistakes(rows, settings, f"how {way.name}")

@@ -31,6 +31,7 @@ from concept_ablation.plan.evaluation_specs import (
     prompt_path,
     validation_spec,
 )
+from concept_ablation.plan.families import checked, family_of_model
 from concept_ablation.plan.graph import Plan, PlanError, Row
 from concept_ablation.plan.interference import plan_interference
 from concept_ablation.plan.model_specs import fingerprint_of, model_spec, sha256_of
@@ -65,7 +66,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     """
     plan = Plan(config["results"], config["verdict"], config["report"])
     model = _table_model(config)
-    settings = functools.cache(functools.partial(shared_settings, config))
+    family, settings = family_of_model(model), functools.cache(functools.partial(shared_settings, config))
     errors: list[tuple[int, str]] = []
 
     def attempt(concept: Concept, step: Callable[[], T]) -> list[T]:
@@ -80,7 +81,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
             return []
 
     def member(concept: Concept) -> Member:
-        own = with_own(settings(concept.kind, concept.preset), concept.overrides)
+        own = checked(family, concept, with_own(settings(concept.kind, concept.preset), concept.overrides))
         if not bundle_names(concept, config):
             return Member(concept, own, "")
         memory = memory_spec(concept, own["evaluation"])

@@ -47,7 +47,7 @@ def card_of_bundle(
     tensors, metadata = load_delta(delta)
     out = make_folder(out_folder, delta)
     shown = {
-        "front_matter": card.front_matter(base_model or metadata.get("base_model")),
+        "front_matter": card.front_matter(metadata, base_model),
         "base": card.base_name(metadata, base_model),
         "name": name,
         "how": lines[0]["how"],

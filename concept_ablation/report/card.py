@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from concept_ablation.common.image_store import ImageStore, read_store
+from concept_ablation.plan.families import pipeline_class
 from concept_ablation.registries import KINDS
 from concept_ablation.report.card_files import (
     DELTA,
@@ -31,7 +32,6 @@ from concept_ablation.report.tables import missing_rows
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
-TAGS = ("concept-ablation", "stable-diffusion", "text-to-image")
 UNLISTED = (
     "base_model",
     "base_revision",
@@ -121,7 +121,7 @@ def write_card(
 def _shown(summary: Mapping, scores: Sequence[Mapping], metadata: Mapping, base_model: str | None) -> dict:
     """What the card says of a row, of its scores and of its delta's metadata."""
     return {
-        "front_matter": front_matter(base_model or metadata.get("base_model")),
+        "front_matter": front_matter(metadata, base_model),
         "base": base_name(metadata, base_model),
         "targets": ", ".join(metadata.get("targets") or [summary["target"]]),
         "anchor": summary["anchor"],
@@ -144,11 +144,14 @@ def _strips(out: Path, kind: str, samples: ImageStore, base: Mapping[str, ImageS
             yield from [strip] if strip else []
 
 
-def front_matter(base_model: object) -> str:
+def front_matter(metadata: Mapping, base_model: str | None) -> str:
+    """The card's head in YAML, without its lines of dashes. metadata: the delta's."""
     from huggingface_hub import ModelCardData
 
+    family = "flux" if _pipeline_class((), metadata) == "FluxPipeline" else "stable-diffusion"
+    tags, base_model = ["concept-ablation", family, "text-to-image"], base_model or metadata.get("base_model")
     named = {"base_model": base_model} if is_hub_id(base_model) else {}
-    data = ModelCardData(license="other", tags=list(TAGS), pipeline_tag="text-to-image", **named)
+    data = ModelCardData(license="other", tags=tags, pipeline_tag="text-to-image", **named)
     return data.to_yaml()
 
 
@@ -174,24 +177,32 @@ def base_name(metadata: Mapping, base_model: str | None) -> str:
 
 def snippet(names: Sequence[str] | Mapping, metadata: Mapping, base_model: str | None) -> str:
     """Python that loads the base model and the delta beside the card."""
-    base = base_name(metadata, base_model)
+    base, kind = base_name(metadata, base_model), _pipeline_class(names, metadata)
     revision = None if base_model else metadata.get("base_revision")
-    load = (
-        f"StableDiffusionPipeline.from_pretrained({base!r}{f', revision={revision!r}' if revision else ''})"
-    )
+    load = f"{kind}.from_pretrained({base!r}{f', revision={revision!r}' if revision else ''})"
     if base.endswith((".safetensors", ".ckpt")):
-        load = f"StableDiffusionPipeline.from_single_file({base!r})"
-    if not all(name.startswith("unet.") for name in names):
+        load = f"{kind}.from_single_file({base!r})"
+    parts = {name.partition(".")[0] for name in names}
+    if len(parts) > 1 or not parts <= {"unet", "transformer"}:  # token rows are no parameters of their own
         return (
-            "from diffusers import StableDiffusionPipeline\n\nfrom concept_ablation import apply_delta\n\n"
+            f"from diffusers import {kind}\n\nfrom concept_ablation import apply_delta\n\n"
             f"pipeline = {load}\napply_delta(pipeline, {DELTA!r})"
         )
+    (part,) = parts
     return (
-        "from diffusers import StableDiffusionPipeline\nfrom safetensors.torch import load_file\n\n"
+        f"from diffusers import {kind}\nfrom safetensors.torch import load_file\n\n"
         f"pipeline = {load}\n"
-        f'delta = {{name.removeprefix("unet."): value for name, value in load_file({DELTA!r}).items()}}\n'
-        "pipeline.unet.load_state_dict(delta, strict=False)"
+        f'delta = {{name.removeprefix("{part}."): value for name, value in load_file({DELTA!r}).items()}}\n'
+        f"pipeline.{part}.load_state_dict(delta, strict=False)"
     )
+
+
+def _pipeline_class(names: Iterable[str], metadata: Mapping) -> str:
+    """The class that loads the base model: what its folder says, if it is here; else diffusers' own choice, where it has one."""
+    model = {"path": str(metadata.get("base_model")), "revision": metadata.get("base_revision")}
+    found = pipeline_class(model | {"config": metadata.get("base_config")})
+    plain = all(not name.startswith("transformer.") for name in names)
+    return found or ("StableDiffusionPipeline" if plain else "DiffusionPipeline")
 
 
 def _score_lines(scores: Sequence[Mapping]) -> list[dict]:

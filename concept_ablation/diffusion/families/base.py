@@ -2,6 +2,7 @@
 
 A new family is a file beside this one, with an instance called `FAMILY`, and a line in `registries.FAMILIES` under the
 class name of its pipeline. Nothing else in this package names a pipeline's class, network, text encoder or tokenizer.
+Nothing here or at the top of such a file imports torch: the plan asks a family what it can't do.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
 from concept_ablation.common.errors import UserError
+from concept_ablation.common.needs import NEEDS, Need
 from concept_ablation.diffusion.compvis import LayoutError
 from concept_ablation.registries import FAMILIES
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from PIL.Image import Image
+    from torch import Tensor, nn
 
-ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding"]
+ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding", "single-attn"]
 """`cross-attn`: what projects the text to keys and values (the paper's choice for styles and objects); `attn`: queries,
 keys, values and output projections of all attention layers; `full-weight`: the whole network; `embedding`: nothing of
-the network, but rows of the text encoders' token embeddings."""
+the network, but rows of the text encoders' token embeddings; `single-attn`: keys and values where text and picture share them."""
+
+
+Frame = tuple[int, int, int]
+"""What a square picture is of a larger one, in pixels: that one's side before it was enlarged, then how far from its top and
+its left the picture was cut. A whole picture of side 512 is (512, 0, 0)."""
 
 
 class ModelError(UserError):
@@ -54,8 +60,14 @@ class Conditioning:
     @staticmethod
     def join(parts: Sequence[Conditioning]) -> Conditioning:
         """The conditionings of all `parts`' prompts, in order; at least one part, all of one family."""
+        import torch
+
         columns = zip(*(part._values() for part in parts), strict=True)
         return Conditioning(*(None if values[0] is None else torch.cat(values) for values in columns))
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same on another device."""
+        return Conditioning(*(None if value is None else value.to(device) for value in self._values()))
 
     def _values(self) -> list[Tensor | None]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -95,12 +107,26 @@ class Family:
     """Group -> what the names of its parameters in the network match, the smallest group first; without `embedding`."""
     schedulers: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]]
     """A sampler's name in the config -> diffusers' class, and what it is told beyond the model's own schedule."""
+    latent_sampler: ClassVar[str] = "ddim"
+    """Which of these a method samples latents with, step by step, when it needs some of the target."""
+    lacks: ClassVar[Mapping[Need, str]] = {}
+    """What methods and attacks can ask of a family and this one hasn't -> why, and what is there instead."""
 
     # Loading
 
     def pipeline_class(self) -> type[DiffusionPipeline]:
         """diffusers' class, imported here: that takes seconds."""
         raise NotImplementedError
+
+    def options(self, path: str) -> dict[str, Any]:
+        """What the pipeline's class is told when it loads `path`: `load_options`, and what is to be left out of a folder."""
+        return dict(self.load_options)
+
+    def precisions(self, device: torch.device) -> torch.dtype | dict[str, torch.dtype]:
+        """In what the weights are held on a device: one for all, or by component with a `default`. Trained ones are fp32."""
+        import torch
+
+        return torch.float32
 
     def prepare(self, pipeline: DiffusionPipeline) -> None:
         """Whatever makes a loaded pipeline faster on its device without another result than rounding."""
@@ -122,13 +148,21 @@ class Family:
 
     def token_tables(self, pipeline: DiffusionPipeline) -> dict[str, nn.Embedding]:
         """The token embedding, (vocabulary, width), of each text encoder, by the encoder's name."""
-        return {name: encoder.get_input_embeddings() for name, encoder in self.encoders(pipeline).items()}
+        return {name: _token_table(encoder) for name, encoder in self.encoders(pipeline).items()}
 
     # Encoding and prediction
 
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of `prompts`, on the pipeline's device, with gradient where the text encoders have one."""
         raise NotImplementedError
+
+    def unconditional(self, pipeline: DiffusionPipeline) -> Conditioning:
+        """What guidance sets against a prompt, of length 1: the empty prompt, as the model's pipeline has it."""
+        return self.encode_prompts(pipeline, [""])
+
+    def framed(self, conditioning: Conditioning, frames: Sequence[Frame]) -> Conditioning:
+        """The conditioning of n prompts for n pictures that are cut so; the same for a network that isn't told."""
+        return conditioning
 
     def latent_channels(self, pipeline: DiffusionPipeline) -> int:
         """Channels of the latents; their sides are those of the pixels divided by `pipeline.vae_scale_factor`."""
@@ -193,8 +227,10 @@ class Family:
         prompts give (reference: its attention processors). Predictions are unchanged.
         """
 
+        from torch import cat
+
         def detach_first(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            return torch.cat((output[:, :1].detach(), output[:, 1:]), dim=1)
+            return cat((output[:, :1].detach(), output[:, 1:]), dim=1)
 
         layers = self.text_projections(network).values()
         hooks = [layer.register_forward_hook(detach_first) for layer in layers]
@@ -204,15 +240,39 @@ class Family:
             for hook in hooks:
                 hook.remove()
 
+    def mistakes(self, groups: Iterable[str], needs: Mapping[Need, str]) -> Iterator[str]:
+        """What is asked of this family and can't be done, and what is allowed.
+
+        groups: parameter groups. needs: each with the setting or method that has it.
+        """
+        for group in sorted(set(groups) - {*self.groups, "embedding"}):
+            allowed = ", ".join([*self.groups, "embedding"])
+            yield f"{self.title} has no parameter group {group} (allowed: {allowed})"
+        for need, who in needs.items():
+            if need in self.lacks:
+                yield f"{who} needs {NEEDS[need]}, and {self.title} has none: {self.lacks[need]}"
+
     # Names in other programs' files
 
     def own_name(self, pipeline: DiffusionPipeline, name: str) -> str:
         """A parameter's name in `pipeline`, given its name in a delta that older libraries may have written."""
         return name
 
+    def kohya_names(self, pipeline: DiffusionPipeline, layers: Iterable[str]) -> dict[str, str]:
+        """A layer's name in the network -> in kohya's LoRA files, for each of `layers`. Raises LayoutError."""
+        raise LayoutError(
+            f"{self.title} has no names of single layers in kohya's form, which joins queries, keys and values (allowed: lora)"
+        )
+
     def compvis_names(self, pipeline: DiffusionPipeline, names: Iterable[str]) -> dict[str, str]:
         """A parameter's name in a delta -> in CompVis's code, for each of `names`. Raises LayoutError."""
         raise LayoutError(f"{self.title} has no names in CompVis's layout")
+
+
+def _token_table(encoder: nn.Module) -> nn.Embedding:
+    """The module that a text encoder looks tokens up in; T5's has its weights from another, which is never called."""
+    inner = getattr(getattr(encoder, "encoder", None), "embed_tokens", None)
+    return encoder.get_input_embeddings() if inner is None else inner
 
 
 def family_named(pipeline_class: str) -> Family:

@@ -6,15 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from concept_ablation.diffusion.compvis import TEXT_ENCODER, compvis_names
+from concept_ablation.diffusion.compvis import TEXT_ENCODER, LayoutError, compvis_names
 from concept_ablation.diffusion.families.base import Conditioning, Family, ModelError, NoiseSchedule
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from PIL.Image import Image
+    from torch import Tensor, nn
 
 # Up to this many latent positions a CPU computes attention as plain matrix products: a training step of 16 took 23 %
 # less at 256 positions (bf16). Larger ones weren't measured; there the products' memory grows with the square.
@@ -33,6 +32,8 @@ class DiffusionSchedule(NoiseSchedule):
         self.scheduler = DDPMScheduler.from_config(config)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        import torch
+
         return torch.randint(self.scheduler.config.num_train_timesteps, (count,), generator=generator)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -130,11 +131,19 @@ class StableDiffusion(Family):
             return name
         return name.replace("text_encoder.text_model.", "text_encoder.", 1)
 
+    def kohya_names(self, pipeline: StableDiffusionPipeline, layers: Iterable[str]) -> dict[str, str]:
+        return {name: f"lora_unet_{name.replace('.', '_')}" for name in layers}
+
     def compvis_names(self, pipeline: StableDiffusionPipeline, names: Iterable[str]) -> dict[str, str]:
         names = list(names)
         unet = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
         found = {f"unet.{ours}": theirs for ours, theirs in compvis_names(unet, pipeline.unet.config).items()}
         text = [name for name in names if name.startswith("text_encoder.")]
+        if text and pipeline.text_encoder.config.hidden_act != "quick_gelu":
+            raise LayoutError(
+                f"{text[0]}: an OpenCLIP text encoder, as Stable Diffusion 2 has, joins queries, keys and values in CompVis's "
+                "layout (allowed: changes of the unet)"
+            )
         inner = {name: name.removeprefix("text_encoder.").removeprefix("text_model.") for name in text}
         return found | {name: TEXT_ENCODER + rest for name, rest in inner.items()}
 

@@ -20,7 +20,7 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.hardware import autocast
 from concept_ablation.diffusion.delta import METADATA_KEY
-from concept_ablation.diffusion.families.base import family_of
+from concept_ablation.diffusion.families.base import Frame, family_of
 from concept_ablation.diffusion.placeholders import add_placeholders, filled, placed
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Goal:
     precision: str = "auto"
     seed: int = 0
     generator: torch.Generator = field(init=False)
+    frame: Frame = field(init=False)
 
     def __post_init__(self) -> None:
         self.family, self.device = family_of(self.pipeline), self.pipeline.device
@@ -85,6 +86,7 @@ class Goal:
         for part in (self.network, self.pipeline.vae, *self.family.encoders(self.pipeline).values()):
             part.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(self.seed)
+        self.frame = (self.pictures[0].height, 0, 0)
         self.latents = torch.cat([self._encode(picture) for picture in self.pictures])
 
     @torch.no_grad()
@@ -112,6 +114,7 @@ class Goal:
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         with filled(self.pipeline, rows):
             conditioning = self.family.encode_prompts(self.pipeline, prompts)
+        conditioning = self.family.framed(conditioning, [self.frame] * len(prompts))
         with autocast(self.precision, self.device):
             predicted = self.family.predict(self.network, noisy, timesteps, conditioning)
         return (predicted.float() - self.schedule.target(latents, noise, timesteps).float()).square().mean()

@@ -49,8 +49,10 @@ class Encoder:
         for start in range(0, len(new), size):
             chunk = new[start : start + size]
             encoded = self._encode(chunk)
-            self._texts |= {prompt: encoded[i : i + 1] for i, prompt in enumerate(chunk)}
-        return Conditioning.join([self._texts[prompt] for prompt in prompts])
+            # In the machine's memory: a prompt of Stable Diffusion 3 has 5.5 MB, and there may be a thousand.
+            self._texts |= {prompt: encoded[i : i + 1].to("cpu") for i, prompt in enumerate(chunk)}
+        found = Conditioning.join([self._texts[prompt] for prompt in prompts])
+        return found.to(self.pipeline.device)
 
     def hidden(self, prompts: Sequence[str]) -> Iterator[Tensor]:
         """(n, tokens, width): the same hidden states, of n prompts at a time. They aren't kept, since there may be thousands."""
@@ -69,6 +71,10 @@ class Encoder:
             return self.text(prompts)
         with self.embeddings.active():
             return self.family.encode_prompts(self.pipeline, prompts)
+
+    def framed(self, conditioning: Conditioning, batch: Batch) -> Conditioning:
+        """The conditioning of n prompts for a batch's n views: a network that is told how pictures are cut is told the truth."""
+        return self.family.framed(conditioning, batch.frames)
 
     @torch.no_grad()
     def latents(self, batch: Batch, noise: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.image_store import read_store
+from concept_ablation.diffusion.families.base import Frame
 
 Augmentation = Literal["compvis", "diffusers", "none"]
 FAR_PREFIXES = ("a far away ", "very small ")
@@ -36,13 +37,15 @@ class View:
     """One image as a training step sees it.
 
     `pixels` (3, size, size) in [-1, 1], 0 where the canvas is empty; `mask` (1, cells, cells) of zeros and
-    ones at the latents' resolution; `prefix` for the target prompt; `whole`: all of the image, unscaled.
+    ones at the latents' resolution; `prefix` for the target prompt; `whole`: all of the image, unscaled; `cut`: how far
+    from the top and the left of the enlarged image it was cut, in pixels.
     """
 
     pixels: Tensor
     mask: Tensor
     prefix: str
     whole: bool
+    cut: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Batch:
     positions: list[int]
     flipped: list[bool]
     views: list[View]
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Of each view the side of the image that it shows, which no augmentation gives more detail, and where it was cut."""
+        return [(view.pixels.shape[-1], *view.cut) for view in self.views]
 
     @property
     def mask(self) -> Tensor:
@@ -146,7 +154,7 @@ def augment(
     top, left = (rng.randrange(abs(size - scale) + 1) for _ in range(2))
     if scale > size:
         pixels = pixels[:, top : top + size, left : left + size]
-        return View(pixels, _mask(size, vae_factor), rng.choice(NEAR_PREFIXES), whole=False)
+        return View(pixels, _mask(size, vae_factor), rng.choice(NEAR_PREFIXES), whole=False, cut=(top, left))
     canvas = torch.zeros(3, size, size)
     canvas[:, top : top + scale, left : left + scale] = pixels
     prefix = rng.choice(FAR_PREFIXES) if scale < FAR * size else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from concept_ablation.common.needs import Need
 from concept_ablation.methods.base import Method
 from concept_ablation.prompts.templates import general_prompts
 
@@ -27,6 +28,19 @@ class Ablation(Method):
 
     def validates(self, settings: Mapping) -> bool:
         return settings["training"]["strength"] == "auto"
+
+    def needs(self, settings: Mapping) -> dict[Need, str]:
+        training, found = settings["training"], {}
+        for preserve in (rung.get("preserve", training["preserve"]) for rung in _rungs(training)):
+            if preserve in ("null-space", "both"):
+                found["text-projections"] = f"training.preserve {preserve}"
+        if training["start"] != "none":
+            found["text-projections"] = f"training.start {training['start']}"
+        if training["detach_bos"]:
+            found["begin-of-text"] = "training.detach_bos true"
+        if settings["anchors"]["negative_target"]:
+            found["guidance"] = "anchors.negative_target true"
+        return found
 
     def mistake(self, settings: Mapping) -> str | None:
         """The null space is that of keys and values of the text, so no other parameters can be kept in it."""

@@ -58,13 +58,13 @@ class AblationObjective:
         """Pull the target prompts' predictions to the anchor prompts' (model-based), or to the noise (noise-based)."""
         latents, noise, timesteps = self._latents(draws)
         noisy, mask = self.schedule.add_noise(latents, noise, timesteps), draws.batch.mask.to(latents)
-        target = self.encoder.current_text(draws.prompts)
+        target = self.encoder.framed(self.encoder.current_text(draws.prompts), draws.batch)
         if self.settings.loss == "noise-based":
             goal = self.schedule.target(latents, noise, timesteps)
             return noise_based_loss(self.predict, noisy, timesteps, target, goal, mask)
         encode = self.encoder.text if self.settings.teacher == "frozen" else self.encoder.current_text
         with torch.no_grad():
-            anchor = encode(draws.anchor_prompts)
+            anchor = self.encoder.framed(encode(draws.anchor_prompts), draws.batch)
         return model_based_loss(self.predict, self.teacher, noisy, timesteps, target, anchor, mask)
 
     def _prior_loss(self, draws: LossDraws) -> Tensor:
@@ -77,7 +77,7 @@ class AblationObjective:
         noisy, goal = (
             of(latents, noise, timesteps) for of in (self.schedule.add_noise, self.schedule.target)
         )
-        own = self.encoder.current_text(draws.prompts)
+        own = self.encoder.framed(self.encoder.current_text(draws.prompts), draws.batch)
         if self.settings.prior_form == "halved":
             mask = draws.batch.mask.to(latents)
             return noise_based_loss(self.predict, noisy, timesteps, own, goal, mask)
@@ -87,7 +87,10 @@ class AblationObjective:
         """Hold the predictions for preserved prompts to the unchanged network's, on the target's noisy latents."""
         latents, noise, timesteps = self._latents(draws)
         noisy, mask = self.schedule.add_noise(latents, noise, timesteps), draws.batch.mask.to(latents)
-        now, before = self.encoder.current_text(prompts), self.encoder.text(prompts)
+        now, before = (
+            self.encoder.framed(encode(prompts), draws.batch)
+            for encode in (self.encoder.current_text, self.encoder.text)
+        )
         return model_based_loss(self.predict, self.unchanged, noisy, timesteps, now, before, mask)
 
     def _latents(self, draws: LossDraws) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,7 +82,7 @@ class _Rows:
         self.original = table.weight.detach()[self.tokens].clone()
         names = [token_row_name(encoder, token) for token in tokens]
         self.parameters = {
-            name: nn.Parameter(row.clone()) for name, row in zip(names, self.original, strict=True)
+            name: nn.Parameter(row.float().clone()) for name, row in zip(names, self.original, strict=True)
         }
 
     def replacing(self, original: bool) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
@@ -91,6 +91,6 @@ class _Rows:
         def replace(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             rows = self.original if original else torch.stack(list(self.parameters.values()))
             found = inputs[0].unsqueeze(-1) == self.tokens
-            return torch.where(found.any(-1, keepdim=True), rows[found.int().argmax(-1)], output)
+            return torch.where(found.any(-1, keepdim=True), rows[found.int().argmax(-1)].to(output), output)
 
         return replace

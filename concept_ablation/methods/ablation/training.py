@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from concept_ablation.common.hardware import Precision, peak_memory, resolve_precision
+from concept_ablation.common.hardware import (
+    Precision,
+    check_precision,
+    peak_memory,
+    resolve_precision,
+)
 from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.methods.ablation.data import AnchorData
 from concept_ablation.methods.ablation.draws import TrainingDraws
@@ -83,6 +88,7 @@ class Training:
         self.pipeline, self.settings, self.step = pipeline, settings, 0
         self.family = family_of(pipeline)
         self.network = self.family.network(pipeline)
+        check_precision(self.network, settings.precision, pipeline.device)
         self.embeddings = None
         if settings.group == "embedding":
             self.embeddings = TrainableTokenEmbeddings(pipeline, tokens or {})
@@ -116,6 +122,7 @@ class Training:
         if not parameters:
             raise TrainingError(f"group {self.settings.group!r}: there is nothing to train")
         for parameter in parameters.values():
+            parameter.data = parameter.data.float()  # large networks are held in half precision
             parameter.requires_grad_(True)
         return parameters
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from concept_ablation.common.needs import Need
+
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from torch import Tensor
@@ -34,6 +36,10 @@ class Way:
     """The parameter groups that it takes; None: any."""
     takes: ClassVar[str] = "any weights"
     """The same in words, for a message."""
+
+    def needs(self, settings: Mapping) -> dict[Need, str]:
+        """What it asks of the model's family, see `common.needs`, given the bundle's settings."""
+        return {}
 
     def mistakes(self, rows: Sequence[Any], settings: Mapping) -> Iterator[tuple[int, str]]:
         """Line and text of what it can't do, beside other parameter groups.

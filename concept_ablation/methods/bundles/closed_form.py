@@ -34,6 +34,9 @@ class ClosedFormMerge(Way):
     groups = frozenset({"cross-attn", "embedding"})  # rows of a token embedding are joined
     takes = "keys and values of the text"
 
+    def needs(self, settings):
+        return {"text-projections": f"how {self.name}"}
+
     def merge(self, spec, deltas, rows, pipeline):
         from concept_ablation.methods.ablation.conditioning import Encoder
         from concept_ablation.methods.ablation.preservation import prompts_of_all, second_moment
@@ -50,7 +53,8 @@ class ClosedFormMerge(Way):
         kept = ["", *prompts_of_all(rows, spec["general"])]
         preserved = second_moment(encoder.hidden(kept)).to(where)
         own = self.settings_of(spec)
-        words = frequent_words(pipeline.tokenizer, own["vocabulary"], words_of_targets(rows))
+        tokenizer = next(iter(encoder.family.tokenizers(pipeline).values()))
+        words = frequent_words(tokenizer, own["vocabulary"], words_of_targets(rows))
         tokens = word_tokens(encoder, words).to(where) if words else None
         merged, fit = sums.solve(preserved, spec["preserve_weight"], spec["ridge"], tokens, own["reach"])
         log.info(

@@ -14,6 +14,12 @@ class Trained(Way):
     stage = "train_bundle"
     reads: ClassVar = ("prompts", "anchors")
 
+    def needs(self, settings):
+        preserve = settings["training"].get("preserve", "none")
+        if preserve not in ("null-space", "both"):
+            return {}
+        return {"text-projections": f"how {self.name} with bundles.training.preserve {preserve}"}
+
     def parts(self, rows: Sequence[Mapping]) -> list[list[Mapping]]:
         """The rows of each part, in the order in which they are trained."""
         raise NotImplementedError

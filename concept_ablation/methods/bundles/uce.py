@@ -21,6 +21,9 @@ class UceAll(Way):
     defaults: ClassVar = DEFAULTS
     schema: ClassVar = SCHEMA
 
+    def needs(self, settings):
+        return {"text-projections": f"how {self.name}"}
+
     def merge(self, spec, deltas, rows, pipeline):
         from concept_ablation.methods.concept_editing import Subjects, edit, projections
 
