@@ -278,14 +278,14 @@ STAGES = {
         neutral={"model.trust_remote_code": False},
     ),
     "probe_wordings": Stage(
-        version=1,
+        version=2,
         files={"scores": "wordings/{key}.parquet", "images": "wordings/{key}.images.parquet"},
         function="concept_ablation.evaluation.wordings:probe_wordings",
         options=DRAWING,
         neutral={"model.trust_remote_code": False},
     ),
     "attack_concept": Stage(
-        version=1,
+        version=2,
         files={
             "scores": "attacks/{key}.parquet",
             "images": "attacks/{key}.images.parquet",

@@ -19,7 +19,7 @@ INPUTS = {
     "sample_ablated": {"delta": "delta", "base": "base"},
     "score_concept": {"samples": "samples", "base": "base"},
     "measure_interference": {"delta": "delta", "base": "base", "samples": "samples"},
-    "probe_wordings": {"delta": "delta"},
+    "probe_wordings": {"delta": "delta", "pictures": "pictures", "control": "control"},
     "attack_concept": {"delta": "delta", "pictures": "pictures", "control": "control"},
 }
 """The rules' inputs: their name -> that in the spec."""

@@ -155,14 +155,17 @@ def test_an_attack_is_judged_on_three_sides_and_can_be_replayed(folder, tmp_path
     sources = {"pictures": [folder / "x.parquet"], "control": folder / "y.parquet"}
     attack_concept(spec, folder / "delta.safetensors", **sources, **outputs, device="cpu", batch_size=5)
     (line,) = pq.read_table(outputs["scores"]).to_pylist()
-    store, judge = read_store(outputs["images"]), PresenceJudge(spec)
+    shown, neutral = [read_store(folder / "x.parquet")], read_store(folder / "y.parquet")
+    store, judge = read_store(outputs["images"]), PresenceJudge(spec, "cpu", shown, neutral)
     for side in ("base", "ablated", "control"):
         seen = judge.seen(store.select(side))
         assert len(seen) == 5 and line[side] == np.mean(seen) and line[f"{side}_seen"] == seen.tolist()
         assert store.select(side).column("seed") == [1000, 1001, 1002, 1003, 1004]
     assert (line["family"], line["n"], line["budget"]) == (name, 5, "2 tokens, 12 steps of 4 pictures")
     learned, about = load_learned(outputs["learned"])
-    assert json.loads(json.dumps(spec)) == about and line["learned"] == learned.words
+    assert (
+        json.loads(json.dumps(spec | {"floors": judge.floors})) == about and line["learned"] == learned.words
+    )
 
     again = replay(
         outputs["learned"],

@@ -20,31 +20,55 @@ from concept_ablation.registries import KINDS, METRICS
 class PresenceJudge:
     """Tells which pictures show one of a row's targets.
 
+    What other prompts bring is often neither target nor anchor, and is still nearer to one of the two texts. So where texts decide, a
+    picture must also reach a target's *floor*: halfway between the medians of its cosine with the target's text over the unchanged
+    model's pictures of the target and over those of the anchor.
+
     Args:
         spec: kind, targets, anchor, texts (subject -> text, of the targets and the anchor), scorer {model, pretrained}; as the kind
-            needs them image and descriptor, or detector, as `scoring.score_concept` takes them.
+            needs them image and descriptor, or detector, as `scoring.score_concept` takes them; floors (target -> cosine), if known.
+        shown: the unchanged model's pictures of each target; neutral: of the anchor. They give the floors where the spec doesn't.
 
     Raises:
         FeatureError, and as the kind needs them MemorizationError, DetectorError.
     """
 
-    def __init__(self, spec: Mapping, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: Mapping,
+        device: str = "cpu",
+        shown: Sequence[ImageStore | Pictures] = (),
+        neutral: ImageStore | Pictures | None = None,
+    ) -> None:
         self.kind, self.spec = KINDS[spec["kind"]], spec
         scorer = ClipScorer(spec["scorer"]["model"], spec["scorer"].get("pretrained"), device)
         self.models = ImageModels(spec, scorer, device)
         self.texts = dict(zip(spec["texts"], scorer.text_features(list(spec["texts"].values())), strict=True))
+        self.floors: dict[str, float] = dict(spec.get("floors", {}))
+        if shown and not self.floors and not isinstance(METRICS[self.kind.measure], ImageMetric):
+            low = self._features(neutral)
+            for target, pictures in zip(spec["targets"], shown, strict=True):
+                ends = [
+                    np.median(features @ self.texts[target]) for features in (self._features(pictures), low)
+                ]
+                self.floors[target] = float(np.mean(ends))
+
+    def _features(self, pictures: ImageStore | Pictures) -> np.ndarray:
+        """(n, d), rows of length 1."""
+        return self.models.scorer.image_features(pictures.images(), self.models.batch_size)
 
     def seen(self, pictures: ImageStore | Pictures) -> np.ndarray:
         """(n,): 1 where a picture shows a target, 0 where not, between them where two texts are equally near."""
         metric = METRICS[self.kind.measure]
         if isinstance(metric, ImageMetric):
             return np.asarray(metric.read(pictures, self.models), dtype=np.float64)
-        features = self.models.scorer.image_features(pictures.images(), self.models.batch_size)
+        features = self._features(pictures)
         # In the role of a paraphrase any target counts, whichever the prompt asked for.
         probe = Probe("paraphrase", "", features, features)
         targets = tuple(self.spec["targets"])
         row = Row(self.kind, targets, self.spec["anchor"], (), self.texts, [probe])
-        return metric.values(probe, row).ablated
+        reached = [features @ self.texts[target] >= floor for target, floor in self.floors.items()]
+        return metric.values(probe, row).ablated * (np.any(reached, axis=0) if reached else 1)
 
 
 def family_line(

@@ -7,7 +7,7 @@ ever looks at them. docs/report.md defines the table.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 def probe_wordings(
     spec: Mapping,
     delta: str | Path,
+    pictures: Sequence[str | Path],
+    control: str | Path,
     scores: str | Path,
     images: str | Path,
     *,
@@ -45,7 +47,7 @@ def probe_wordings(
     Args:
         spec: model, sampler, confidence, families, each: family, prompts (one a picture), seed (of the first; the next have the
             following ones); and what `PresenceJudge` takes.
-        delta: the row's.
+        delta: the row's. pictures: image stores of the base model's pictures of each target; control: of the anchor.
 
     Raises:
         ModelError, DeltaError, SamplerError, DeviceError; FeatureError, MemorizationError, DetectorError.
@@ -53,7 +55,10 @@ def probe_wordings(
     pipeline = load_model(spec["model"], device)
     drawn = _drawn(pipeline, spec, delta, batch_size, Path(scores).stem)
     write_images(images, drawn, pipeline, spec, {})
-    judge, store = PresenceJudge(spec, pick_device(device)), read_store(images)
+    judge = PresenceJudge(
+        spec, pick_device(device), [read_store(path) for path in pictures], read_store(control)
+    )
+    store = read_store(images)
     lines = []
     for asked in spec["families"]:
         family = asked["family"]

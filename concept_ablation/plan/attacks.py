@@ -50,8 +50,6 @@ def _plan_attack(plan: Plan, row: Row, own: Mapping, model: Mapping) -> str:
         aimed = [control for _ in plain]
     spec = {
         **judged_work(row, own, model),
-        "pictures": [row.base[target] for target in concept.targets],
-        "control": row.base[concept.anchor],
         "attack": name,
         "settings": settings[name],
         "aims": {
@@ -77,6 +75,8 @@ def judged_work(row: Row, own: Mapping, model: Mapping) -> dict:
     return {
         "model": model,
         "delta": row.ablation,
+        "pictures": [row.base[target] for target in concept.targets],
+        "control": row.base[concept.anchor],
         "sampler": own["evaluation"]["sampler"],
         "kind": concept.kind,
         "targets": list(concept.targets),

@@ -1,6 +1,6 @@
 # Whether a removed concept comes back when it is asked for in another way.
-# `probe_wordings` reads concepts/{key}/delta.safetensors (or deltas/{key}.safetensors) and writes wordings/{key}.parquet, a line for
-# each family of prompts, and wordings/{key}.images.parquet, their pictures.
+# `probe_wordings` reads concepts/{key}/delta.safetensors (or deltas/{key}.safetensors) and base/{key}.parquet of the target and of the
+# anchor, and writes wordings/{key}.parquet, a line for each family of prompts, and wordings/{key}.images.parquet, their pictures.
 # Steps: draw each family by the unchanged model and by the row's from the same seeds, and count the pictures that show the target.
 # `attack_concept` reads a delta and base/{key}.parquet of the target and of the anchor, and writes attacks/{key}.parquet, one line,
 # attacks/{key}.images.parquet, and attacks/{key}.safetensors, what was learned.
@@ -12,6 +12,8 @@ rule probe_wordings:
     """Ask one row's model for its target in other words: paraphrases, synonyms, misspellings, longer prompts, other languages."""
     input:
         delta=lambda wildcards: plan.upstream("probe_wordings", wildcards.key, "delta"),
+        pictures=lambda wildcards: plan.upstream("probe_wordings", wildcards.key, "pictures"),
+        control=lambda wildcards: plan.upstream("probe_wordings", wildcards.key, "control"),
     output:
         scores=file_of("probe_wordings", "scores"),
         images=file_of("probe_wordings", "images"),

@@ -59,6 +59,9 @@ def attack_concept(
     Raises:
         AttackError; ModelError, DeltaError, SamplerError, DeviceError; FeatureError, MemorizationError, DetectorError.
     """
+    judge = PresenceJudge(
+        spec, pick_device(device), [read_store(path) for path in pictures], read_store(control)
+    )
     attack, pipeline = ATTACKS[spec["attack"]], load_model(spec["model"], device)
     asked = {"sampler": spec["sampler"], "batch_size": batch_size}
 
@@ -66,10 +69,10 @@ def attack_concept(
         yield from _draw(pipeline, spec, "base", spec["plain"], None, asked)
         yield from _attack(pipeline, spec, "control", [control], attack, asked)
         drawn = asked | sampling_of(apply_delta(pipeline, delta))
-        yield from _attack(pipeline, spec, "ablated", pictures, attack, drawn, learned)
+        yield from _attack(pipeline, spec, "ablated", pictures, attack, drawn, learned, judge.floors)
 
     write_images(images, all_pictures(), pipeline, spec, {})
-    store, judge = read_store(images), PresenceJudge(spec, pick_device(device))
+    store = read_store(images)
     seen = {side: judge.seen(store.select(side)) for side in ("base", "ablated", "control")}
     words = load_learned(learned)[0].words
     more = {"budget": attack.budget(spec["settings"]), "learned": words}
@@ -114,8 +117,9 @@ def _attack(
     attack: Attack,
     asked: Mapping,
     out_path: str | Path | None = None,
+    floors: Mapping[str, float] | None = None,
 ) -> Iterator[dict]:
-    """Learn the attack against the pipeline as it is, save it to `out_path`, and draw with it."""
+    """Learn the attack against the pipeline as it is, save it to `out_path` with the judge's floors, and draw with it."""
     aim = spec["aims"][side]
     pictures, prompts = [], []
     for path, own in zip(stores, aim["prompts"], strict=True):
@@ -125,7 +129,7 @@ def _attack(
     goal = Goal(pipeline, pictures, prompts, spec["sampler"]["precision"], spec["settings"]["seed"])
     learned = attack.learn(goal, aim["start"], spec["settings"])
     if out_path is not None:
-        save_learned(out_path, learned, spec)
+        save_learned(out_path, learned, {**spec, "floors": floors})
     yield from _draw(pipeline, spec, side, aim["prompts"], learned, asked)
 
 
