@@ -42,20 +42,17 @@ def encoded(pipeline, training):
     """The text encoding of all prompts that name what the first attack found, by transformers alone: (prompts, tokens, width)."""
     rows = training.state()["found"]["text_encoder"][: HARDEN["tokens"]]
     encoder, tokenizer, found = pipeline.text_encoder, pipeline.tokenizer, []
-    table = encoder.get_input_embeddings()
+
+    def put(module, inputs, output):
+        return torch.cat((output[:, :place], rows[None], output[:, place + 2 :]), 1)
+
+    hook = encoder.get_input_embeddings().register_forward_hook(put)
     for (text,) in OPEN:
-        before, after = text.split(MARK)
-        ids = tokenizer(
-            f"{before.strip()} qq {after.strip()}".strip(), padding="max_length", max_length=77
-        ).input_ids
+        ids = tokenizer(text.replace(MARK, " qq "), padding="max_length", max_length=77).input_ids
         place = ids.index(tokenizer("qq", add_special_tokens=False).input_ids[0])
-        put = lambda module, inputs, out, place=place: torch.cat(
-            (out[:, :place], rows[None], out[:, place + 2 :]), 1
-        )  # noqa: E731, B023
-        hook = table.register_forward_hook(put)
-        found.append(encoder(torch.tensor([ids]))[0])
-        hook.remove()
-    return torch.cat(found).detach()
+        found.append(encoder(torch.tensor([ids]))[0].detach())
+    hook.remove()
+    return torch.cat(found)
 
 
 def test_attacks_come_after_every_k_steps_and_targets_take_turns(pipeline, monkeypatch):

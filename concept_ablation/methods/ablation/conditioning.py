@@ -63,9 +63,9 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        with self.embeddings.active(original=True) if self.embeddings else contextlib.nullcontext():
-            with filled(self.pipeline, self.found):
-                return self.family.encode_prompts(self.pipeline, prompts)
+        original = self.embeddings.active(original=True) if self.embeddings else contextlib.nullcontext()
+        with original, filled(self.pipeline, self.found):
+            return self.family.encode_prompts(self.pipeline, prompts)
 
     def current_text(self, prompts: Sequence[str]) -> Conditioning:
         """The same by the text encoders as they are now, with gradient if they are trained."""

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from concept_ablation.common.roles import MARK
-from concept_ablation.diffusion.placeholders import add_placeholders, placed
+from concept_ablation.diffusion.placeholders import add_placeholders
 from concept_ablation.diffusion.sampler import sample_images
 from concept_ablation.evaluation.attacks.base import Goal
 from concept_ablation.registries import ATTACKS
