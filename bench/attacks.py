@@ -7,7 +7,7 @@
 One process, one thread. What is finished stays in `--results`, so a run that was stopped goes on where it was. Each row is trained and
 attacked twice, with the config's settings but for `training.harden.every`. The attack is `evaluation.attack: soft-prompt` with the
 config's budget: learned against each model anew, judged by fresh seeds. Its control, the same attack on the unchanged model aimed at the
-anchor's pictures, is the same for both. Prints a table for docs/method.md: shares in percent with their intervals, what neighbors and
+anchor's pictures, is the same for both, and made once. Prints a table for docs/method.md: shares in percent with their intervals, what neighbors and
 anchor lost, and the CPU seconds of the trainings that were made here (a dash: found in `--from`).
 """
 
@@ -59,7 +59,9 @@ def make_plan(options: argparse.Namespace, target: str, every: int) -> Plan:
 def work_of(plan: Plan) -> Iterator[tuple[str, str]]:
     """Stage and key of what the row alone needs, in order: without what a bundle that it is in would."""
     (row,) = plan.rows
-    needed = {row.anchors, row.ablation, *row.base.values(), row.samples, row.scores, *row.attacks}
+    needed = {row.anchors, row.ablation, *row.base.values(), row.samples, row.scores}
+    if "harden" not in plan.specs["ablate_concept"][row.ablation]:
+        needed |= set(row.attacks)  # with its control; a hardened row has the same: see `attack_hardened`
     needed |= set(plan.specs["write_prompts"]) | set(plan.specs["search_prompts"])
     for stage, specs in plan.specs.items():
         yield from ((stage, key) for key in specs if key in needed)
@@ -97,12 +99,41 @@ def borrowed(outputs: Mapping[str, Path], options: argparse.Namespace) -> bool:
     return True
 
 
+def attack_hardened(plan: Plan) -> dict:
+    """The line of a row's attack without its control: learned against the row's model, replayed on it, and kept."""
+    from concept_ablation.common.image_store import read_store
+    from concept_ablation.diffusion.delta import apply_delta
+    from concept_ablation.diffusion.stages import load_model
+    from concept_ablation.evaluation.attacks.base import Goal, save_learned
+    from concept_ablation.evaluation.attacks.stage import replay
+    from concept_ablation.registries import ATTACKS
+
+    (row,), (key,) = plan.rows, plan.rows[0].attacks
+    learned, kept = (Path(plan.results) / "hardened" / f"{key}.{end}" for end in ("safetensors", "json"))
+    if not kept.exists():
+        kept.parent.mkdir(exist_ok=True)
+        spec, delta = json.loads(plan.spec("attack_concept", key)), plan.path(row.ablation)
+        pipeline, pictures, prompts = load_model(spec["model"], "cpu"), [], []
+        apply_delta(pipeline, delta)
+        aim = spec["aims"]["ablated"]
+        for store, own in zip(spec["pictures"], aim["prompts"], strict=True):
+            images = list(read_store(plan.path(store)).images())
+            pictures += images
+            prompts += [own[place % len(own)] for place in range(len(images))]
+        goal = Goal(pipeline, pictures, prompts, spec["sampler"]["precision"], spec["settings"]["seed"])
+        found = ATTACKS[spec["attack"]].learn(goal, aim["start"], spec["settings"])
+        save_learned(learned, found, spec)
+        kept.write_text(json.dumps(replay(learned, delta, device="cpu")), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
 def measured(plan: Plan) -> dict:
     """The row's figures: those of its attack, and what its scores say, by (role, metric, side)."""
     import pyarrow.parquet as pq
 
     (row,) = plan.rows
-    (line,) = pq.read_table(plan.path(row.attacks[0])).to_pylist()
+    hardened = "harden" in plan.specs["ablate_concept"][row.ablation]
+    line = attack_hardened(plan) if hardened else pq.read_table(plan.path(row.attacks[0])).to_pylist()[0]
     scores = pq.read_table(plan.path(row.scores)).to_pylist()
     spent = Path(plan.results) / "seconds" / f"{row.ablation}.txt"
     found = {(one["role"], one["metric"], one["side"]): one["value"] for one in scores}
@@ -125,7 +156,7 @@ def table_line(target: str, before: dict, after: dict) -> str:
             pair("target", "clip_accuracy", "ablated"),
             share(before, "ablated"),
             share(after, "ablated"),
-            share(after, "control"),
+            share(before, "control"),
             pair("neighbors", "recognition"),
             pair("worst neighbor", "typical"),
             pair("neighbors", "kid_x1000", scale=1),
@@ -142,9 +173,7 @@ def main() -> None:
     )
     parser.add_argument("--table", type=Path, default=ROOT / "concepts.csv")
     parser.add_argument("--rows", nargs="+", default=ROWS, help="targets of the table's rows")
-    parser.add_argument(
-        "--every", type=int, default=10, help="steps between attacks in the hardened training"
-    )
+    parser.add_argument("--every", type=int, default=8, help="steps between attacks in the hardened training")
     parser.add_argument("--results", type=Path, default=Path("results/attacks-bench"))
     parser.add_argument("--from", dest="source", type=Path, help="results whose finished files are taken")
     options = parser.parse_args()

@@ -6,7 +6,7 @@ import pytest
 import test_plan
 import torch
 from safetensors.torch import load_file
-from test_bundles import BOTH, CAT
+from test_bundles import BOTH, CAT, INK
 from test_checkpoints import Judge, Killed, ablate, assert_equal, kill_at, make_spec
 from test_checkpoints import world as world  # noqa: PLC0414
 from test_training import DATA, SETTINGS, TARGETS, weights
@@ -189,7 +189,18 @@ def test_off_no_key_changes_and_on_it_is_looked_at_after_the_last_step(config):
     hard = dataclasses.replace(CAT, overrides={"training.harden.every": 10})
     (spec,) = build_plan([hard], config).specs["ablate_concept"].values()
     assert spec["harden"]["every"] == 10 and spec["harden"]["sampler"] == config["anchors"]["sampler"]
-    assert spec["search"]["looks"] == [] and spec["training"] == plain["training"]
+    assert spec["search"]["looks"] == [] and spec["training"] == plain["training"] | {
+        "preserve_tolerance": 1e-2
+    }
+    assert "preserve_tolerance" not in spec["harden"]
+
+
+def test_a_hardened_training_preserves_at_least_so_loosely(config):
+    config["training"]["harden"] |= {"every": 10, "preserve_tolerance": 0.02}
+    config["training"]["search"]["ladder"] = [{}, {"preserve_tolerance": 0.005}, {"preserve_tolerance": 0.1}]
+    (cat,), (ink,) = (build_plan([row], config).specs["ablate_concept"].values() for row in (CAT, INK))
+    assert (cat["training"]["preserve_tolerance"], ink["training"]["preserve_tolerance"]) == (0.02, 0.03)
+    assert cat["search"]["ladder"] == [{}, {"preserve_tolerance": 0.02}, {"preserve_tolerance": 0.1}]
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,7 @@ class Ablation(Method):
         if self.validates(settings):  # batches and seeds of its pictures are in `validation`
             work["search"] = {name: search[name] for name in ("looks", "scales", "ladder")}
         if harden["every"]:
-            work["harden"] = harden | {"sampler": settings["anchors"]["sampler"]}
-            if "search" in work:  # a training that ends at an early look would be attacked too seldom
-                work["search"]["looks"] = []
+            _harden(work, {**harden, "sampler": settings["anchors"]["sampler"]})
         ways = {rung.get("preserve", training["preserve"]) for rung in _rungs(settings["training"])}
         if ways == {"none"}:
             del training["preserve_weight"], training["preserve_tolerance"]
@@ -99,6 +97,19 @@ class Ablation(Method):
 def _rungs(training: Mapping) -> Sequence[Mapping]:
     """What replaces a row's settings in each of its trainings: the ladder's rungs, or once nothing."""
     return training["search"]["ladder"] if training["strength"] == "auto" else [{}]
+
+
+def _harden(work: dict, harden: dict) -> None:
+    """Make a hardened training of the one in `work`: attacked as `harden` says, preserving less exactly, and not ended early."""
+    least = harden.pop("preserve_tolerance")
+    work["harden"] = harden
+    work["training"]["preserve_tolerance"] = max(least, work["training"]["preserve_tolerance"])
+    if "search" in work:  # a training that ends at an early look would be attacked too seldom
+        ladder = [
+            rung | {name: max(least, rung[name]) for name in ("preserve_tolerance",) if name in rung}
+            for rung in work["search"]["ladder"]
+        ]
+        work["search"] |= {"looks": [], "ladder": ladder}
 
 
 def _unhardened(training: Mapping) -> str | None:
