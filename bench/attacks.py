@@ -159,9 +159,9 @@ def table_line(target: str, before: dict, after: dict) -> str:
             share(before, "control"),
             pair("neighbors", "recognition"),
             pair("worst neighbor", "typical"),
-            pair("neighbors", "kid_x1000", scale=1),
+            pair("neighbors", "kid_x1000", "ablated", 1),
             pair("anchor", "typical"),
-            pair("anchor", "kid_x1000", scale=1),
+            pair("anchor", "kid_x1000", "ablated", 1),
             f"{before['seconds']}, {after['seconds']}",
         ]
     )

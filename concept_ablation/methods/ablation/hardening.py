@@ -3,7 +3,8 @@
 After every k steps the attack `soft-prompt` learns token embeddings against the weights as they are, from pictures of the target that
 the unchanged model drew. From then on a prompt with these embeddings in the target's place is one of the target's prompts: its
 prediction is moved to the anchor's. STEREO (Srivatsan et al., 2025) and AdvUnlearn (Zhang et al., 2024) train against attacks in such
-rounds. What is preserved isn't touched by it: a null space holds for every step, whatever prompt it was for.
+rounds. A null space holds for every step, whatever prompt it was for. What of a learned prompt's encoding lies in the preserved span
+can't be moved, which is why a hardened training preserves a smaller one (`harden.preserve_tolerance`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Hardening:
         settings: every (steps between attacks), images (pictures of each target), sampler (of these), seed (of the first picture,
             and of the attacks' draws), and the attack's budget: tokens, steps, batch_size, learning_rate.
         asked: target -> the prompts that its pictures are drawn with, in turn.
-        open_prompts: for each image of the training, the prompts with `roles.MARK` in the target's place. Images i of a target's
+        open_prompts: for each image of the training, the prompts with `roles.MARK` in the target's place. Image i of a target's
             pictures is to come back under a prompt of entry i, modulo their number.
         precision: of the attacks' computation.
     """
