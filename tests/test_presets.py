@@ -134,6 +134,7 @@ PUBLISHED = [
     Line("training.detach_bos", True, True, "compvis/src/model.py new_forward; diffusers/model_pipeline.py attention processor"),
     Line("training.preserve", "none", "none", "neither knows neighbors"),
     Line("training.start", "none", "none", "neither has one"),
+    Line("training.harden.every", 0, 0, "neither attacks its model"),
     Line("training.strength", "fixed", "fixed", "both take all of their steps"),
     Line("training.seed", 23, 42, "compvis/train.py --seed; diffusers/train.py --seed", 0, "draws are made in another order here"),
 ]  # fmt: skip
@@ -185,8 +186,9 @@ def test_the_table_has_every_setting_of_the_anchors_pictures_and_the_ablation(co
     settings = [line.setting for line in PUBLISHED]
     assert len(settings) == len(set(settings))
     decided = {**flat(config["anchors"], "anchors"), **flat(config["training"], "training")}
-    # What is preserved and how a strength is searched does nothing where neither is done, as in both presets.
-    unused = {name for name in decided if name.startswith(("training.preserve_", "training.search."))}
+    # What is preserved, how a strength is searched and how a model is attacked does nothing where it isn't, as in both presets.
+    parts = ("training.preserve_", "training.search.", "training.harden.")
+    unused = {name for name in decided if name.startswith(parts)}
     assert decided.keys() - unused <= set(settings)
 
 

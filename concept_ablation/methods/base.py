@@ -27,6 +27,8 @@ class Method:
     """Whether it reads pictures of the anchor, which are then drawn before it."""
     changes_weights: ClassVar[bool] = True
     """Whether its delta holds weights. Without any a row can't be exported or merged; its metadata say how it is sampled."""
+    hardens: ClassVar[bool] = False
+    """Whether it can attack its model as it trains (`training.harden`)."""
     row_fields: ClassVar[tuple[str, ...]] = ("kind", "targets", "anchor")
     """The columns of the table that its work depends on; also possible: neighbors."""
     defaults: ClassVar[Mapping[str, object]] = {}

@@ -10,7 +10,7 @@ from concept_ablation.registries import METHODS
 
 METHOD = "ablation"
 """The method whose training it is."""
-UNUSED = ("search", "start", "strength", "preserve_prompts")
+UNUSED = ("search", "start", "strength", "preserve_prompts", "harden")
 """Settings of a row's training that a bundle's doesn't use, or takes from each row."""
 
 
@@ -44,6 +44,12 @@ def training_mistakes(rows: Sequence[Any], settings: Mapping, what: str) -> Iter
             yield concept.line, f"{what} trains as method {METHOD} does, and this row's method is {method}"
         elif group == "embedding":
             text = f"{what} trains weights, and this row's training.parameter_group is embedding (allowed: cross-attn, attn, full-weight)"
+            yield concept.line, text
+        elif row.own["training"]["harden"]["every"]:
+            text = (
+                f"{what} attacks no model, and this row is hardened (allowed: training.harden.every 0; or to merge the rows' own deltas, "
+                "as how closed-form does)"
+            )
             yield concept.line, text
         elif wrong := METHODS[METHOD].mistake(own):
             yield concept.line, f"{what}: {wrong}"

@@ -156,6 +156,12 @@ def _plan_ablation(
     method = METHODS[own["method"]["name"]]
     if wrong := method.mistake(own):
         raise PlanError(wrong)
+    if own["training"]["harden"]["every"] and not method.hardens:
+        able = ", ".join(name for name in METHODS if METHODS[name].hardens)
+        raise PlanError(
+            f"training.harden attacks a training of method {able}, and this row's method is {method.name} (allowed with it: "
+            "training.harden.every 0, in this row's column, too)"
+        )
     work = {name: row[name] for name in method.fields(own)} | {"model": model}
     anchors = None
     if method.uses_anchors:

@@ -45,6 +45,7 @@ SMALL = {
         "preserve": "none",
         "strength": "fixed",
         "search": SEARCH,
+        "harden": {"tokens": 2, "steps": 2, "batch_size": 2, "images": 2},
     },
     "evaluation": {
         "images": {"target": 4, "anchor": 4, "neighbor": 4},

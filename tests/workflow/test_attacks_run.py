@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from concept_ablation.diffusion.delta import read_metadata
 from tests.workflow.conftest import HEADER, SMALL
 
 pytestmark = pytest.mark.workflow
@@ -51,3 +52,24 @@ def test_a_lost_table_is_made_again_and_nothing_else(attacked):
     jobs = attacked.jobs("small.yaml")
     table.write_bytes(content)
     assert jobs == {"probe_wordings": 1, **REPORT}
+
+
+def test_a_row_is_hardened_by_a_column_and_its_work_alone_is_done_again(attacked):
+    hard = ROWS.replace("synonyms", "synonyms,training.harden.every").replace("sulking cat", "sulking cat,{}")
+    attacked.write(hard.format(2))
+    refused = attacked.snakemake("--dry-run", "--configfile", "small.yaml")
+    assert (
+        "concepts.csv:2: training.harden.every is 2, so none of 2 steps comes after an attack"
+        in refused.stdout
+    )
+    attacked.write(hard.format(1))
+    own = dict.fromkeys(
+        ("ablate_concept", "sample_ablated", "score_concept", "probe_wordings", "attack_concept"), 1
+    )
+    assert attacked.jobs("small.yaml") == own | REPORT
+    done = attacked.snakemake("--cores", "1", "--configfile", "small.yaml", "--until", "ablate_concept")
+    assert done.returncode == 0, done.stdout
+    made = [
+        read_metadata(file) for file in (attacked.folder / "results/concepts").glob("*/delta.safetensors")
+    ]
+    assert sorted(one.get("harden", {}).get("every", 0) for one in made) == [0, 1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from concept_ablation.common.hardware import Precision, autocast
 from concept_ablation.diffusion.families.base import Conditioning, family_of
+from concept_ablation.diffusion.placeholders import filled
 from concept_ablation.methods.ablation.data import Batch, View
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Encoder:
 
     On a CPU each input is encoded alone, so that its encoding doesn't depend, in its last bits, on the rest of the batch, and a training
     that goes on after it was killed is the same (docs/performance.md says what that costs). Elsewhere as many are encoded at once as `PIXELS_AT_ONCE` and `TEXTS_AT_ONCE` allow. `embeddings`: the token embeddings that are trained, if they are.
+    `found`: the embeddings of placeholders that prompts may name, by text encoder (count, width); one that was encoded stays as it is.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Encoder:
     ) -> None:
         self.pipeline, self.family = pipeline, family_of(pipeline)
         self.precision, self.embeddings = precision, embeddings
+        self.found: dict[str, Tensor] = {}
         self._texts: dict[str, Conditioning] = {}
         self._moments: dict[tuple[int, bool], Tensor] = {}
 
@@ -62,7 +65,8 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        with self.embeddings.active(original=True) if self.embeddings else contextlib.nullcontext():
+        original = self.embeddings.active(original=True) if self.embeddings else contextlib.nullcontext()
+        with original, filled(self.pipeline, self.found):
             return self.family.encode_prompts(self.pipeline, prompts)
 
     def current_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from concept_ablation.diffusion.families.base import NoiseSchedule
+from concept_ablation.diffusion.placeholders import placed
 from concept_ablation.methods.ablation.data import AnchorData, Batch, View
 from concept_ablation.methods.ablation.settings import TrainingSettings
+
+FOUND = 0.5
+"""The share of target prompts that name what attacks found, once they did."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class TrainingDraws:
     |---|---|
     | the images' positions (a new shuffle when all were used), then which are mirrored | the posterior's noise |
     | for each image: its scale, its place on the canvas, its prefix | the added noise |
-    | for each image: one of its target prompts | the timesteps |
+    | for each image: one of its target prompts; in a hardened training, once something was found, half of the time one that names it | the timesteps |
     | the same for the prior's images, but for the target prompts | the same for the prior's images |
     | with distillation, a preserved prompt for each image | |
 
@@ -62,6 +66,7 @@ class TrainingDraws:
     its next shuffle.
 
     `targets[i]`: the target prompts of image i. `preserved`: the preserved prompts. `channels`: of the latents. `vae_factor`: a latent cell's side in pixels.
+    `open_prompts[i]`: those of image i with `roles.MARK` in the target's place. `found`: what attacks found to stand there.
     """
 
     def __init__(
@@ -75,8 +80,10 @@ class TrainingDraws:
         channels: int,
         vae_factor: int,
         preserved: Sequence[str] = (),
+        open_prompts: Sequence[Sequence[str]] = (),
     ) -> None:
         self.data, self.targets, self.settings = data, targets, settings
+        self.open_prompts, self.found = open_prompts, []
         self.preserved = list(preserved)
         self.schedule, self.channels = schedule, channels
         self.choices, self.noises = random.Random(seed), torch.Generator("cpu").manual_seed(seed)
@@ -106,6 +113,9 @@ class TrainingDraws:
         return LossDraws(batch, prompts, anchor_prompts, posterior_noise, noise, timesteps)
 
     def _target_prompt(self, position: int, view: View) -> str:
+        if self.found and self.choices.random() < FOUND:
+            prompt = self.choices.choice(self.open_prompts[position])
+            return view.prefix + placed(prompt, self.choices.choice(self.found))
         return view.prefix + self.choices.choice(self.targets[position])
 
     def _prior_prompt(self, position: int, view: View) -> str:

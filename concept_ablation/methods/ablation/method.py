@@ -14,6 +14,7 @@ class Ablation(Method):
     """Its settings are the config's `training`, since the recipes of `presets` are written in them."""
 
     name = "ablation"
+    hardens = True
 
     def fields(self, settings: Mapping) -> tuple[str, ...]:
         training = settings["training"]
@@ -45,6 +46,8 @@ class Ablation(Method):
     def mistake(self, settings: Mapping) -> str | None:
         """The null space is that of keys and values of the text, so no other parameters can be kept in it."""
         training = settings["training"]
+        if wrong := _unhardened(training):
+            return wrong
         for number, rung in enumerate(_rungs(training), 1):
             preserve, group = (rung.get(name, training[name]) for name in ("preserve", "parameter_group"))
             if training["start"] != "none" and group != "cross-attn":
@@ -60,11 +63,15 @@ class Ablation(Method):
 
     def work(self, settings: Mapping, templates: list[str]) -> dict:
         training = {**settings["training"], "style_templates": templates}
-        training["group"], seed = training.pop("parameter_group"), training.pop("seed")
+        training["group"], seed, harden = (
+            training.pop(name) for name in ("parameter_group", "seed", "harden")
+        )
         search, general = training.pop("search"), training.pop("preserve_prompts")
         work = {"method": self.name, "training": training, "seed": seed}
         if self.validates(settings):  # batches and seeds of its pictures are in `validation`
             work["search"] = {name: search[name] for name in ("looks", "scales", "ladder")}
+        if harden["every"]:
+            _harden(work, {**harden, "sampler": settings["anchors"]["sampler"]})
         ways = {rung.get("preserve", training["preserve"]) for rung in _rungs(settings["training"])}
         if ways == {"none"}:
             del training["preserve_weight"], training["preserve_tolerance"]
@@ -104,6 +111,33 @@ class Ablation(Method):
 def _rungs(training: Mapping) -> Sequence[Mapping]:
     """What replaces a row's settings in each of its trainings: the ladder's rungs, or once nothing."""
     return training["search"]["ladder"] if training["strength"] == "auto" else [{}]
+
+
+def _harden(work: dict, harden: dict) -> None:
+    """Make a hardened training of the one in `work`: attacked as `harden` says, preserving less exactly, and not ended early."""
+    least = harden.pop("preserve_tolerance")
+    work["harden"] = harden
+    work["training"]["preserve_tolerance"] = max(least, work["training"]["preserve_tolerance"])
+    if "search" in work:  # a training that ends at an early look would be attacked too seldom
+        ladder = [
+            rung | {name: max(least, rung[name]) for name in ("preserve_tolerance",) if name in rung}
+            for rung in work["search"]["ladder"]
+        ]
+        work["search"] |= {"looks": [], "ladder": ladder}
+
+
+def _unhardened(training: Mapping) -> str | None:
+    """Why attacks on a training would do nothing; None: they aren't asked for, or do something."""
+    every, steps = training["harden"]["every"], training["steps"]
+    groups = {rung.get("parameter_group", training["parameter_group"]) for rung in _rungs(training)}
+    if every and "embedding" in groups:
+        return (
+            "training.harden learns token embeddings in place of the target's, and training.parameter_group embedding trains the "
+            "target's own alone, so nothing would be moved (allowed with hardening: cross-attn, attn, full-weight)"
+        )
+    if every and every >= steps:
+        return f"training.harden.every is {every}, so none of {steps} steps comes after an attack (allowed: 0, which is off, to {steps - 1})"
+    return None
 
 
 METHOD = Ablation()

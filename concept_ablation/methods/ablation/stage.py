@@ -15,12 +15,14 @@ from torch import Tensor
 from concept_ablation.common.hardware import resolve_precision
 from concept_ablation.common.image_store import read_store
 from concept_ablation.common.progress import progress_bar
+from concept_ablation.common.roles import MARK
 from concept_ablation.diffusion.delta import save_delta
 from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.diffusion.stages import load_model
 from concept_ablation.evaluation.validation import Spending, Validation
 from concept_ablation.methods.ablation.checkpoints import load_checkpoint, save_checkpoint
 from concept_ablation.methods.ablation.data import AnchorData
+from concept_ablation.methods.ablation.hardening import Hardening, in_turn
 from concept_ablation.methods.ablation.preservation import preserved_prompts
 from concept_ablation.methods.ablation.settings import TrainingError, TrainingSettings, renamed
 from concept_ablation.methods.ablation.token_embeddings import target_tokens
@@ -83,6 +85,7 @@ class _Run:
         self.tokenizers = family_of(self.pipeline).tokenizers(self.pipeline)
         self.data = AnchorData.from_store(anchors_path)
         self.targets = target_prompts(spec, self.data, anchors_path)
+        self.hardening = self._hardening(anchors_path) if "harden" in spec else None
         self.records: list[dict] = []
         self.found = Search()
 
@@ -102,7 +105,19 @@ class _Run:
         settings = self.settings(rung)
         preserved = self._preserved() if settings.preserves else ()
         options = {"seed": self.spec["seed"], "tokens": self.tokens(settings), "preserved": preserved}
-        return Training(self.pipeline, self.data, self.targets, settings, **options)
+        return Training(self.pipeline, self.data, self.targets, settings, hardening=self.hardening, **options)
+
+    def _hardening(self, anchors_path: str | Path) -> Hardening:
+        """What attacks the trainings. Made before the first of them, since the unchanged model draws what is to come back."""
+
+        def worded(word: str) -> list[tuple[str, ...]]:
+            return target_prompts({**self.spec, "targets": [word]}, self.data, anchors_path)
+
+        asked = {target: in_turn(worded(target)) for target in self.spec["targets"]}
+        searched = KINDS[self.spec["kind"]].searches_prompts
+        marked = [(MARK,)] * len(self.data.prompts) if searched else worded(MARK)
+        precision = self.spec["training"]["precision"]
+        return Hardening(self.pipeline, self.spec["harden"], asked, marked, precision)
 
     def _warm(self, training: Training) -> None:
         """Put the training where `training.start` says. What it preserves, and what scales of its change start from, stays the base."""
@@ -131,6 +146,7 @@ class _Run:
             "scaled_learning_rate": settings.scaled_learning_rate,
             "device": device.type,
             "precision": resolve_precision(settings.precision, device),
+            **({"harden": self.spec["harden"]} if self.hardening else {}),
         }
         if tokens := self.tokens(settings):
             words = [self.tokenizers[encoder].convert_ids_to_tokens(ids) for encoder, ids in tokens.items()]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from concept_ablation.common.hardware import (
     Precision,
@@ -31,6 +31,7 @@ from concept_ablation.common.hardware import (
 from concept_ablation.diffusion.families.base import family_of
 from concept_ablation.methods.ablation.data import AnchorData
 from concept_ablation.methods.ablation.draws import TrainingDraws
+from concept_ablation.methods.ablation.hardening import Hardening, joined
 from concept_ablation.methods.ablation.objective import AblationObjective
 from concept_ablation.methods.ablation.preservation import NullSpace, null_space
 from concept_ablation.methods.ablation.settings import (
@@ -71,6 +72,7 @@ class Training:
 
     `targets[i]`: the target prompts that image i's is drawn from, each as likely as the others. `tokens`: by text
     encoder, the ids of the tokens that group `embedding` trains. `preserved`: the preserved prompts, if any are.
+    `hardening`: what attacks it as it goes, if anything does.
     `parameters`: what is trained, named as in a delta.
     """
 
@@ -84,9 +86,10 @@ class Training:
         seed: int,
         tokens: Mapping[str, Sequence[int]] | None = None,
         preserved: Sequence[str] = (),
+        hardening: Hardening | None = None,
     ) -> None:
         self.pipeline, self.settings, self.step = pipeline, settings, 0
-        self.family = family_of(pipeline)
+        self.family, self.hardening = family_of(pipeline), hardening
         self.network = self.family.network(pipeline)
         check_precision(self.network, settings.precision, pipeline.device)
         self.embeddings = None
@@ -107,6 +110,7 @@ class Training:
             channels=self.family.latent_channels(pipeline),
             vae_factor=pipeline.vae_scale_factor,
             preserved=preserved,
+            open_prompts=hardening.open_prompts if hardening else (),
         )
         self.null_space = self._null_space(preserved) if settings.projects else None
 
@@ -147,6 +151,9 @@ class Training:
 
     def _take_step(self) -> StepRecord:
         started, step = time.perf_counter(), self.step + 1
+        if self.hardening and self.hardening.is_due(self.step):
+            found = self.hardening.attack(self.step, list(self.parameters.values()))
+            self._put_found(joined(self._objective.encoder.found, found))
         losses = self._backward()
         loss = losses["ablation"]
         if not math.isfinite(loss):
@@ -179,6 +186,11 @@ class Training:
                 means[name] = means.get(name, torch.zeros(())) + share.detach().cpu()
         return {name: float(value) for name, value in means.items()}
 
+    def _put_found(self, rows: Mapping[str, Tensor]) -> None:
+        """Let the target's prompts name what attacks found: text encoder -> (attacks x tokens, width)."""
+        self._objective.encoder.found = dict(rows)
+        self._draws.found = self.hardening.words(rows)
+
     def write(self) -> None:
         """Let the pipeline read `parameters`, whose values were set from outside."""
         if self.embeddings is not None:
@@ -199,6 +211,7 @@ class Training:
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "draws": self._draws.state(),
+            **({"found": dict(self._objective.encoder.found)} if self.hardening else {}),
         }
 
     def restore(self, state: Mapping) -> None:
@@ -212,6 +225,8 @@ class Training:
         if self._accelerator.scaler:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._draws.restore(state["draws"])
+        if found := state.get("found"):
+            self._put_found({name: rows.to(self.pipeline.device) for name, rows in found.items()})
         self.step = state["step"]
 
 
