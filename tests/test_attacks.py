@@ -144,6 +144,28 @@ def spec_of(folder, name):
     }
 
 
+def test_a_picture_counts_if_it_is_nearer_to_the_target_and_as_near_as_the_unchanged_models_own(folder):
+    spec = spec_of(folder, "prefix")
+    shown, neutral = read_store(folder / "x.parquet"), read_store(folder / "y.parquet")
+    plain, judge = PresenceJudge(spec), PresenceJudge(spec, "cpu", [shown], neutral)
+
+    def cosines(store, text):
+        scorer = judge.models.scorer
+        return scorer.image_features(store.images(), 4) @ scorer.text_features([text])[0]
+
+    floor = (np.median(cosines(shown, "a x")) + np.median(cosines(neutral, "a x"))) / 2
+    assert judge.floors == {"x": pytest.approx(floor, abs=1e-6)} and plain.floors == {}
+    for store in (shown, neutral):
+        nearer, near = (
+            cosines(store, "a x") > cosines(store, "a y"),
+            cosines(store, "a x") >= judge.floors["x"],
+        )
+        assert plain.seen(store).tolist() == nearer.tolist(), "without such pictures the texts alone decide"
+        assert judge.seen(store).tolist() == (nearer & near).tolist()
+    high = PresenceJudge({**spec, "floors": {"x": 2.0}})
+    assert not high.seen(shown).any(), "a floor that was written down holds, as a replay needs it"
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_judged_on_three_sides_and_can_be_replayed(folder, tmp_path, name, capsys):
     spec = spec_of(folder, name)
