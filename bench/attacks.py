@@ -106,6 +106,7 @@ def attack_hardened(plan: Plan) -> dict:
     from concept_ablation.diffusion.stages import load_model
     from concept_ablation.evaluation.attacks.base import Goal, save_learned
     from concept_ablation.evaluation.attacks.stage import replay
+    from concept_ablation.evaluation.presence import PresenceJudge
     from concept_ablation.registries import ATTACKS
 
     (row,), (key,) = plan.rows, plan.rows[0].attacks
@@ -116,13 +117,15 @@ def attack_hardened(plan: Plan) -> dict:
         pipeline, pictures, prompts = load_model(spec["model"], "cpu"), [], []
         apply_delta(pipeline, delta)
         aim = spec["aims"]["ablated"]
-        for store, own in zip(spec["pictures"], aim["prompts"], strict=True):
-            images = list(read_store(plan.path(store)).images())
+        shown = [read_store(plan.path(store)) for store in spec["pictures"]]
+        judge = PresenceJudge(spec, "cpu", shown, read_store(plan.path(spec["control"])))
+        for store, own in zip(shown, aim["prompts"], strict=True):
+            images = list(store.images())
             pictures += images
             prompts += [own[place % len(own)] for place in range(len(images))]
         goal = Goal(pipeline, pictures, prompts, spec["sampler"]["precision"], spec["settings"]["seed"])
         found = ATTACKS[spec["attack"]].learn(goal, aim["start"], spec["settings"])
-        save_learned(learned, found, spec)
+        save_learned(learned, found, {**spec, "floors": judge.floors})
         kept.write_text(json.dumps(replay(learned, delta, device="cpu")), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
