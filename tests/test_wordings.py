@@ -17,10 +17,12 @@ from concept_ablation.plan.graph import PlanError
 from concept_ablation.plan.specs import build_plan
 from concept_ablation.prompts.rewording import FAMILIES, PromptsError, Words, misspellings, reword
 from concept_ablation.registries import ATTACKS
+from concept_ablation.report import console
 from concept_ablation.report.attacks import aggregate_attacks
 from concept_ablation.report.comebacks import attack_columns, attacks_text, read_attacks, worst_attack
 from concept_ablation.report.images import aggregate_images
 from concept_ablation.report.tables import TableError
+from concept_ablation.verdict import PRESENT
 from tests.shipped import report_spec
 from tests.test_report import HOSTILE, images, make_page, make_row
 from tests.test_triage import record_of
@@ -306,3 +308,18 @@ def test_a_damaged_table_is_named(rows, tmp_path):
     Path(rows[0]["attacks"][0]["scores"]).write_bytes(b"no table")
     with pytest.raises(TableError, match="measurements of attacks can't be read"):
         aggregate_attacks(report_spec(rows), tmp_path / "attacks.parquet")
+
+
+def test_what_was_never_gone_is_not_said_to_come_back(rows, tmp_path, capsys):
+    make_page(tmp_path, rows)
+    path = tmp_path / "report" / "summary.parquet"
+    attacks = path.with_name("attacks.parquet")
+    console.print_summary(path, "x", attacks_path=attacks)
+    assert "1 of 2 targets comes back when asked for in another way: fox" in capsys.readouterr().err
+    table = pq.read_table(path)
+    verdicts = pa.array(
+        [PRESENT if name == "fox" else "removed, neighbors kept" for name in table["concept"].to_pylist()]
+    )
+    pq.write_table(table.set_column(table.schema.get_field_index("verdict"), "verdict", verdicts), path)
+    console.print_summary(path, "x", attacks_path=attacks)
+    assert "None of 1 targets come back when asked for in another way." in capsys.readouterr().err

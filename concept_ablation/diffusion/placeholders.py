@@ -36,12 +36,12 @@ def add_placeholders(pipeline: DiffusionPipeline, count: int) -> str:
 @contextlib.contextmanager
 def filled(pipeline: DiffusionPipeline, rows: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the placeholders have these embeddings: text encoder -> (count, width), with their gradient."""
-    family = family_of(pipeline)
-    tables, tokenizers, hooks = family.token_tables(pipeline), family.tokenizers(pipeline), []
+    family, hooks = family_of(pipeline), []
     for encoder, values in rows.items():
         names = [f"<learned{number}>" for number in range(len(values))]
-        ids = tokenizers[encoder].convert_tokens_to_ids(names)
-        hooks += _hooks(tables[encoder], torch.tensor(ids, device=values.device), values)
+        ids = family.tokenizers(pipeline)[encoder].convert_tokens_to_ids(names)
+        table = family.token_tables(pipeline)[encoder]
+        hooks += _hooks(table, torch.tensor(ids, device=values.device), values)
     try:
         yield
     finally:
