@@ -94,6 +94,11 @@ class Page:
     ) -> Iterator[tuple]:
         """The strip after each picture; at the end the history and its gallery with it."""
         request = Request((prompt or "").strip(), _whole(seed), tuple(names or ()), strength, several)
+        if (
+            kept and kept[0].request == request
+        ):  # two events of one change, as of a strength that is typed and drawn
+            yield self.show(request, kept[0].pictures, kept[0].note), self.gradio.skip(), self.gradio.skip()
+            return
         began, pictures = time.monotonic(), []
         try:
             for pictures in answer(request, self.catalogue, self.studio):
