@@ -94,9 +94,8 @@ class Page:
     ) -> Iterator[tuple]:
         """The strip after each picture; at the end the history and its gallery with it."""
         request = Request((prompt or "").strip(), _whole(seed), tuple(names or ()), strength, several)
-        if (
-            kept and kept[0].request == request
-        ):  # two events of one change, as of a strength that is typed and drawn
+        # A strength that is typed and drawn is two events of one request: the second shows what the first drew.
+        if kept and kept[0].request == request:
             yield self.show(request, kept[0].pictures, kept[0].note), self.gradio.skip(), self.gradio.skip()
             return
         began, pictures = time.monotonic(), []

@@ -125,9 +125,8 @@ def print_failures(plan, scheduler):
 # Collect garbage rarely: searching a graph of many jobs takes a sixth of the planning time and finds nothing.
 gc.set_threshold(100_000, 50, 100)
 plan = read_plan(config, workflow.configfiles)
-if (
-    workflow.is_main_process
-):  # here and not in `onstart`, so that a dry run says it, too, and a run with nothing to do
+# Here and not in `onstart`, so that a dry run says it, too, and a run with nothing to do.
+if workflow.is_main_process:
     logger.info(plan.summary())
 # Whether results are in a remote storage.
 stored = workflow.storage_settings.default_storage_provider is not None
