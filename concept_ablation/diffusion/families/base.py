@@ -29,7 +29,6 @@ ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding", "sing
 keys, values and output projections of all attention layers; `full-weight`: the whole network; `embedding`: nothing of
 the network, but rows of the text encoders' token embeddings; `single-attn`: keys and values where text and picture share them."""
 
-
 Frame = tuple[int, int, int]
 """What a square picture is of a larger one, in pixels: that one's side before it was enlarged, then how far from its top and
 its left the picture was cut. A whole picture of side 512 is (512, 0, 0)."""
@@ -198,7 +197,17 @@ class Family:
         negative_prompt: str | None,
     ) -> list[Image]:
         """One RGB image a prompt, each from its own generator. `sampler`: as for `sampler.sample_images`."""
-        raise NotImplementedError
+        return pipeline(
+            list(prompts),
+            num_inference_steps=sampler["steps"],
+            generator=list(generators),
+            **{name: sampler[name] for name in ("guidance_scale", "height", "width")},
+            **self.sampling_options(sampler, [negative_prompt] * len(prompts) if negative_prompt else None),
+        ).images
+
+    def sampling_options(self, sampler: Mapping[str, Any], negative: list[str] | None) -> dict[str, Any]:
+        """What the pipeline is told beside that; negative: a prompt for each picture. Raises ModelError for what it can't take."""
+        return {"negative_prompt": negative}
 
     # Parameters
 

@@ -16,7 +16,6 @@ from concept_ablation.diffusion.flow_matching import MIXED, FlowFamily
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-    from PIL.Image import Image
     from torch import Tensor, nn
 
 GUIDANCE = 3.5
@@ -76,24 +75,10 @@ class Flux(FlowFamily):
         ).sample
         return unpacked(found, height, width)
 
-    def sample(
-        self,
-        pipeline: FluxPipeline,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
-        sampler: Mapping[str, Any],
-        negative_prompt: str | None,
-    ) -> list[Image]:
-        if negative_prompt:
+    def sampling_options(self, sampler: Mapping[str, Any], negative: list[str] | None) -> dict[str, Any]:
+        if negative:
             raise ModelError(f"{self.title} takes no negative prompt: {DISTILLED}")
-        return pipeline(
-            list(prompts),
-            num_inference_steps=sampler["steps"],
-            guidance_scale=sampler["guidance_scale"],
-            height=sampler["height"],
-            width=sampler["width"],
-            generator=list(generators),
-        ).images
+        return {}
 
 
 def packed(latents: Tensor) -> Tensor:

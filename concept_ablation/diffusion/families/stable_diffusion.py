@@ -12,7 +12,6 @@ from concept_ablation.diffusion.families.base import Conditioning, Family, Model
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from PIL.Image import Image
     from torch import Tensor, nn
 
 # Up to this many latent positions a CPU computes attention as plain matrix products: a training step of 16 took 23 %
@@ -96,24 +95,8 @@ class StableDiffusion(Family):
     def noise_schedule(self, pipeline: StableDiffusionPipeline) -> NoiseSchedule:
         return DiffusionSchedule(pipeline.scheduler.config)
 
-    def sample(
-        self,
-        pipeline: StableDiffusionPipeline,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
-        sampler: Mapping[str, Any],
-        negative_prompt: str | None,
-    ) -> list[Image]:
-        return pipeline(
-            list(prompts),
-            negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-            num_inference_steps=sampler["steps"],
-            guidance_scale=sampler["guidance_scale"],
-            eta=sampler["eta"],
-            height=sampler["height"],
-            width=sampler["width"],
-            generator=list(generators),
-        ).images
+    def sampling_options(self, sampler: Mapping[str, Any], negative: list[str] | None) -> dict[str, Any]:
+        return super().sampling_options(sampler, negative) | {"eta": sampler["eta"]}
 
     def text_projections(self, network: nn.Module) -> dict[str, nn.Module]:
         layers = {

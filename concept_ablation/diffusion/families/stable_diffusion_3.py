@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from concept_ablation.diffusion.families.base import Conditioning
@@ -13,7 +13,6 @@ from concept_ablation.diffusion.flow_matching import MIXED, FlowFamily
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-    from PIL.Image import Image
     from torch import Tensor, nn
 
 THIRD = ("text_encoder_3", "tokenizer_3")
@@ -71,24 +70,6 @@ class StableDiffusion3(FlowFamily):
             encoder_hidden_states=conditioning.hidden,
             pooled_projections=conditioning.pooled,
         ).sample
-
-    def sample(
-        self,
-        pipeline: StableDiffusion3Pipeline,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
-        sampler: Mapping[str, Any],
-        negative_prompt: str | None,
-    ) -> list[Image]:
-        return pipeline(
-            list(prompts),
-            negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-            num_inference_steps=sampler["steps"],
-            guidance_scale=sampler["guidance_scale"],
-            height=sampler["height"],
-            width=sampler["width"],
-            generator=list(generators),
-        ).images
 
 
 FAMILY = StableDiffusion3()
