@@ -104,8 +104,8 @@ def attack_hardened(plan: Plan) -> dict:
     from concept_ablation.common.image_store import read_store
     from concept_ablation.diffusion.delta import apply_delta
     from concept_ablation.diffusion.stages import load_model
-    from concept_ablation.evaluation.attacks.base import Goal, save_learned
-    from concept_ablation.evaluation.attacks.stage import replay
+    from concept_ablation.evaluation.attacks.base import save_learned
+    from concept_ablation.evaluation.attacks.stage import goal_of, replay
     from concept_ablation.evaluation.presence import PresenceJudge
     from concept_ablation.registries import ATTACKS
 
@@ -114,17 +114,12 @@ def attack_hardened(plan: Plan) -> dict:
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         spec, delta = json.loads(plan.spec("attack_concept", key)), plan.path(row.ablation)
-        pipeline, pictures, prompts = load_model(spec["model"], "cpu"), [], []
+        pipeline, stores = load_model(spec["model"], "cpu"), [plan.path(key) for key in spec["pictures"]]
+        shown, neutral = [read_store(path) for path in stores], read_store(plan.path(spec["control"]))
+        judge = PresenceJudge(spec, "cpu", shown, neutral)
         apply_delta(pipeline, delta)
-        aim = spec["aims"]["ablated"]
-        shown = [read_store(plan.path(store)) for store in spec["pictures"]]
-        judge = PresenceJudge(spec, "cpu", shown, read_store(plan.path(spec["control"])))
-        for store, own in zip(shown, aim["prompts"], strict=True):
-            images = list(store.images())
-            pictures += images
-            prompts += [own[place % len(own)] for place in range(len(images))]
-        goal = Goal(pipeline, pictures, prompts, spec["sampler"]["precision"], spec["settings"]["seed"])
-        found = ATTACKS[spec["attack"]].learn(goal, aim["start"], spec["settings"])
+        goal = goal_of(pipeline, spec, "ablated", stores)
+        found = ATTACKS[spec["attack"]].learn(goal, spec["aims"]["ablated"]["start"], spec["settings"])
         save_learned(learned, found, {**spec, "floors": judge.floors})
         kept.write_text(json.dumps(replay(learned, delta, device="cpu")), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))

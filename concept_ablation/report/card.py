@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from concept_ablation.common.image_store import ImageStore, read_store
-from concept_ablation.plan.families import pipeline_class
+from concept_ablation.plan.families import family_of_model, pipeline_class
 from concept_ablation.registries import KINDS
 from concept_ablation.report.card_files import (
     DELTA,
@@ -148,8 +148,9 @@ def front_matter(metadata: Mapping, base_model: str | None) -> str:
     """The card's head in YAML, without its lines of dashes. metadata: the delta's."""
     from huggingface_hub import ModelCardData
 
-    family = "flux" if _pipeline_class((), metadata) == "FluxPipeline" else "stable-diffusion"
-    tags, base_model = ["concept-ablation", family, "text-to-image"], base_model or metadata.get("base_model")
+    family = family_of_model(_model(metadata))
+    tags = ["concept-ablation", family.tag if family else "stable-diffusion", "text-to-image"]
+    base_model = base_model or metadata.get("base_model")
     named = {"base_model": base_model} if is_hub_id(base_model) else {}
     data = ModelCardData(license="other", tags=tags, pipeline_tag="text-to-image", **named)
     return data.to_yaml()
@@ -199,10 +200,14 @@ def snippet(names: Sequence[str] | Mapping, metadata: Mapping, base_model: str |
 
 def _pipeline_class(names: Iterable[str], metadata: Mapping) -> str:
     """The class that loads the base model: what its folder says, if it is here; else diffusers' own choice, where it has one."""
-    model = {"path": str(metadata.get("base_model")), "revision": metadata.get("base_revision")}
-    found = pipeline_class(model | {"config": metadata.get("base_config")})
     plain = all(not name.startswith("transformer.") for name in names)
-    return found or ("StableDiffusionPipeline" if plain else "DiffusionPipeline")
+    return pipeline_class(_model(metadata)) or ("StableDiffusionPipeline" if plain else "DiffusionPipeline")
+
+
+def _model(metadata: Mapping) -> dict:
+    """The base model that a delta's metadata name, as a spec has it."""
+    model = {"path": str(metadata.get("base_model")), "revision": metadata.get("base_revision")}
+    return model | {"config": metadata.get("base_config")}
 
 
 def _score_lines(scores: Sequence[Mapping]) -> list[dict]:

@@ -40,9 +40,8 @@ def print_summary(
     text += ["", f"{headline(lines)}."]
     measured = read_interference(interference_path)
     text += [f"Who harms whom: {interference_text(measured)}."] if measured else []
-    gone = {
-        line["concept"] for line in lines if line["verdict"] != verdict.PRESENT
-    }  # what never left can't come back
+    # What never left can't come back.
+    gone = {line["concept"] for line in lines if line["verdict"] != verdict.PRESENT}
     tried = {name: found for name, found in read_attacks(attacks_path).items() if name in gone}
     text += [f"{attacks_text(tried)}."] if tried else []
     for name, rows in read_bundles(bundles_path).items():

@@ -96,6 +96,8 @@ class Family:
 
     title: ClassVar[str]
     """What messages call such a model."""
+    tag: ClassVar[str] = "stable-diffusion"
+    """What a model card is found by."""
     load_options: ClassVar[Mapping[str, Any]] = {}
     """What the pipeline's class is told, beside the usual, when it loads a folder or a single file."""
     network_name: ClassVar[str]
@@ -235,7 +237,6 @@ class Family:
         That token (begin-of-text) is the same for every prompt, so moving its keys and values would change what all
         prompts give (reference: its attention processors). Predictions are unchanged.
         """
-
         from torch import cat
 
         def detach_first(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

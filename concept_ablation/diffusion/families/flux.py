@@ -27,6 +27,7 @@ class Flux(FlowFamily):
     """FLUX.1-dev and, without guidance, FLUX.1-schnell."""
 
     title = "FLUX.1"
+    tag = "flux"
     text_encoders: ClassVar = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     groups: ClassVar = {
         "cross-attn": re.compile(

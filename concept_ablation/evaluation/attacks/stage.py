@@ -121,16 +121,20 @@ def _attack(
 ) -> Iterator[dict]:
     """Learn the attack against the pipeline as it is, save it to `out_path` with the judge's floors, and draw with it."""
     aim = spec["aims"][side]
-    pictures, prompts = [], []
-    for path, own in zip(stores, aim["prompts"], strict=True):
-        images = list(read_store(path).images())
-        pictures += images
-        prompts += [own[place % len(own)] for place in range(len(images))]
-    goal = Goal(pipeline, pictures, prompts, spec["sampler"]["precision"], spec["settings"]["seed"])
-    learned = attack.learn(goal, aim["start"], spec["settings"])
+    learned = attack.learn(goal_of(pipeline, spec, side, stores), aim["start"], spec["settings"])
     if out_path is not None:
         save_learned(out_path, learned, {**spec, "floors": floors})
     yield from _draw(pipeline, spec, side, aim["prompts"], learned, asked)
+
+
+def goal_of(pipeline: DiffusionPipeline, spec: Mapping, side: str, stores: Sequence[str | Path]) -> Goal:
+    """What the attack of a spec, as for `attack_concept`, aims at: the stores' pictures, each by its own prompt. Raises StoreError."""
+    pictures, prompts = [], []
+    for path, own in zip(stores, spec["aims"][side]["prompts"], strict=True):
+        images = list(read_store(path).images())
+        pictures += images
+        prompts += [own[place % len(own)] for place in range(len(images))]
+    return Goal(pipeline, pictures, prompts, spec["sampler"]["precision"], spec["settings"]["seed"])
 
 
 def _draw(
