@@ -111,6 +111,14 @@ def stage_unet(options: argparse.Namespace) -> None:
     run_workers(train_unet, options.workers, options.cache)
 
 
+def stage_dit(options: argparse.Namespace) -> None:
+    """The flow-matching transformer, on the U-Net's latents (an hour and a quarter)."""
+    from .dit import train_dit
+    from .fit import run_workers
+
+    run_workers(train_dit, options.workers, options.cache)
+
+
 def stage_save(options: argparse.Namespace) -> None:
     """Write `embedded/emoji-diffusion` from the newest checkpoints."""
     from .assemble import save_pipeline

@@ -133,10 +133,10 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def tokens_of(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """(n, LENGTH) token ids, padded and cut as a Stable Diffusion pipeline does."""
+def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], length: int = LENGTH) -> torch.Tensor:
+    """(n, length) token ids, padded and cut as a Stable Diffusion pipeline does."""
     return tokenizer(
-        texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
 
 

@@ -89,19 +89,18 @@ def store_latents(rank: int, workers: int, cache: Path, glyph_folder: Path) -> N
 
 
 class Batches:
-    """Random (latents, caption embeddings) of the pool."""
+    """Random latents of the pool, each with what `table` has of its caption, at the caption's place in `texts`."""
 
-    def __init__(self, cache: Path):
+    def __init__(self, cache: Path, texts: list[str], table):
         self.latents = torch.cat(
             [torch.load(cache / f"latents-{k}.pt", weights_only=True) for k in range(SHARDS)]
         )
         self.latents = self.latents.to(device())
         self.scenes = [scene for k in range(SHARDS) for scene in scenes_of(k)]
-        texts = all_captions()
         self.index = {text: i for i, text in enumerate(texts)}
-        self.table = embed(cache, texts)
+        self.table = table
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, count: int, generator: torch.Generator) -> tuple:
         picks = torch.randint(len(self.scenes), (count,), generator=generator)
         rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
         texts = ["" if rng.random() < DROP else caption(self.scenes[i], rng) for i in picks.tolist()]
@@ -112,7 +111,8 @@ class Batches:
 def train_unet(rank: int, workers: int, cache: Path, steps: int = STEPS) -> None:
     """Train into `cache/unet.pt`: epsilon prediction, min-SNR-5 weighting (Hang et al., 2023)."""
     torch.manual_seed(0)
-    batches = Batches(cache)
+    texts = all_captions()
+    batches = Batches(cache, texts, embed(cache, texts))
     unet = new_unet().to(device(), memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())
     use_fast_group_norm(unet)

@@ -26,7 +26,7 @@ def test_warm_jobs_write_the_same_files(make_checkout):
     assert done.returncode == 0, done.stdout
     warm, own = checkout.folder / "warm", checkout.folder / "results"
     shutil.move(own, warm)
-    assert (warm / "logs" / "warm_start.log").read_bytes() == b""
+    assert (checkout.folder / ".snakemake" / "warm_start.log").read_bytes() == b""
     (log,) = (warm / "logs" / "score_concept").glob("*.log")
     assert "CPU s, and" in log.read_text().splitlines()[-2]
     checkout.prepare(HEADER + CAT, but=())
@@ -46,4 +46,4 @@ def test_warm_start_can_be_switched_off(make_checkout):
     until = ("--until", "write_prompts", "--config", "runtime={warm_start: false}")
     done = checkout.snakemake(*RUN, *until)
     assert done.returncode == 0, done.stdout
-    assert not (checkout.folder / "results" / "logs" / "warm_start.log").exists()
+    assert not (checkout.folder / ".snakemake" / "warm_start.log").exists()

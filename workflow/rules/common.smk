@@ -64,7 +64,7 @@ def start_warm(plan, workflow):
     here = workflow.local_exec and not elsewhere and warm.serves(runtime["device"])
     if runtime["warm_start"] and here and plan.goals():
         try:
-            warm.start(runtime["threads"], Path(plan.results) / "logs" / "warm_start.log")
+            warm.start(runtime["threads"], Path(".snakemake") / "warm_start.log")
         except OSError as error:
             logger.warning(f"Jobs can't start warm, so each takes some seconds more: {error}")
 

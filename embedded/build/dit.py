@@ -1,0 +1,117 @@
+"""The flow-matching transformer, of Stable Diffusion 3's class: predicts the velocity in 4 x 16 x 16 latents.
+
+It shares latents, captions and text encoder with the U-Net. Stable Diffusion 3's pipeline wants two CLIP encoders, so it
+has the same one twice, and leaves T5 out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers.models import SD3Transformer2DModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from concept_ablation.common.hardware import autocast
+from concept_ablation.diffusion.flow_matching import FlowSchedule
+
+from .fit import device, fit
+from .text import load_text, tokens_of
+from .unet import Batches
+from .world import all_captions
+
+STEPS, BATCH = 4500, 32  # pictures a worker a step
+TOKENS = 24  # of a prompt; the world's captions have at most 13
+WIDTH, LAYERS, HEADS = 256, 6, 4
+NOISE = {"num_train_timesteps": 1000, "shift": 1.0}
+
+
+def new_dit() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        caption_projection_dim=WIDTH,
+        joint_attention_dim=2 * 192,
+        pooled_projection_dim=2 * 192,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+
+
+def new_projecting_encoder(cache: Path) -> CLIPTextModelWithProjection:
+    """The world's text encoder, whose pooled state is projected by the identity."""
+    _, trained = load_text(cache)
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(trained.config.to_dict()))
+    state = trained.state_dict()
+    prefix = "" if any(name.startswith("text_model.") for name in state) else "text_model."
+    state = {f"{prefix}{name}": value for name, value in state.items()}
+    encoder.load_state_dict({**state, "text_projection.weight": torch.eye(192)})
+    return encoder.eval()
+
+
+class PlainJointAttention:
+    """diffusers' joint attention as products and a softmax, which is a fifth quicker on a CPU for so few tokens."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        def heads(states: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
+            states = states.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            return states if norm is None else norm(states)
+
+        pixels, text = hidden_states, encoder_hidden_states
+        query = torch.cat([heads(attn.to_q(pixels), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], 2)
+        key = torch.cat([heads(attn.to_k(pixels), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)], 2)
+        value = torch.cat([heads(attn.to_v(pixels)), heads(attn.add_v_proj(text))], 2)
+        weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).to(value.dtype)
+        pixels, text = (weights @ value).transpose(1, 2).flatten(2).split([pixels.shape[1], text.shape[1]], 1)
+        return attn.to_out[0](pixels), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+class Texts:
+    """What Stable Diffusion 3's pipeline tells its network of captions, by their place in `texts`."""
+
+    @torch.no_grad()
+    def __init__(self, cache: Path, texts: list[str]):
+        tokenizer, _ = load_text(cache)
+        encoder = new_projecting_encoder(cache).to(device())
+        hidden, pooled = [], []
+        for i in range(0, len(texts), 256):
+            tokens = tokens_of(tokenizer, texts[i : i + 256], TOKENS).to(device())
+            output = encoder(tokens, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2].half())
+            pooled.append(output.text_embeds)
+        self.hidden, self.pooled = torch.cat(hidden), torch.cat(pooled)
+        self.device = self.hidden.device
+
+    def __getitem__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, 2 x TOKENS, 384) of both encoders and of the absent T5, whose tokens are zeros; (n, 384) pooled."""
+        both = self.hidden[rows].float().repeat(1, 1, 2)
+        return torch.cat([both, torch.zeros_like(both)], dim=1), self.pooled[rows].repeat(1, 2)
+
+
+def train_dit(rank: int, workers: int, cache: Path, steps: int = STEPS) -> None:
+    """Train into `cache/dit.pt`: flow matching with logit-normal noise levels (Esser et al., 2024)."""
+    torch.manual_seed(0)
+    texts = all_captions()
+    batches = Batches(cache, texts, Texts(cache, texts))
+    dit = new_dit().to(device())
+    dit.set_attn_processor(PlainJointAttention())
+    schedule = FlowSchedule(NOISE)
+
+    def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
+        latents, (hidden, pooled) = batches.draw(BATCH * 2 // workers, generator)
+        noise = torch.randn(latents.shape, generator=generator).to(device())
+        times = schedule.draw_timesteps(len(latents), generator).to(device())
+        noisy = schedule.add_noise(latents, noise, times)
+        with autocast("auto", device()):
+            predicted = dit(noisy, hidden, pooled, times).sample
+        return nn.functional.mse_loss(predicted.float(), schedule.target(latents, noise, times))
+
+    fit(
+        "dit", dit, loss_of, steps=steps, learning_rate=1e-3, cache=cache, rank=rank, workers=workers, save_every=100
+    )  # fmt: skip
