@@ -64,8 +64,12 @@ class PlainJointAttention:
             return states if norm is None else norm(states)
 
         pixels, text = hidden_states, encoder_hidden_states
-        query = torch.cat([heads(attn.to_q(pixels), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], 2)
-        key = torch.cat([heads(attn.to_k(pixels), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)], 2)
+        query = torch.cat(
+            [heads(attn.to_q(pixels), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], 2
+        )
+        key = torch.cat(
+            [heads(attn.to_k(pixels), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)], 2
+        )
         value = torch.cat([heads(attn.to_v(pixels)), heads(attn.add_v_proj(text))], 2)
         weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).to(value.dtype)
         pixels, text = (weights @ value).transpose(1, 2).flatten(2).split([pixels.shape[1], text.shape[1]], 1)
