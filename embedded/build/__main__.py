@@ -120,10 +120,11 @@ def stage_dit(options: argparse.Namespace) -> None:
 
 
 def stage_save(options: argparse.Namespace) -> None:
-    """Write `embedded/emoji-diffusion` from the newest checkpoints."""
-    from .assemble import save_pipeline
+    """Write `embedded/emoji-diffusion` and `embedded/emoji-dit` from the newest checkpoints."""
+    from .assemble import save_dit, save_pipeline
 
     save_pipeline(options.cache, ROOT / "emoji-diffusion", options.glyphs)
+    save_dit(options.cache, ROOT / "emoji-dit", options.glyphs)
 
 
 def stage_measure(options: argparse.Namespace) -> None:

@@ -7,45 +7,75 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
+from transformers import CLIPTokenizer
 
+from . import dit
 from .render import Glyphs
 from .text import load_text
 from .unet import NOISE, new_unet, normalised_vae
 
 
-def load_unet(cache: Path) -> torch.nn.Module:
-    """The EMA weights of the newest U-Net checkpoint."""
-    unet = new_unet()
-    unet.load_state_dict(torch.load(cache / "unet.pt", map_location="cpu", weights_only=True)["ema"])
-    return unet
+def load_network(cache: Path, name: str, network: torch.nn.Module) -> torch.nn.Module:
+    """`network` with the EMA weights of the newest checkpoint `name`."""
+    network.load_state_dict(torch.load(cache / f"{name}.pt", map_location="cpu", weights_only=True)["ema"])
+    return network
+
+
+def finished_vae(cache: Path, glyph_folder: Path) -> torch.nn.Module:
+    name = "decoder" if (cache / "decoder.pt").exists() else "vae"
+    return normalised_vae(cache, name, Glyphs(glyph_folder)).to("cpu")
 
 
 def save_pipeline(cache: Path, folder: Path, glyph_folder: Path) -> None:
     """Write `folder` as a whole StableDiffusionPipeline; an older one there is replaced at the end."""
-    name = "decoder" if (cache / "decoder.pt").exists() else "vae"
     tokenizer, text_encoder = load_text(cache)
     pipeline = StableDiffusionPipeline(
-        vae=normalised_vae(cache, name, Glyphs(glyph_folder)).to("cpu"),
+        vae=finished_vae(cache, glyph_folder),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=load_unet(cache),
+        unet=load_network(cache, "unet", new_unet()),
         scheduler=DPMSolverMultistepScheduler(**NOISE, prediction_type="epsilon", steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.to(torch.float16, memory_format=torch.contiguous_format)
+    _save(pipeline, folder, cache)
+
+
+def save_dit(cache: Path, folder: Path, glyph_folder: Path) -> None:
+    """Write `folder` as a whole StableDiffusion3Pipeline without T5; an older one there is replaced at the end."""
+    tokenizer = CLIPTokenizer.from_pretrained(cache / "tokenizer", model_max_length=dit.TOKENS)
+    encoder, vae = dit.new_projecting_encoder(cache), finished_vae(cache, glyph_folder)
+    vae.register_to_config(shift_factor=0.0)  # the pipeline subtracts it
+    pipeline = StableDiffusion3Pipeline(
+        transformer=load_network(cache, "dit", dit.new_dit()),
+        scheduler=FlowMatchEulerDiscreteScheduler(**dit.NOISE),
+        vae=vae,
+        **{"text_encoder": encoder, "tokenizer": tokenizer, "text_encoder_2": encoder, "tokenizer_2": tokenizer},
+        **{"text_encoder_3": None, "tokenizer_3": None},
+    )
+    _save(pipeline, folder, cache)
+
+
+def _save(pipeline, folder: Path, cache: Path) -> None:
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(torch.float16, memory_format=torch.contiguous_format)
     fresh = folder.with_suffix(".part")
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.save_pretrained(fresh, safe_serialization=True)
-    config = (
-        fresh / "text_encoder" / "config.json"
-    )  # else transformers loads it in fp16, diffusers the rest in fp32
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
-    for file in ("vocab.json", "merges.txt"):  # newer transformers save tokenizer.json alone
-        shutil.copy(cache / "tokenizer" / file, fresh / "tokenizer" / file)
+    # else transformers loads them in fp16, diffusers the rest in fp32
+    for config in fresh.glob("text_encoder*/config.json"):
+        config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    for place in fresh.glob("tokenizer*"):  # newer transformers save tokenizer.json alone
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(cache / "tokenizer" / file, place / file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(fresh, folder)
 

@@ -21,7 +21,7 @@ from .text import load_text, tokens_of
 from .unet import Batches
 from .world import all_captions
 
-STEPS, BATCH = 4500, 32  # pictures a worker a step
+STEPS, BATCH = 3600, 32  # pictures a worker a step
 TOKENS = 24  # of a prompt; the world's captions have at most 13
 WIDTH, LAYERS, HEADS = 256, 6, 4
 NOISE = {"num_train_timesteps": 1000, "shift": 1.0}
