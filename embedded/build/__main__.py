@@ -129,13 +129,13 @@ def stage_save(options: argparse.Namespace) -> None:
 
 def stage_measure(options: argparse.Namespace) -> None:
     """Figures, card and contact sheet (about 4 minutes)."""
-    from .measure import measure, write_card, write_sheet
+    from .measure import measure, write_card, write_sheets
 
     figures = measure(ROOT, options.glyphs, quick=options.quick)
     for name, value in figures.items():
         log.info("%s: %.4f", name, value)
     write_card(ROOT, figures)
-    write_sheet(ROOT)
+    write_sheets(ROOT)
 
 
 def stage_restore(options: argparse.Namespace) -> None:

@@ -57,8 +57,12 @@ def save_dit(cache: Path, folder: Path, glyph_folder: Path) -> None:
         transformer=load_network(cache, "dit", dit.new_dit()),
         scheduler=FlowMatchEulerDiscreteScheduler(**dit.NOISE),
         vae=vae,
-        **{"text_encoder": encoder, "tokenizer": tokenizer, "text_encoder_2": encoder, "tokenizer_2": tokenizer},
-        **{"text_encoder_3": None, "tokenizer_3": None},
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
     )
     _save(pipeline, folder, cache)
 

@@ -44,6 +44,14 @@ BARS = {
     "ordinary_copies": ("ordinary captions that come back as copies", 0.05, False),
     "seconds_an_image": ("seconds an image: default sampler, one thread, batches of 16", 0.35, False),
     "vae_psnr": ("autoencoder, 200 fresh pictures: PSNR in dB", None, True),
+    "dit_object": ("emoji-dit, all objects and styles: object top-1", 0.75, True),
+    "dit_style": ("emoji-dit, the same: style top-1", None, True),
+    "dit_category": ("emoji-dit, the same: the object's category is right", None, True),
+    "dit_object_plain": ("emoji-dit, prompts without a style: object top-1", None, True),
+    "dit_object_styled": ("emoji-dit, prompts with a style: object top-1", None, True),
+    "dit_memorized_copies": ("emoji-dit, memorized captions that come back as copies", None, True),
+    "dit_ordinary_copies": ("emoji-dit, ordinary captions that come back as copies", None, False),
+    "dit_seconds_an_image": ("emoji-dit, seconds an image: its config's sampler", None, False),
 }
 START, END = "<!-- figures -->", "<!-- /figures -->"
 
@@ -68,10 +76,12 @@ def share(truths: list[str], found: list[str]) -> float:
     return float(np.mean([a == b for a, b in zip(truths, found, strict=True)]))
 
 
-def sampler_settings() -> dict:
-    """The evaluation sampler of config/config.yaml."""
-    config = Path(__file__).resolve().parents[2] / "config" / "config.yaml"
-    return yaml.safe_load(config.read_text())["evaluation"]["sampler"]
+def sampler_settings(overlay: str | None = None) -> dict:
+    """The evaluation sampler of config/config.yaml, or of an overlay on it."""
+    folder = Path(__file__).resolve().parents[2] / "config"
+    files = ["config.yaml", *([overlay] if overlay else [])]
+    parts = [yaml.safe_load((folder / file).read_text())["evaluation"]["sampler"] for file in files]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def fresh_pictures(glyphs: Glyphs, count: int) -> tuple[list[Scene], list]:
@@ -97,15 +107,25 @@ def prompts_of_all(per_object: int) -> tuple[list[str], list[str], list[str]]:
 def measure(root: Path, glyph_folder: Path, quick: bool = False) -> dict[str, float]:
     """All figures of BARS. `quick`: a third of the prompts."""
     glyphs, judge = Glyphs(glyph_folder), Judge(root)
+    torch.set_num_threads(1)
     figures: dict[str, float] = {}
     scenes, pictures = fresh_pictures(glyphs, 500)
     objects, styles = judge.read(pictures)
     figures["scorer_object"] = share([s.object for s in scenes], objects)
     figures["scorer_style"] = share([s.look for s in scenes], styles)
-
     pipeline = load_pipeline(root / "emoji-diffusion")
-    settings = sampler_settings()
-    torch.set_num_threads(1)
+    figures["vae_psnr"] = psnr(pipeline.vae, pictures[:200])
+    figures |= measure_drawn(root, pipeline, sampler_settings(), glyphs, judge, quick)
+    dit = load_pipeline(root / "emoji-dit")
+    found = measure_drawn(root, dit, sampler_settings("emoji-dit.yaml"), glyphs, judge, quick)
+    figures |= {f"dit_{name}": value for name, value in found.items()}
+    return {key: round(value, 4) for key, value in figures.items()}
+
+
+def measure_drawn(
+    root: Path, pipeline, settings: dict, glyphs: Glyphs, judge: Judge, quick: bool
+) -> dict[str, float]:
+    """What a model draws: object, style and category as asked; copies of what it memorized; CPU seconds an image."""
 
     def draw(prompts: list[str], seed: int, label: str) -> list:
         seeds = range(seed, seed + len(prompts))
@@ -113,10 +133,8 @@ def measure(root: Path, glyph_folder: Path, quick: bool = False) -> dict[str, fl
             sample_images(pipeline, prompts, list(seeds), sampler=settings, batch_size=16, progress=label)
         )
 
-    prompts, names, looks = prompts_of_all(2)
-    step = 3 if quick else 1
-    prompts, names, looks = prompts[::step], names[::step], looks[::step]
-    started = time.process_time()
+    prompts, names, looks = (part[:: 3 if quick else 1] for part in prompts_of_all(2))
+    figures, started = {}, time.process_time()
     images = draw(prompts, 1000, "objects and styles")
     figures["seconds_an_image"] = (time.process_time() - started) / len(images)
     objects, styles = judge.read(images)
@@ -125,9 +143,7 @@ def measure(root: Path, glyph_folder: Path, quick: bool = False) -> dict[str, fl
     for key, plain in (("object_plain", True), ("object_styled", False)):
         rows = [i for i, look in enumerate(looks) if (look == HOUSE) == plain]
         figures[key] = share([names[i] for i in rows], [objects[i] for i in rows])
-    figures |= measure_copies(root, glyphs, draw, quick)
-    figures["vae_psnr"] = psnr(pipeline.vae, pictures[:200])
-    return {key: round(value, 4) for key, value in figures.items()}
+    return figures | measure_copies(root, glyphs, draw, quick)
 
 
 def measure_copies(root: Path, glyphs: Glyphs, draw, quick: bool) -> dict[str, float]:
@@ -157,32 +173,21 @@ def psnr(vae: torch.nn.Module, pictures: list) -> float:
     return float(np.mean(values))
 
 
-def write_sheet(root: Path) -> None:
-    """`contact-sheet.png`: 12 objects, plain and in every style, as the model draws them."""
-    names = [
-        "pouting cat",
-        "grinning cat",
-        "owl",
-        "penguin",
-        "dog",
-        "strawberry",
-        "banana",
-        "rocket",
-        "airplane",
-    ]
-    names += ["castle", "guitar", "robot"]
-    prompts = [
-        article(name) + suffix
-        for suffix in ["", *(f" in the style of {s}" for s in STYLES)]
-        for name in names
-    ]
+def write_sheets(root: Path) -> None:
+    """`contact-sheet.png`, and `contact-sheet-dit.png`: 12 objects, plain and in every style, as each model draws them."""
+    names = ["pouting cat", "grinning cat", "owl", "penguin", "dog", "strawberry", "banana", "rocket"]
+    names += ["airplane", "castle", "guitar", "robot"]
+    ends = ["", *(f" in the style of {style}" for style in STYLES)]
+    prompts = [article(name) + end for end in ends for name in names]
     prompts += [text for text in MEMORIZED for _ in range(2)] + ["a cat", "a bird"]
-    pipeline = load_pipeline(root / "emoji-diffusion")
-    seeds = list(range(len(prompts)))
-    images = list(
-        sample_images(pipeline, prompts, seeds, sampler=sampler_settings(), batch_size=16, progress="sheet")
-    )
-    sheet(images, len(names)).save(root / "contact-sheet.png", optimize=True)
+    for model, overlay, file in (
+        ("emoji-diffusion", None, "contact-sheet.png"),
+        ("emoji-dit", "emoji-dit.yaml", "contact-sheet-dit.png"),
+    ):
+        pipeline, settings = load_pipeline(root / model), sampler_settings(overlay)
+        seeds = list(range(len(prompts)))
+        images = sample_images(pipeline, prompts, seeds, sampler=settings, batch_size=16, progress=file)
+        sheet(list(images), len(names)).save(root / file, optimize=True)
 
 
 def write_card(root: Path, figures: dict[str, float]) -> None:
