@@ -27,7 +27,7 @@ from .unet import NOISE as UNET_NOISE
 from .unet import Batches, new_unet
 from .world import all_captions
 
-STEPS, BATCH = 4300, 32  # pictures a worker a step
+STEPS, BATCH = 8000, 32  # pictures a worker a step
 TOKENS = 24  # of a prompt; the world's captions have at most 13
 WIDTH, LAYERS, HEADS = 256, 6, 4
 NOISE = {"num_train_timesteps": 1000, "shift": 1.0}
