@@ -9,7 +9,7 @@
 rule aggregate_scores:
     """Collect all rows' scores in a long table and a wide one, the record of all pictures, and what every job cost."""
     input:
-        plan.pending_files() if stored else [file for file in unfinished if file not in measured | attacked],
+        plan.pending_files() if stored else judged,
         interference=interference,
         attacks=attacks,
     output:
