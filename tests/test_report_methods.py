@@ -12,7 +12,7 @@ from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.report.methods import MEASURES, cell, compare_methods, measures_of
 from concept_ablation.report.methods_figure import methods_figure, shown_methods
 
-LEFT, NEIGHBORS = MEASURES[0], MEASURES[1]
+LEFT, NEIGHBORS = MEASURES[0], MEASURES[2]
 
 
 @pytest.fixture
