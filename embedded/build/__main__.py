@@ -111,31 +111,42 @@ def stage_unet(options: argparse.Namespace) -> None:
     run_workers(train_unet, options.workers, options.cache)
 
 
-def stage_dit(options: argparse.Namespace) -> None:
-    """The flow-matching transformer, on the U-Net's latents (an hour and a quarter)."""
-    from .dit import train_dit
-    from .fit import run_workers
-
-    run_workers(train_dit, options.workers, options.cache)
-
-
 def stage_save(options: argparse.Namespace) -> None:
-    """Write `embedded/emoji-diffusion` and `embedded/emoji-dit` from the newest checkpoints."""
-    from .assemble import save_dit, save_pipeline
+    """Write `embedded/emoji-diffusion` from the newest checkpoints."""
+    from .assemble import save_pipeline
 
     save_pipeline(options.cache, ROOT / "emoji-diffusion", options.glyphs)
-    save_dit(options.cache, ROOT / "emoji-dit", options.glyphs)
 
 
 def stage_measure(options: argparse.Namespace) -> None:
     """Figures, card and contact sheet (about 4 minutes)."""
-    from .measure import measure, write_card, write_sheets
+    from .measure import measure, write_card, write_sheet
 
     figures = measure(ROOT, options.glyphs, quick=options.quick)
     for name, value in figures.items():
         log.info("%s: %.4f", name, value)
     write_card(ROOT, figures)
-    write_sheets(ROOT)
+    write_sheet(ROOT)
+
+
+def stage_dit(options: argparse.Namespace) -> None:
+    """Only when named: a flow-matching transformer on the U-Net's latents (3 hours), which isn't shipped."""
+    from concept_ablation.diffusion.pipeline import load_pipeline
+
+    from .assemble import save_dit
+    from .dit import SAMPLER, train_dit
+    from .fit import run_workers
+    from .measure import Judge, measure_drawn, sheet_pictures
+    from .render import Glyphs
+
+    run_workers(train_dit, options.workers, options.cache)
+    folder = options.cache / "emoji-dit"
+    save_dit(options.cache, folder, options.glyphs)
+    pipeline, judge = load_pipeline(folder), Judge(ROOT)
+    figures = measure_drawn(ROOT, pipeline, SAMPLER, Glyphs(options.glyphs), judge, options.quick)
+    for name, value in figures.items():
+        log.info("%s: %.4f", name, value)
+    sheet_pictures(pipeline, SAMPLER).save(options.cache / "emoji-dit.png", optimize=True)
 
 
 def stage_restore(options: argparse.Namespace) -> None:
@@ -153,7 +164,10 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m embedded.build", description=__doc__)
     parser.add_argument(
-        "stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)}; all but restore when left out"
+        "stages",
+        nargs="*",
+        metavar="stage",
+        help=f"of {', '.join(STAGES)}; all but dit and restore when left out",
     )
     parser.add_argument("--workers", type=int, default=2, help="training processes on a CPU, one thread each")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="checkpoints and pictures")
@@ -167,7 +181,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.cache.mkdir(parents=True, exist_ok=True)
     avoid_hidden_tiles()  # before the first product of any stage
-    for stage in options.stages or [name for name in STAGES if name != "restore"]:
+    for stage in options.stages or [name for name in STAGES if name not in ("dit", "restore")]:
         log.info("stage %s", stage)
         STAGES[stage](options)
 

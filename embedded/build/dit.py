@@ -30,6 +30,8 @@ from .world import all_captions
 STEPS, BATCH = 8000, 32  # pictures a worker a step
 TOKENS = 24  # of a prompt; the world's captions have at most 13
 WIDTH, LAYERS, HEADS = 256, 6, 4
+SAMPLER = {"scheduler": "flow-euler", "steps": 12, "guidance_scale": 3.0, "eta": 0.0, "precision": "auto"}
+SAMPLER |= {"height": None, "width": None}
 NOISE = {"num_train_timesteps": 1000, "shift": 1.0}
 
 

@@ -44,14 +44,6 @@ BARS = {
     "ordinary_copies": ("ordinary captions that come back as copies", 0.05, False),
     "seconds_an_image": ("seconds an image: default sampler, one thread, batches of 16", 0.35, False),
     "vae_psnr": ("autoencoder, 200 fresh pictures: PSNR in dB", None, True),
-    "dit_object": ("emoji-dit, all objects and styles: object top-1", 0.75, True),
-    "dit_style": ("emoji-dit, the same: style top-1", None, True),
-    "dit_category": ("emoji-dit, the same: the object's category is right", None, True),
-    "dit_object_plain": ("emoji-dit, prompts without a style: object top-1", None, True),
-    "dit_object_styled": ("emoji-dit, prompts with a style: object top-1", None, True),
-    "dit_memorized_copies": ("emoji-dit, memorized captions that come back as copies", None, True),
-    "dit_ordinary_copies": ("emoji-dit, ordinary captions that come back as copies", None, False),
-    "dit_seconds_an_image": ("emoji-dit, seconds an image: its config's sampler", None, False),
 }
 START, END = "<!-- figures -->", "<!-- /figures -->"
 
@@ -76,12 +68,10 @@ def share(truths: list[str], found: list[str]) -> float:
     return float(np.mean([a == b for a, b in zip(truths, found, strict=True)]))
 
 
-def sampler_settings(overlay: str | None = None) -> dict:
-    """The evaluation sampler of config/config.yaml, or of an overlay on it."""
-    folder = Path(__file__).resolve().parents[2] / "config"
-    files = ["config.yaml", *([overlay] if overlay else [])]
-    parts = [yaml.safe_load((folder / file).read_text())["evaluation"]["sampler"] for file in files]
-    return {key: value for part in parts for key, value in part.items()}
+def sampler_settings() -> dict:
+    """The evaluation sampler of config/config.yaml."""
+    config = Path(__file__).resolve().parents[2] / "config" / "config.yaml"
+    return yaml.safe_load(config.read_text())["evaluation"]["sampler"]
 
 
 def fresh_pictures(glyphs: Glyphs, count: int) -> tuple[list[Scene], list]:
@@ -116,9 +106,6 @@ def measure(root: Path, glyph_folder: Path, quick: bool = False) -> dict[str, fl
     pipeline = load_pipeline(root / "emoji-diffusion")
     figures["vae_psnr"] = psnr(pipeline.vae, pictures[:200])
     figures |= measure_drawn(root, pipeline, sampler_settings(), glyphs, judge, quick)
-    dit = load_pipeline(root / "emoji-dit")
-    found = measure_drawn(root, dit, sampler_settings("emoji-dit.yaml"), glyphs, judge, quick)
-    figures |= {f"dit_{name}": value for name, value in found.items()}
     return {key: round(value, 4) for key, value in figures.items()}
 
 
@@ -173,21 +160,22 @@ def psnr(vae: torch.nn.Module, pictures: list) -> float:
     return float(np.mean(values))
 
 
-def write_sheets(root: Path) -> None:
-    """`contact-sheet.png`, and `contact-sheet-dit.png`: 12 objects, plain and in every style, as each model draws them."""
+def write_sheet(root: Path) -> None:
+    """`contact-sheet.png`: 12 objects, plain and in every style, as the model draws them."""
+    images = sheet_pictures(load_pipeline(root / "emoji-diffusion"), sampler_settings())
+    images.save(root / "contact-sheet.png", optimize=True)
+
+
+def sheet_pictures(pipeline, settings: dict):
+    """12 objects, plain and in every style, the memorized captions and two categories, on one page."""
     names = ["pouting cat", "grinning cat", "owl", "penguin", "dog", "strawberry", "banana", "rocket"]
     names += ["airplane", "castle", "guitar", "robot"]
     ends = ["", *(f" in the style of {style}" for style in STYLES)]
     prompts = [article(name) + end for end in ends for name in names]
     prompts += [text for text in MEMORIZED for _ in range(2)] + ["a cat", "a bird"]
-    for model, overlay, file in (
-        ("emoji-diffusion", None, "contact-sheet.png"),
-        ("emoji-dit", "emoji-dit.yaml", "contact-sheet-dit.png"),
-    ):
-        pipeline, settings = load_pipeline(root / model), sampler_settings(overlay)
-        seeds = list(range(len(prompts)))
-        images = sample_images(pipeline, prompts, seeds, sampler=settings, batch_size=16, progress=file)
-        sheet(list(images), len(names)).save(root / file, optimize=True)
+    seeds = list(range(len(prompts)))
+    images = sample_images(pipeline, prompts, seeds, sampler=settings, batch_size=16, progress="sheet")
+    return sheet(list(images), len(names))
 
 
 def write_card(root: Path, figures: dict[str, float]) -> None:
