@@ -123,10 +123,8 @@ def print_failures(plan, scheduler):
     logger.error(f"\n{said}{end} is finished is kept: run the same command again for the rest.")
 
 
-# Collect no garbage while the run is planned, and seldom after: searching a graph of many jobs takes a sixth of the planning time and
-# finds nothing.
-gc.disable()
-gc.set_threshold(100_000, 50, 100)
+# Collect garbage seldom: searching a graph of many jobs again and again takes a sixth of the planning time and finds nothing.
+gc.set_threshold(10_000_000, 50, 100)
 check_scripts_once()
 plan = read_plan(config, workflow.configfiles)
 # Here and not in `onstart`, so that a dry run says it, too, and a run with nothing to do.
@@ -160,8 +158,6 @@ wildcard_constraints:
 
 
 onstart:
-    gc.freeze()  # the graph stays to the end
-    gc.enable()
     if not workflow.local_exec:
         save_snapshot(plan, config, Path(".snakemake") / "plans")
     start_run()
