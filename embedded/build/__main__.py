@@ -156,6 +156,7 @@ def stage_restore(options: argparse.Namespace) -> None:
     restore(ROOT, options.cache)
 
 
+ONLY_NAMED = ("dit", "restore")
 STAGES = {
     name.removeprefix("stage_"): stage for name, stage in list(globals().items()) if name.startswith("stage_")
 }
@@ -167,7 +168,7 @@ def main() -> None:
         "stages",
         nargs="*",
         metavar="stage",
-        help=f"of {', '.join(STAGES)}; all but dit and restore when left out",
+        help=f"of {', '.join(STAGES)}; all but {' and '.join(ONLY_NAMED)} when left out",
     )
     parser.add_argument("--workers", type=int, default=2, help="training processes on a CPU, one thread each")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="checkpoints and pictures")
@@ -181,7 +182,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.cache.mkdir(parents=True, exist_ok=True)
     avoid_hidden_tiles()  # before the first product of any stage
-    for stage in options.stages or [name for name in STAGES if name not in ("dit", "restore")]:
+    for stage in options.stages or [name for name in STAGES if name not in ONLY_NAMED]:
         log.info("stage %s", stage)
         STAGES[stage](options)
 

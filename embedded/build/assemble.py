@@ -16,15 +16,10 @@ from diffusers import (
 from transformers import CLIPTokenizer
 
 from . import dit
+from .fit import trained
 from .render import Glyphs
 from .text import load_text
 from .unet import NOISE, new_unet, normalised_vae
-
-
-def load_network(cache: Path, name: str, network: torch.nn.Module) -> torch.nn.Module:
-    """`network` with the EMA weights of the newest checkpoint `name`."""
-    network.load_state_dict(torch.load(cache / f"{name}.pt", map_location="cpu", weights_only=True)["ema"])
-    return network
 
 
 def finished_vae(cache: Path, glyph_folder: Path) -> torch.nn.Module:
@@ -39,7 +34,7 @@ def save_pipeline(cache: Path, folder: Path, glyph_folder: Path) -> None:
         vae=finished_vae(cache, glyph_folder),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=load_network(cache, "unet", new_unet()),
+        unet=trained(cache, "unet", new_unet()),
         scheduler=DPMSolverMultistepScheduler(**NOISE, prediction_type="epsilon", steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -54,7 +49,7 @@ def save_dit(cache: Path, folder: Path, glyph_folder: Path) -> None:
     encoder, vae = dit.new_projecting_encoder(cache), finished_vae(cache, glyph_folder)
     vae.register_to_config(shift_factor=0.0)  # the pipeline subtracts it
     pipeline = StableDiffusion3Pipeline(
-        transformer=load_network(cache, "dit", dit.new_dit()),
+        transformer=trained(cache, "dit", dit.new_dit()),
         scheduler=FlowMatchEulerDiscreteScheduler(**dit.NOISE),
         vae=vae,
         text_encoder=encoder,

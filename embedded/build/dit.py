@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from concept_ablation.common.hardware import autocast
 from concept_ablation.diffusion.flow_matching import FlowSchedule
 
-from .fit import device, fit
+from .fit import device, fit, trained
 from .groupnorm import use_fast_group_norm
 from .text import embed, load_text, tokens_of
 from .unet import NOISE as UNET_NOISE
@@ -114,8 +114,8 @@ class Teacher:
     """
 
     def __init__(self, cache: Path, texts: list[str]):
-        self.unet = new_unet().to(device(), memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.unet.load_state_dict(torch.load(cache / "unet.pt", map_location="cpu", weights_only=True)["ema"])
+        unet = trained(cache, "unet", new_unet()).to(device(), memory_format=torch.channels_last)
+        self.unet = unet.eval().requires_grad_(False)
         self.unet.set_attn_processor(AttnProcessor())
         use_fast_group_norm(self.unet)
         self.signal = DDPMScheduler(**UNET_NOISE).alphas_cumprod.to(device())  # falls with the step

@@ -121,6 +121,12 @@ def fit(
     return ema
 
 
+def trained(cache: Path, name: str, model: nn.Module) -> nn.Module:
+    """`model` with the EMA weights of the newest checkpoint `name`."""
+    model.load_state_dict(torch.load(cache / f"{name}.pt", map_location="cpu", weights_only=True)["ema"])
+    return model
+
+
 def _average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
     used = [p for p in parameters if p.grad is not None]
     flat = torch.cat([p.grad.reshape(-1) for p in used])

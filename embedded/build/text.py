@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .fit import device, fit
+from .fit import device, fit, trained
 from .world import (
     BACKGROUNDS,
     CATEGORIES,
@@ -199,8 +199,7 @@ def train_text(cache: Path) -> None:
 
 def load_text(cache: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     tokenizer = CLIPTokenizer.from_pretrained(cache / "tokenizer")
-    reader = Reader(new_text_encoder(tokenizer))
-    reader.load_state_dict(torch.load(cache / "text.pt", map_location="cpu", weights_only=True)["ema"])
+    reader = trained(cache, "text", Reader(new_text_encoder(tokenizer)))
     return tokenizer, reader.encoder.eval()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from concept_ablation.common.hardware import autocast
 
-from .fit import device, fit
+from .fit import device, fit, trained
 from .groupnorm import use_fast_group_norm
 from .pool import SHARD, stored_pictures
 from .render import Glyphs
@@ -106,9 +106,7 @@ def train_decoder(rank: int, workers: int, cache: Path, glyph_folder: Path) -> N
 
 def load_trained(cache: Path, name: str) -> AutoencoderKL:
     """The EMA weights of checkpoint `name` ("vae" or "decoder")."""
-    vae = new_vae()
-    vae.load_state_dict(torch.load(cache / f"{name}.pt", map_location="cpu", weights_only=True)["ema"])
-    return vae.to(device(), memory_format=torch.channels_last)
+    return trained(cache, name, new_vae()).to(device(), memory_format=torch.channels_last)
 
 
 @torch.no_grad()
