@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from concept_ablation.common.image_store import METADATA_KEY
-from concept_ablation.report.methods import MEASURES, cell, compare_methods, measures_of
-from concept_ablation.report.methods_figure import methods_figure, shown_methods
+from concept_ablation.report.methods import MEASURES, MethodRows, cell, compare_methods, measures_of
+from concept_ablation.report.methods_figure import _Scale, methods_figure, shown_methods
 
 LEFT, NEIGHBORS = MEASURES[0], MEASURES[2]
 
@@ -55,6 +55,20 @@ def test_only_targets_of_several_methods_count_and_retention_only_where_the_targ
     assert cell(NEIGHBORS, ours) == "5 % (0 % to 10 %)" and cell(NEIGHBORS, uce) == "30 %"
 
 
+def test_an_interval_does_not_depend_on_the_order_of_the_rows():
+    lines = [
+        {"presence_ablated": share, "removed": True} for share in (0.0, 0.02, 0.3, 0.07, 0.15, 0.01, 0.9)
+    ]
+    assert MethodRows("uce", lines).mean(LEFT) == MethodRows("uce", lines[::-1]).mean(LEFT)
+
+
+@pytest.mark.parametrize("most", [0.4, 1.0, 3.0, 20.0, 999.0, 3216.5, 7000.0])
+def test_no_mark_lies_beyond_the_last_tick_of_its_panel(most):
+    number = next(one for one in MEASURES if one.unit == "number")
+    scale = _Scale(number, [0.0, most])
+    assert scale.place(scale.ticks[-1][0]) == 1.0 and most <= scale.ticks[-1][0]
+
+
 def test_a_measure_that_no_row_has_is_left_out(case):
     rows, lines = case
     methods = compare_methods(rows, lines)
@@ -65,7 +79,6 @@ def test_a_measure_that_no_row_has_is_left_out(case):
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
-    from concept_ablation.report.methods import MethodRows
 
     generator, held = np.random.default_rng(1), 0
     for _ in range(200):

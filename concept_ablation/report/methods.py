@@ -76,7 +76,7 @@ class MethodRows:
 
     def mean(self, measure: Measure) -> tuple[float, float, float] | None:
         """The mean and its 95 % interval over targets; None without a row that counts. One target has no interval."""
-        values = np.array(self.values(measure))
+        values = np.sort(self.values(measure))  # the draws must not depend on the order of the rows
         if not len(values):
             return None
         if len(values) == 1:

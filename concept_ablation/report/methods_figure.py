@@ -99,7 +99,7 @@ def _marks(x0: float, y: float, scale: _Scale, measure: Measure, method: MethodR
 
 
 class _Scale:
-    """Where a value stands on a panel, 0 to 1: shares from a little below 0 to 100 %, numbers to their largest, seconds by ratio."""
+    """Where a value stands on a panel, 0 to 1: shares from a little below 0 to 100 %, numbers to a round one, seconds by ratio."""
 
     def __init__(self, measure: Measure, values: Sequence[float]) -> None:
         self.ratio, most = measure.unit == "seconds", max(values, default=1.0)
@@ -115,10 +115,10 @@ class _Scale:
             self.low = min(-0.05 * self.high, max(least, -self.high))
             self.ticks = [(share, f"{share:.0%}") for share in (0.0, self.high / 2, self.high)]
             return
-        self.low, self.high = min(0.0, least), max(most, 1.0)
-        step = 10.0 ** math.floor(math.log10(self.high))
-        top = max(n * step for n in (1, 2, 5) if n * step <= self.high)
-        self.ticks = [(value, f"{value:g}") for value in (0.0, top / 2, top)]
+        step = 10.0 ** math.floor(math.log10(max(most, 1.0)))
+        # The last tick ends the panel: a mark beyond it would seem to be the next panel's.
+        self.low, self.high = min(0.0, least), next(n * step for n in (1, 2, 5, 10) if most <= n * step)
+        self.ticks = [(value, f"{value:g}") for value in (0.0, self.high / 2, self.high)]
 
     def place(self, value: float) -> float:
         value = math.log10(max(value, 1e-3)) if self.ratio else value
