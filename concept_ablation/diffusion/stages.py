@@ -5,13 +5,14 @@ Stage `sample_ablated` is `evaluation.looks.sample_ablated`, which draws by the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from concept_ablation.common.hardware import resolve_precision
-from concept_ablation.common.image_store import write_store
+from concept_ablation.common.image_store import read_store, write_store
 from concept_ablation.diffusion.delta import apply_delta, sampling_of
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.diffusion.sampler import sample_images
@@ -33,9 +34,32 @@ def load_model(model: Mapping, device: str) -> DiffusionPipeline:
     )
 
 
-def sample_base(spec: Mapping, images: str | Path, *, device: str = "auto", batch_size: int = 16) -> None:
-    """Stage `sample_base`: one probe's images by the unchanged model, without a role: rows share them."""
-    _sample_probes(spec, [{"role": None, **spec["probe"]}], images, device=device, batch_size=batch_size)
+def sample_base(
+    spec: Mapping,
+    images: str | Path,
+    start: str | Path | None = None,
+    *,
+    device: str = "auto",
+    batch_size: int = 16,
+) -> None:
+    """Stage `sample_base`: one probe's images by the unchanged model, without a role: rows share them.
+
+    start: a store of its first images, which are taken from there if they were computed as they would be here. Raises StoreError.
+    """
+    pipeline, probes = load_model(spec["model"], device), [{"role": None, **spec["probe"]}]
+    first = list(_first_images(start, spec, pipeline)) if start else []
+    options = {"sampler": spec["sampler"], "batch_size": batch_size, "progress": Path(images).stem}
+    drawn = draw_probes(pipeline, probes, slice(len(first), None), **options)
+    write_images(images, itertools.chain(first, drawn), pipeline, spec, {"delta_metadata": None})
+
+
+def _first_images(start: str | Path, spec: Mapping, pipeline: DiffusionPipeline) -> Iterator[dict]:
+    """The rows of a store with their images; none if another device or precision made them."""
+    store, precision = read_store(start), resolve_precision(spec["sampler"]["precision"], pipeline.device)
+    if (store.metadata.get("device"), store.metadata.get("precision")) != (pipeline.device.type, precision):
+        return
+    for row, image in zip(store.rows, store.images(), strict=True):
+        yield {**row, "image": image}
 
 
 def sample_ablated(

@@ -54,7 +54,7 @@ def score_concept(
             `detector` (see `detectors.load_detector`); where pictures were added until they were enough, `until` {look, looks (role ->
             the most looks)}.
         samples: image store of the ablated model, all probes.
-        base: image stores of the base model, one a probe in the order of `roles.probe_roles`.
+        base: image stores of the base model, one a probe in the order of `roles.probe_roles`; of a longer one the first pictures count.
         device, batch_size: where, and how many images at once; neither changes a score.
 
     Raises:
@@ -75,7 +75,8 @@ def score_concept(
     lines = [names | line | _words(line, spec["texts"], models) for line in made]
     if images is not None:
         own = {name: names[name] for name in ("concept", "kind", "target")}
-        write_record(images, [own | line for line in record_lines(row, spec["base"], spec["samples"])])
+        keys = {probe.subject: Path(path).stem for probe, path in zip(probes, base, strict=True)}
+        write_record(images, [own | line for line in record_lines(row, keys, spec["samples"])])
     with atomic_output(scores) as path:
         pq.write_table(pa.Table.from_pylist(lines, schema=COLUMNS), path)
     log.info("%s: %d scores of %d probes", spec["concept"], len(made), len(probes))
@@ -87,9 +88,10 @@ def read_probes(
     """Features of every probe of a row, in the order of `roles.probe_roles`, and what its metrics read in the pictures."""
     samples = read_store(samples_path)
     for (role, subject), base_path in zip(probe_roles(spec), base_paths, strict=True):
-        base, ablated, looks = read_store(base_path), samples.select(role, subject), None
-        if "until" in spec:  # the base model's pictures are there to the last look
-            base = base.first(len(ablated))
+        ablated, looks = samples.select(role, subject), None
+        # The base model's store may be longer: another row's, or with `until` up to the last look.
+        base = read_store(base_path).first(len(ablated))
+        if "until" in spec:
             looks = Looks(-(-len(ablated) // spec["until"]["look"]), spec["until"]["looks"][role])
         check_same_seeds(base, ablated, subject)
         measured = read_pictures(KINDS[spec["kind"]], role, base, ablated, models)

@@ -62,6 +62,10 @@ class Plan:
         self.bundles: list[Bundle] = []
         self.specs: dict[str, dict[str, dict]] = {stage: {} for stage in STAGES}
         self.stages: dict[str, str] = {}  # key -> its stage
+        # Of the base model's pictures (plan/stores.py): the key of a store that isn't made -> that of the longer one which is read; and
+        # the key of one that is made -> that of a shorter one which is there.
+        self.longer: dict[str, str] = {}
+        self.starts: dict[str, str] = {}
         # Slugs of rows that are switched off and can't be planned, so that their keys aren't known.
         self.unknown: set[str] = set()
 
@@ -81,7 +85,12 @@ class Plan:
 
     def path(self, key: str) -> str:
         """The file that the unit of work with this key writes."""
+        key = self.longer.get(key, key)
         return f"{self.results}/{STAGES[self.stages[key]].path.format(key=key)}"
+
+    def start(self, key: str) -> str | list[str]:
+        """The store whose pictures are the first ones of a unit of `sample_base`; none where it draws all itself."""
+        return self.path(self.starts[key]) if key in self.starts else []
 
     def upstream(self, stage: str, key: str, name: str) -> str | list[str]:
         """The file or files that a unit of `stage` reads as input `name`; its spec has their keys under that name."""
@@ -207,7 +216,8 @@ class Plan:
         """The keys of the work that a unit is made from, which its spec names."""
         for value in self.specs[self.stages[key]][key].values():
             for name in _parts(value):
-                if isinstance(name, str) and name in self.stages:
+                name = self.longer.get(name, name) if isinstance(name, str) else None
+                if name in self.stages:
                     yield name
 
     def needed(self, row: Row | str) -> dict[str, None]:

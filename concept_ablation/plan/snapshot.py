@@ -44,6 +44,7 @@ class PlanSnapshot(Plan):
         self._judges_bundles = run["judges_bundles"]
         self._measures_interference = run["measures_interference"]
         self._attacks_rows = run["attacks_rows"]
+        self.longer, self.starts = run["longer"], run["starts"]
         self.stages = _Lookup(lambda key: self._find("select stage from units where key = ?", key))
         one = "select spec from units where stage = ? and key = ?"
         self.specs = _Lookup(lambda stage: _Lookup(lambda key: json.loads(self._find(one, stage, key))))
@@ -98,6 +99,8 @@ def save_snapshot(plan: Plan, config: Mapping, folder: str | Path) -> Path:
         "judges_bundles": plan.judges_bundles,
         "measures_interference": plan.measures_interference,
         "attacks_rows": plan.attacks_rows,
+        "longer": plan.longer,
+        "starts": plan.starts,
     }
     database = sqlite3.connect(":memory:")
     database.execute("create table run (content blob)")

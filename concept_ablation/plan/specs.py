@@ -37,6 +37,7 @@ from concept_ablation.plan.interference import plan_interference
 from concept_ablation.plan.model_specs import fingerprint_of, model_spec, sha256_of
 from concept_ablation.plan.schema import check_config, load_schema
 from concept_ablation.plan.settings import SettingsError, shared_settings, with_own
+from concept_ablation.plan.stores import share_stores
 from concept_ablation.plan.table import load_concepts
 from concept_ablation.prompts.templates import SLOT, PromptsError, expand, file_source, read_templates
 from concept_ablation.registries import KINDS, METHODS
@@ -61,8 +62,7 @@ def load_plan(config: Mapping, schemas: Path, source: str, disabled: bool = Fals
 def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     """The plan of all rows under a checked config. Relative paths start at the working directory.
 
-    Raises PlanError, which lists every row that can't be planned. A row that is switched off may fail: the plan then
-    only keeps the slugs of its keys.
+    Raises PlanError, which lists every row that can't be planned. A row that is switched off may fail: the plan then only keeps the slugs of its keys.
     """
     plan = Plan(config["results"], config["verdict"], config["report"])
     model = _table_model(config)
@@ -101,7 +101,7 @@ def build_plan(concepts: Sequence[Concept], config: Mapping) -> Plan:
     if texts:
         raise PlanError("\n".join([f"{config['concepts']}: {len(texts)} row(s) can't be planned", *texts]))
     plan_interference(plan, judged, model)
-    return plan
+    return share_stores(plan)
 
 
 def _table_model(config: Mapping) -> dict:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from concept_ablation.common.errors import UserError
 from concept_ablation.common.image_store import METADATA_KEY, ImageStore, read_store
+from concept_ablation.plan.stores import begins
 from concept_ablation.report.figures import picture_strip
 
 PAIRS = 6  # pairs of pictures in a strip
@@ -30,26 +31,25 @@ def find_delta(results: Path, path: Path) -> Path:
 
 
 def find_base(results: Path, samples: ImageStore) -> dict[str, ImageStore]:
-    """Subject -> the base model's pictures: the stores made with the same model, sampler and probe."""
-    wanted = {}
-    for probe in samples.metadata["probes"]:
-        plain = {name: value for name, value in probe.items() if name != "role"}
-        wanted[_identity(samples.metadata, plain)] = probe["subject"]
+    """Subject -> the base model's pictures: of stores made with the same model and sampler, one that begins with the probe's."""
+    made = {name: samples.metadata.get(name) for name in ("model", "sampler")}
+    wanted = {
+        probe["subject"]: {**made, "probe": {name: value for name, value in probe.items() if name != "role"}}
+        for probe in samples.metadata["probes"]
+    }
     found = {}
     for path in sorted((results / "base").glob("*.parquet")):
         metadata = json.loads((pq.read_schema(path).metadata or {}).get(METADATA_KEY, b"{}"))
-        subject = wanted.get(_identity(metadata, metadata.get("probe")))
-        if subject is not None:
+        subject = metadata.get("probe", {}).get("subject")
+        if subject in wanted.keys() - found.keys() and begins(
+            {name: metadata.get(name) for name in wanted[subject]}, wanted[subject]
+        ):
             found[subject] = read_store(path)
-    if missing := [subject for subject in wanted.values() if subject not in found]:
+    if missing := [subject for subject in wanted if subject not in found]:
         raise CardError(
             f"{results / 'base'}: no pictures of {', '.join(missing)} by the base model; run the workflow again"
         )
     return found
-
-
-def _identity(metadata: Mapping, probe: object) -> str:
-    return json.dumps([metadata.get("model"), metadata.get("sampler"), probe], sort_keys=True)
 
 
 def make_folder(out_folder: str | Path, delta_path: str | Path) -> Path:

@@ -1,10 +1,12 @@
 # The pictures that are judged. The unchanged and the ablated model draw the same prompts with the same seeds.
 # Reads concepts/{key}/delta.safetensors (or deltas/{key}.safetensors), writes base/{key}.parquet (a probe, shared by rows) and
-# samples/{key}.parquet (a row).
+# samples/{key}.parquet (a row). A probe that a store which is there begins with takes its first pictures from it.
 
 
 rule sample_base:
     """Draw one probe with the unchanged model."""
+    input:
+        start=lambda wildcards: plan.start(wildcards.key),
     output:
         images=file_of("sample_base", "images"),
     log:
