@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -507,7 +508,6 @@ def test_several_targets_through_the_stage(spec, stores, tmp_path):
 
 def test_every_score_of_single_images_can_be_computed_from_the_record_of_images(spec, stores, tmp_path):
     """Shares and means, of each probe and of all neighbors pooled; KID compares sets and isn't in the record."""
-    spec["base"] = {subject: f"{subject}-key" for subject in stores[1]}
     score(spec, stores, tmp_path / "scores.parquet", tmp_path / "images.parquet")
     images = pq.read_table(tmp_path / "images.parquet").to_pandas()
     scores = pq.read_table(tmp_path / "scores.parquet").to_pandas()
@@ -524,9 +524,8 @@ def test_every_score_of_single_images_can_be_computed_from_the_record_of_images(
 
 
 def test_the_record_says_where_each_picture_is(spec, stores, tmp_path):
-    spec["base"] = {subject: f"{subject}-key" for subject in stores[1]}
     score(spec, stores, tmp_path / "scores.parquet", tmp_path / "images.parquet")
-    files = {f"{subject}-key": read_store(path) for subject, path in stores[1].items()}
+    files = {Path(path).stem: read_store(path) for path in stores[1].values()}
     files[spec["samples"]] = read_store(stores[0])
     for line in pq.read_table(tmp_path / "images.parquet").to_pylist():
         row = files[line["key"]].rows[line["position"]]

@@ -18,6 +18,7 @@ from concept_ablation.common.hardware import pick_device
 from concept_ablation.common.parts import timed
 from concept_ablation.common.remote_code import REFUSED, find_code
 from concept_ablation.diffusion.families.base import Family, ModelError, family_named
+from concept_ablation.diffusion.parking import place
 from concept_ablation.registries import FAMILIES
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ def load_pipeline(
     if not trust_remote_code:
         for folder in (source, config):
             _refuse_code(folder)
-    place = pick_device(device)
+    found = pick_device(device)
     if os.path.isfile(source):
         family, pipeline = _load_single_file(source, config)
     elif config is not None:
         raise ModelError(f"{path}: a config ({config}) is for a checkpoint in one file alone")
     else:
-        family, pipeline = _load_folder(source, revision, trust_remote_code, place)
+        family, pipeline = _load_folder(source, revision, trust_remote_code, found)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(place)
+    place(pipeline, found)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval()

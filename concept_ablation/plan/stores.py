@@ -61,7 +61,9 @@ def _share(plan: Plan, keys: Iterable[str], neighbors: set[str]) -> None:
 
 def begins(longer: Mapping, shorter: Mapping) -> bool:
     """Whether the pictures of one spec of `sample_base` are the first ones of another's."""
-    if any(longer.get(name) != shorter.get(name) for name in longer.keys() | shorter.keys() if name != "probe"):
+    if any(
+        longer.get(name) != shorter.get(name) for name in longer.keys() | shorter.keys() if name != "probe"
+    ):
         return False
     one, other = longer["probe"], shorter["probe"]
     first = range(other["images"])

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ParameterGroup = Literal["cross-attn", "attn", "full-weight", "embedding", "single-attn"]
-"""`cross-attn`: what projects the text to keys and values (the paper's choice for styles and objects); `attn`: queries,
-keys, values and output projections of all attention layers; `full-weight`: the whole network; `embedding`: nothing of
-the network, but rows of the text encoders' token embeddings; `single-attn`: keys and values where text and picture share them."""
+"""`cross-attn`: what projects the text to keys and values (the paper's choice for styles and objects); `attn`: queries, keys, values and output
+projections of all attention layers; `full-weight`: the whole network; `embedding`: nothing of the network, but rows of the text encoders'
+token embeddings; `single-attn`: keys and values where text and picture share them."""
 
 Frame = tuple[int, int, int]
-"""What a square picture is of a larger one, in pixels: that one's side before it was enlarged, then how far from its top and
-its left the picture was cut. A whole picture of side 512 is (512, 0, 0)."""
+"""What a square picture is of a larger one, in pixels: that one's side before it was enlarged, then how far from its top and its left the
+picture was cut. A whole picture of side 512 is (512, 0, 0)."""
 
 
 class ModelError(UserError):
@@ -104,6 +104,8 @@ class Family:
     """The pipeline's component that predicts; the prefix of its parameters in a delta."""
     text_encoders: ClassVar[Mapping[str, str]]
     """The pipeline's text encoders, each with its tokenizer, by the names of the components."""
+    parked: ClassVar[tuple[str, ...]] = ()
+    """Those of them that are on a GPU only while they encode (diffusion/parking.py)."""
     groups: ClassVar[Mapping[ParameterGroup, re.Pattern[str]]]
     """Group -> what the names of its parameters in the network match, the smallest group first; without `embedding`."""
     schedulers: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]]
@@ -170,10 +172,7 @@ class Family:
         return pipeline.vae.config.latent_channels
 
     def encode_pixels(self, pipeline: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        """Moments of the VAE's posterior: (n, 2 x channels, cells, cells), means and log variances, of pixels.
-
-        `pixels`: (n, 3, height, width) in [-1, 1], on the pipeline's device.
-        """
+        """Moments of the VAE's posterior, (n, 2 x channels, cells, cells), means and log variances, of pixels (n, 3, height, width) in [-1, 1]."""
         return pipeline.vae.encode(pixels).latent_dist.parameters.float()
 
     def latents(self, pipeline: DiffusionPipeline, moments: Tensor, noise: Tensor) -> Tensor:
@@ -221,8 +220,9 @@ class Family:
         if group == "embedding":
             return {}
         if group not in self.groups:
-            allowed = ", ".join([*self.groups, "embedding"])
-            raise ModelError(f"parameter group {group!r} is unknown (allowed: {allowed})")
+            raise ModelError(
+                f"parameter group {group!r} is unknown (allowed: {', '.join([*self.groups, 'embedding'])})"
+            )
         pattern = self.groups[group]
         return {name: value for name, value in network.named_parameters() if pattern.search(name)}
 
@@ -256,8 +256,7 @@ class Family:
         groups: parameter groups. needs: each with the setting or method that has it.
         """
         for group in sorted(set(groups) - {*self.groups, "embedding"}):
-            allowed = ", ".join([*self.groups, "embedding"])
-            yield f"{self.title} has no parameter group {group} (allowed: {allowed})"
+            yield f"{self.title} has no parameter group {group} (allowed: {', '.join([*self.groups, 'embedding'])})"
         for need, who in needs.items():
             if need in self.lacks:
                 yield f"{who} needs {NEEDS[need]}, and {self.title} has none: {self.lacks[need]}"

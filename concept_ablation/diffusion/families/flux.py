@@ -29,6 +29,7 @@ class Flux(FlowFamily):
     title = "FLUX.1"
     tag = "flux"
     text_encoders: ClassVar = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    parked: ClassVar = ("text_encoder_2",)
     groups: ClassVar = {
         "cross-attn": re.compile(
             r"^transformer_blocks\.\d+\.attn\.add_[kv]_proj\.weight$"

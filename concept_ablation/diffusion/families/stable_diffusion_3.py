@@ -27,6 +27,7 @@ class StableDiffusion3(FlowFamily):
         "text_encoder_2": "tokenizer_2",
         "text_encoder_3": "tokenizer_3",
     }
+    parked: ClassVar = THIRD[:1]
     groups: ClassVar = {
         "cross-attn": re.compile(r"\.attn\.add_[kv]_proj\.weight$"),  # a LoRA holds no biases
         "attn": re.compile(r"\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\."),

@@ -21,6 +21,7 @@ from concept_ablation.common.files import atomic_output, damaged
 from concept_ablation.common.hardware import autocast
 from concept_ablation.diffusion.delta import METADATA_KEY
 from concept_ablation.diffusion.families.base import Frame, family_of
+from concept_ablation.diffusion.parking import stay
 from concept_ablation.diffusion.placeholders import add_placeholders, filled, placed
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Goal:
     frame: Frame = field(init=False)
 
     def __post_init__(self) -> None:
+        stay(self.pipeline)
         self.family, self.device = family_of(self.pipeline), self.pipeline.device
         self.network, self.schedule = (
             self.family.network(self.pipeline),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from concept_ablation.diffusion.delta import token_row_name
 from concept_ablation.diffusion.families.base import family_of
+from concept_ablation.diffusion.parking import stay
 from concept_ablation.methods.ablation.settings import TrainingError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class TrainableTokenEmbeddings:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, tokens: Mapping[str, Sequence[int]]) -> None:
+        stay(pipeline)
         tables = family_of(pipeline).token_tables(pipeline)
         self._rows = [_Rows(encoder, tables[encoder], ids) for encoder, ids in tokens.items() if ids]
         self.parameters = {name: row for rows in self._rows for name, row in rows.parameters.items()}
