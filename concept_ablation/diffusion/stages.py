@@ -58,6 +58,7 @@ def _first_images(start: str | Path, spec: Mapping, pipeline: DiffusionPipeline)
     store, precision = read_store(start), resolve_precision(spec["sampler"]["precision"], pipeline.device)
     if (store.metadata.get("device"), store.metadata.get("precision")) != (pipeline.device.type, precision):
         return
+    log.info("the first %d images are those of %s", len(store), start)
     for row, image in zip(store.rows, store.images(), strict=True):
         yield {**row, "image": image}
 
