@@ -12,7 +12,10 @@ from concept_ablation.common.image_store import METADATA_KEY
 from concept_ablation.report.methods import MEASURES, MethodRows, cell, compare_methods, measures_of
 from concept_ablation.report.methods_figure import _Scale, methods_figure, shown_methods
 
-LEFT, NEIGHBORS = MEASURES[0], MEASURES[2]
+LEFT, NEIGHBORS = (
+    next(one for one in MEASURES if one.column == column)
+    for column in ("presence_ablated", "neighbor_recognition_change")
+)
 
 
 @pytest.fixture

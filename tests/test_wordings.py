@@ -257,9 +257,18 @@ def test_the_table_says_what_brings_a_target_back_and_how_surely(rows, tmp_path)
         "attack_worst_share": 0.75,
         "attack_worst_low": 0.45,
         "attack_worst_high": 1.0,
+        "attack_words_share": 0.75,
+        "attack_learned_share": None,
         "attacks_back": "paraphrase; typo",
         "attack_images": 16,
     }
+    learned = {**tried["fox"][0], "family": "soft-prompt", "ablated": 0.9}
+    told = attack_columns([*tried["fox"], learned])
+    assert (told["attack_worst"], told["attack_words_share"], told["attack_learned_share"]) == (
+        "soft-prompt",
+        0.75,
+        0.9,
+    )
     assert set(attack_columns(None).values()) == {None} and read_attacks(None) == {}
     assert (
         attacks_text(tried)

@@ -1,12 +1,13 @@
 """What tables, page and terminal say of what brings targets back, read in the table that `attacks.aggregate_attacks` wrote."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from concept_ablation.common.image_store import open_store
+from concept_ablation.registries import ATTACKS
 from concept_ablation.report.figures import PLAIN, thumbnail
 from concept_ablation.report.formatting import printable, share
 
@@ -16,6 +17,8 @@ COLUMNS = {
     "attack_worst_share": pa.float64(),
     "attack_worst_low": pa.float64(),
     "attack_worst_high": pa.float64(),
+    "attack_words_share": pa.float64(),
+    "attack_learned_share": pa.float64(),
     "attacks_back": pa.string(),
     "attack_images": pa.int64(),
 }
@@ -45,9 +48,15 @@ def attack_columns(lines: Sequence[Mapping] | None) -> dict:
     return {
         "attack_worst": worst["family"],
         **{column: worst[name] for column, name in names.items()},
+        "attack_words_share": _largest(line for line in lines if line["family"] not in ATTACKS),
+        "attack_learned_share": _largest(line for line in lines if line["family"] in ATTACKS),
         "attacks_back": "; ".join(line["family"] for line in lines if line["back"]),
         "attack_images": sum(line["n"] for line in lines),
     }
+
+
+def _largest(lines: Iterable[Mapping]) -> float | None:
+    return max((line["ablated"] for line in lines), default=None)
 
 
 def attacks_text(tried: Mapping[str, Sequence[Mapping]], most: int = 10) -> str:

@@ -38,7 +38,8 @@ class Measure:
 
 MEASURES = (
     Measure("target left", "presence_ablated", everywhere=True),
-    Measure("target back in other words, the worst", "attack_worst_share"),
+    Measure("target back in other words, the worst", "attack_words_share"),
+    Measure("target back under a learned attack", "attack_learned_share"),
     Measure("neighbors not recognised any more", "neighbor_recognition_change", -1.0),
     Measure("worst neighbor not typical any more", "worst_neighbor_typical_change", -1.0),
     Measure("anchor not typical any more", "anchor_typical_change", -1.0),
