@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_tiny_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_ablation.common.image_store import read_store
 from concept_ablation.diffusion import sampler as sampling
@@ -223,3 +224,28 @@ def test_stages_write_stores(folder, pipeline, tmp_path):
     target = samples.select(role="target")
     assert target.column("seed") == base.column("seed") and target.column("prompt") == base.column("prompt")
     assert abs(np.asarray(target.image(0)).astype(int) - np.asarray(base.image(0))).mean() > 0.1
+
+
+class Casts(TorchDispatchMode):
+    """How often each of these tensors is copied to another precision."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.count = {value.data_ptr(): 0 for value in tensors}
+
+    def __torch_dispatch__(self, function, types, inputs=(), named=None):
+        if function is torch.ops.aten._to_copy.default and inputs[0].data_ptr() in self.count:
+            self.count[inputs[0].data_ptr()] += 1
+        return function(*inputs, **(named or {}))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_weights_are_cast_once_a_batch_and_not_once_a_step(pipeline, trains):
+    pipeline.unet.requires_grad_(trains)
+    try:
+        with Casts(pipeline.unet.parameters()) as casts:
+            draw(pipeline, precision="bf16")
+        assert max(casts.count.values()) == 1
+        assert {value.requires_grad for value in pipeline.unet.parameters()} == {trains}
+    finally:
+        pipeline.unet.requires_grad_(True)

@@ -112,11 +112,19 @@ def _mixed_precision(network: torch.nn.Module, precision: Precision, device: tor
         with autocast(precision, device):
             return tuple(part.float() for part in forward(*inputs, **named))
 
+    frozen = [value for value in network.parameters() if not value.requires_grad]
     network.forward = mixed
     try:
-        yield
+        # autocast drops its half-precision copies of weights when the outermost context ends, and keeps those alone whose weights
+        # ask for a gradient. So one context around all steps, and all weights ask: a step casts none again.
+        with torch.autocast(device.type, enabled=False):
+            for value in frozen:
+                value.requires_grad_(True)
+            yield
     finally:
         network.forward = forward
+        for value in frozen:
+            value.requires_grad_(False)
 
 
 @contextlib.contextmanager
