@@ -1,5 +1,3 @@
-import contextlib
-
 """A run that is killed, starved of disk or damaged ends, after reruns, with the tables of an undisturbed one, byte for byte.
 
 `make chaos`, as root (a small disk is mounted): about half an hour on 2 cores. CHAOS_KILLS and CHAOS_SEED change the number
@@ -7,6 +5,7 @@ of kills and the random moments. What is done between two runs is what a user wo
 Snakemake with `--unlock` first, as its message says.
 """
 
+import contextlib
 import csv
 import os
 import random
@@ -33,14 +32,18 @@ RUN = (
     'runtime={"checkpoint_steps": 1}',
     'training={"steps": 3}',
 )
-TIMED = ("training_seconds", "peak_memory_mb")
+TIMED = ("training_seconds", "peak_memory_mb", "run")
+COST = "cost_"  # how the summary's columns of what a row cost begin
 
 
 def tables(checkout: Checkout) -> dict[str, object]:
     """The CSV tables: the scores' bytes, the summary's lines without what a clock or the memory's use says."""
     folder = checkout.folder / "results" / "report"
     with (folder / "summary.csv").open() as file:
-        lines = [{k: v for k, v in line.items() if k not in TIMED} for line in csv.DictReader(file)]
+        lines = [
+            {k: v for k, v in line.items() if k not in TIMED and not k.startswith(COST)}
+            for line in csv.DictReader(file)
+        ]
     return {"scores": (folder / "scores.csv").read_bytes(), "summary": lines}
 
 
