@@ -133,9 +133,15 @@ def _one_at_a_time(vae: torch.nn.Module) -> Iterator[None]:
 
     Outside it doesn't, since such a VAE also encodes one by one. A VAE that has no such switch decodes whole batches.
     """
-    own = getattr(vae, "use_slicing", False)
-    vae.use_slicing = True
+    own, decode = getattr(vae, "use_slicing", False), vae.decode
+
+    def decode_alone(*inputs, **named) -> object:
+        torch.clear_autocast_cache()  # the network has answered: its half-precision copies would take memory beside the decoding
+        return decode(*inputs, **named)
+
+    vae.use_slicing, vae.decode = True, decode_alone
     try:
         yield
     finally:
         vae.use_slicing = own
+        del vae.decode
