@@ -4,6 +4,7 @@ The predictions are written out here a second time, by diffusers' own pieces. We
 rightly. It shows no erasure.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -304,6 +305,42 @@ def test_a_folder_without_the_third_text_encoder_is_loaded_without_it(folders):
     assert list(family_of(pipeline).encoders(pipeline)) == ["text_encoder", "text_encoder_2"]
     hidden = family_of(pipeline).encode_prompts(pipeline, ["a cat"]).hidden
     assert hidden.shape[1] == 77 + 256 and not hidden[:, 77:].any()
+
+
+def test_the_absent_encoders_tokens_are_computed_as_one_and_change_nothing(folders):
+    """Predictions and gradients are those of diffusers' own network, which computes all 256; in a copy of the network, too."""
+    pipeline = pipeline_of(folders, "sd3-without-t5")
+    plain = (
+        type(pipeline)
+        .from_pretrained(folders["sd3-without-t5"], text_encoder_3=None, tokenizer_3=None)
+        .transformer
+    )
+    with torch.no_grad():  # a fresh network's text hardly matters
+        for ours, theirs in zip(pipeline.transformer.parameters(), plain.parameters(), strict=True):
+            ours.copy_(
+                theirs.copy_(
+                    torch.randn(theirs.shape, generator=torch.Generator().manual_seed(theirs.numel())) * 0.1
+                )
+            )
+    family, seen = family_of(pipeline), []
+    with torch.no_grad():
+        conditioning = family.encode_prompts(pipeline, ["a cat", "an owl on a pink background"])
+    noisy = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    for network in (plain, pipeline.transformer, copy.deepcopy(pipeline.transformer)):
+        hook = network.transformer_blocks[0].register_forward_hook(
+            lambda block, inputs, named, output: seen.append(output[0].shape[1]), with_kwargs=True
+        )
+        prediction = family.predict(network, noisy, torch.tensor([100, 800]), conditioning)
+        hook.remove()
+        prediction.square().sum().backward()
+        found = [
+            prediction,
+            *(value.grad for value in family.trainable_parameters(network, "cross-attn").values()),
+        ]
+        if network is plain:
+            expected = found
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert seen == [77 + 256, 78, 78]
 
 
 def test_a_folder_of_sd3_whose_third_text_encoder_was_not_downloaded_is_loaded_without_it(folders, tmp_path):

@@ -57,6 +57,13 @@ class StableDiffusion3(FlowFamily):
         half = {THIRD[0]: torch.bfloat16} if device.type == "cuda" else {}
         return {**half, "default": torch.float32}
 
+    def prepare(self, pipeline: StableDiffusion3Pipeline) -> None:
+        # On a GPU attention is quickest without weights, and pictures have many more tokens than T5.
+        if pipeline.text_encoder_3 is None and pipeline.device.type == "cpu":
+            from concept_ablation.diffusion.absent_text import fold_absent
+
+            fold_absent(pipeline.transformer)
+
     def encode_prompts(self, pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]) -> Conditioning:
         # The same prompt for all encoders, one image each, and no encoding of the empty prompt for guidance.
         hidden, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, None, pipeline.device, 1, False)
