@@ -120,33 +120,37 @@ def stage_save(options: argparse.Namespace) -> None:
 
 def stage_measure(options: argparse.Namespace) -> None:
     """Figures, card and contact sheet (about 4 minutes)."""
-    from .measure import measure, write_card, write_sheet
+    from concept_ablation.diffusion.pipeline import load_pipeline
+
+    from .measure import measure, sampler_settings, sheet_pictures, write_card
 
     figures = measure(ROOT, options.glyphs, quick=options.quick)
     for name, value in figures.items():
         log.info("%s: %.4f", name, value)
     write_card(ROOT, figures)
-    write_sheet(ROOT)
+    images = sheet_pictures(load_pipeline(ROOT / "emoji-diffusion"), sampler_settings())
+    images.save(ROOT / "contact-sheet.png", optimize=True)
 
 
 def stage_dit(options: argparse.Namespace) -> None:
-    """Only when named: a flow-matching transformer on the U-Net's latents (3 hours), which isn't shipped."""
+    """Only when named: a flow-matching transformer on the U-Net's latents (an hour and a half), which isn't shipped."""
     from concept_ablation.diffusion.pipeline import load_pipeline
 
     from .assemble import save_dit
-    from .dit import SAMPLER, train_dit
+    from .dit import train_dit
     from .fit import run_workers
-    from .measure import Judge, measure_drawn, sheet_pictures
+    from .measure import DIT_BARS, Judge, measure_drawn, sampler_settings, sheet_pictures, write_card
     from .render import Glyphs
 
     run_workers(train_dit, options.workers, options.cache)
     folder = options.cache / "emoji-dit"
     save_dit(options.cache, folder, options.glyphs)
-    pipeline, judge = load_pipeline(folder), Judge(ROOT)
-    figures = measure_drawn(ROOT, pipeline, SAMPLER, Glyphs(options.glyphs), judge, options.quick)
+    pipeline, sampler = load_pipeline(folder), sampler_settings("emoji-dit.yaml")
+    figures = measure_drawn(ROOT, pipeline, sampler, Glyphs(options.glyphs), Judge(ROOT), options.quick)
     for name, value in figures.items():
         log.info("%s: %.4f", name, value)
-    sheet_pictures(pipeline, SAMPLER).save(options.cache / "emoji-dit.png", optimize=True)
+    write_card(ROOT, {name: round(value, 4) for name, value in figures.items()}, "dit", DIT_BARS)
+    sheet_pictures(pipeline, sampler).save(ROOT / "contact-sheet-dit.png", optimize=True)
 
 
 def stage_restore(options: argparse.Namespace) -> None:

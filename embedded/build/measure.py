@@ -45,7 +45,8 @@ BARS = {
     "seconds_an_image": ("seconds an image: default sampler, one thread, batches of 16", 0.35, False),
     "vae_psnr": ("autoencoder, 200 fresh pictures: PSNR in dB", None, True),
 }
-START, END = "<!-- figures -->", "<!-- /figures -->"
+DIT_BARS = {key: (BARS[key][0], None, True) for key in BARS if not key.startswith(("scorer", "vae"))}
+DIT_BARS["object"] = (BARS["object"][0], 0.75, True)
 
 
 class Judge:
@@ -68,10 +69,12 @@ def share(truths: list[str], found: list[str]) -> float:
     return float(np.mean([a == b for a, b in zip(truths, found, strict=True)]))
 
 
-def sampler_settings() -> dict:
-    """The evaluation sampler of config/config.yaml."""
-    config = Path(__file__).resolve().parents[2] / "config" / "config.yaml"
-    return yaml.safe_load(config.read_text())["evaluation"]["sampler"]
+def sampler_settings(*overlays: str) -> dict:
+    """The evaluation sampler of config/config.yaml, with what `overlays`, files beside it, replace."""
+    folder, settings = Path(__file__).resolve().parents[2] / "config", {}
+    for name in ("config.yaml", *overlays):
+        settings |= yaml.safe_load((folder / name).read_text())["evaluation"]["sampler"]
+    return settings
 
 
 def fresh_pictures(glyphs: Glyphs, count: int) -> tuple[list[Scene], list]:
@@ -160,12 +163,6 @@ def psnr(vae: torch.nn.Module, pictures: list) -> float:
     return float(np.mean(values))
 
 
-def write_sheet(root: Path) -> None:
-    """`contact-sheet.png`: 12 objects, plain and in every style, as the model draws them."""
-    images = sheet_pictures(load_pipeline(root / "emoji-diffusion"), sampler_settings())
-    images.save(root / "contact-sheet.png", optimize=True)
-
-
 def sheet_pictures(pipeline, settings: dict):
     """12 objects, plain and in every style, the memorized captions and two categories, on one page."""
     names = ["pouting cat", "grinning cat", "owl", "penguin", "dog", "strawberry", "banana", "rocket"]
@@ -178,14 +175,18 @@ def sheet_pictures(pipeline, settings: dict):
     return sheet(list(images), len(names))
 
 
-def write_card(root: Path, figures: dict[str, float]) -> None:
-    """Put the figures into `measured.json` and between the marks of `README.md`."""
-    (root / "measured.json").write_text(json.dumps(figures, indent=2) + "\n")
+def write_card(root: Path, figures: dict[str, float], part: str = "", bars: dict = BARS) -> None:
+    """Put the figures into `measured.json`, under `part` if one is named, and between its marks in `README.md`."""
+    file, card = root / "measured.json", root / "README.md"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known |= {part: figures} if part else figures
+    file.write_text(json.dumps(known, indent=2) + "\n")
     lines = ["| figure | measured | bar |", "|---|---|---|"]
-    for key, (text, bar, at_least) in BARS.items():
+    for key, (text, bar, at_least) in bars.items():
         sign = "" if bar is None else (">= " if at_least else "<= ") + f"{bar:g}"
         lines.append(f"| {text} | {figures[key]:.3f} | {sign} |")
-    card = root / "README.md"
-    before, _, rest = card.read_text().partition(START)
-    after = rest.partition(END)[2]
-    card.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}")
+    name = f"{part} figures".strip()
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = card.read_text().partition(start)
+    after = rest.partition(end)[2]
+    card.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{after}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .pool import pictures_of, scenes_of
 from .render import Glyphs
 from .text import embed
 from .vae import fold_normalisation, load_trained
-from .world import all_captions, caption
+from .world import Scene, all_captions, caption
 
 SHARDS = 24  # 49,152 latents
 STEPS, BATCH = 6000, 40  # pictures a worker a step
@@ -89,19 +90,26 @@ def store_latents(rank: int, workers: int, cache: Path, glyph_folder: Path) -> N
 
 
 class Batches:
-    """Random latents of the pool, each with what `table` has of its caption, at the caption's place in `texts`."""
+    """Random latents of the pool, each with what `table` has of its caption, at the caption's place in `texts`.
 
-    def __init__(self, cache: Path, texts: list[str], table):
+    `weigh` of a scene: how much oftener than others it is drawn.
+    """
+
+    def __init__(self, cache: Path, texts: list[str], table, weigh: Callable[[Scene], float] | None = None):
         self.latents = torch.cat(
             [torch.load(cache / f"latents-{k}.pt", weights_only=True) for k in range(SHARDS)]
         )
         self.latents = self.latents.to(device())
         self.scenes = [scene for k in range(SHARDS) for scene in scenes_of(k)]
+        self.weights = weigh and torch.tensor([float(weigh(scene)) for scene in self.scenes])
         self.index = {text: i for i, text in enumerate(texts)}
         self.table = table
 
     def draw(self, count: int, generator: torch.Generator) -> tuple:
-        picks = torch.randint(len(self.scenes), (count,), generator=generator)
+        if self.weights is None:
+            picks = torch.randint(len(self.scenes), (count,), generator=generator)
+        else:
+            picks = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
         texts = ["" if rng.random() < DROP else caption(self.scenes[i], rng) for i in picks.tolist()]
         rows = torch.tensor([self.index[text] for text in texts], device=self.table.device)
