@@ -18,6 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from concept_ablation.common.hardware import autocast
+from concept_ablation.diffusion.absent_text import WeighedJointAttention
 from concept_ablation.diffusion.flow_matching import FlowSchedule
 
 from .fit import device, fit, trained
@@ -62,34 +63,6 @@ def new_projecting_encoder(cache: Path) -> CLIPTextModelWithProjection:
     return encoder.eval()
 
 
-class PlainJointAttention:
-    """diffusers' joint attention as products and a softmax, which is a fifth quicker on a CPU for so few tokens.
-
-    The text's last token stands for the `ABSENT` tokens of T5. These are equal, have no places and so stay equal from layer to layer:
-    one of them with as much weight as all gives the same answers.
-    """
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        def heads(states: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
-            states = states.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            return states if norm is None else norm(states)
-
-        pixels, text = hidden_states, encoder_hidden_states
-        query = torch.cat(
-            [heads(attn.to_q(pixels), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], 2
-        )
-        key = torch.cat(
-            [heads(attn.to_k(pixels), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)], 2
-        )
-        value = torch.cat([heads(attn.to_v(pixels)), heads(attn.add_v_proj(text))], 2)
-        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        counts = torch.ones(key.shape[2], device=key.device)
-        counts[-1] = ABSENT
-        weights = (logits + counts.log()).softmax(-1).to(value.dtype)
-        pixels, text = (weights @ value).transpose(1, 2).flatten(2).split([pixels.shape[1], text.shape[1]], 1)
-        return attn.to_out[0](pixels), text if attn.context_pre_only else attn.to_add_out(text)
-
-
 class Texts:
     """What Stable Diffusion 3's pipeline tells its network of captions, by their place in `texts`."""
 
@@ -107,7 +80,7 @@ class Texts:
         self.device = self.hidden.device
 
     def __getitem__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(n, TOKENS + 1, 384) of both encoders and one token for all of the absent T5's; (n, 384) pooled; (n,) `rows`."""
+        """(n, TOKENS + 1, 384) of both encoders and one token for all of the absent T5's (`WeighedJointAttention`); (n, 384) pooled; (n,) `rows`."""
         both = self.hidden[rows].float().repeat(1, 1, 2)
         return torch.cat([both, torch.zeros_like(both[:, :1])], dim=1), self.pooled[rows].repeat(1, 2), rows
 
@@ -152,7 +125,7 @@ def train_dit(rank: int, workers: int, cache: Path, steps: int = STEPS) -> None:
     texts = all_captions()
     batches = Batches(cache, texts, Texts(cache, texts), weigh)
     dit = new_dit().to(device())
-    dit.set_attn_processor(PlainJointAttention())
+    dit.set_attn_processor(WeighedJointAttention(ABSENT))
     schedule, teacher = FlowSchedule(NOISE), Teacher(cache, texts)
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
