@@ -32,6 +32,7 @@ STEPS, BATCH = 5000, 32  # pictures a worker a step
 TOKENS = 24  # of a prompt; the world's captions have at most 13
 ABSENT = 256  # tokens that the pipeline has for the T5 that isn't there: zeros
 WIDTH, LAYERS, HEADS = 256, 6, 4
+DRAWING_STEPS = 28  # Stable Diffusion 3's own count, for the figures; config/emoji-dit.yaml draws with fewer
 NOISE = {"num_train_timesteps": 1000, "shift": 1.0}
 
 
