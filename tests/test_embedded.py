@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from concept_ablation.diffusion.absent_text import WeighedJointAttention
 from concept_ablation.diffusion.pipeline import load_pipeline
 from concept_ablation.diffusion.sampler import sample_images
 from concept_ablation.evaluation.clip import ClipScorer
 from concept_ablation.evaluation.copies import CopyDescriptor
 from concept_ablation.prompts.templates import expand, read_templates
+from embedded.build.dit import ABSENT, TOKENS, new_dit
 from embedded.build.groupnorm import use_fast_group_norm
 from embedded.build.vae import fold_normalisation, new_vae
 from embedded.build.world import (
@@ -147,6 +149,21 @@ def test_fast_group_norm_is_group_norm():
         assert "forward" in vars(norm)
     for ours, theirs in zip(run(), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_one_absent_token_tells_the_transformer_what_the_pipelines_256_do():
+    """In training it is told of one, in the pipeline of all; its queries and keys are normalised, as Stable Diffusion 3.5's are."""
+    torch.manual_seed(0)
+    network = new_dit().eval()
+    for value in network.parameters():
+        nn.init.normal_(value, std=0.1)
+    text, *told = torch.randn(2, TOKENS, 384), torch.randn(2, 384), torch.tensor([10.0, 900.0])
+    latents, absent = torch.randn(2, 4, 16, 16), torch.zeros(2, ABSENT, 384)
+    theirs = network(latents, torch.cat([text, absent], dim=1), *told).sample
+    network.set_attn_processor(WeighedJointAttention(ABSENT))
+    ours = network(latents, torch.cat([text, absent[:, :1]], dim=1), *told).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 @torch.no_grad()
