@@ -54,6 +54,7 @@ def fit(
     *,
     steps: int,
     learning_rate: float,
+    restart: tuple[int, float] | None = None,
     cache: Path,
     rank: int = 0,
     workers: int = 1,
@@ -66,6 +67,7 @@ def fit(
 ) -> nn.Module:
     """Train `model` for `steps` of AdamW; returns its EMA in eval mode.
 
+    The learning rate falls along half a cosine; with `restart` of (step, rate) it does so up to that step, then again from that rate.
     `loss_of(step, generator)` returns the step's scalar loss. The checkpoint `cache/NAME.pt` is written every
     `save_every` steps and continued from when it is there.
     """
@@ -89,11 +91,8 @@ def fit(
     model.train()
     for step in range(first, steps):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + rank)
-        rate = (
-            learning_rate
-            * min(1, (step + 1 - warm) / warmup)
-            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
+        start, end, peak = _cycle(step, steps, learning_rate, restart)
+        rate = peak * min(1, (step + 1 - max(start, warm)) / warmup) * _cosine((step - start) / (end - start))
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = loss_of(step, generator)
@@ -119,6 +118,20 @@ def fit(
         if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == steps):
             _save(checkpoint, model, ema, optimizer, step + 1)
     return ema
+
+
+def _cycle(
+    step: int, steps: int, learning_rate: float, restart: tuple[int, float] | None
+) -> tuple[int, int, float]:
+    """First step, last step and highest learning rate of the cosine that `step` lies in."""
+    if restart is None:
+        return 0, steps, learning_rate
+    at, again = restart
+    return (0, at, learning_rate) if step < at else (at, steps, again)
+
+
+def _cosine(done: float) -> float:
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def trained(cache: Path, name: str, model: nn.Module) -> nn.Module:
