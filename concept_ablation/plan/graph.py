@@ -47,9 +47,11 @@ def make_key(label: str, spec: Mapping) -> str:
 
 def _parts(value: object) -> Collection:
     """The values of an entry of a spec: those of a group or a list, or the only one."""
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, dict):
         return value.values()
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else (value,)
 
 
 class Plan:

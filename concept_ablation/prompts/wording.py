@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 
 ARTICLE = r"(?P<article>\b[Aa]n?\s+)?"
 
@@ -30,21 +31,43 @@ def replace_word(prompt: str, word: str, other: str) -> str:
 
     A capital first letter, all capitals and a plural carry over. `fisherman` doesn't contain the word `fish`.
     """
-    forms = {plural(word).lower(): plural(other), word.lower(): other}
+    *found, rest = _split(prompt, word)
+    made = []
+    for before, article, case, is_plural in found:
+        new = case(plural(other) if is_plural else other)
+        made += [before, with_article(article, new) if article else "", new]
+    return "".join(made) + rest
 
-    def put(match: re.Match) -> str:
-        found, new = match["word"], forms[match["word"].lower()]
-        if found.isupper() and len(found) > 1:
-            new = new.upper()
-        elif found[0].isupper():
-            new = new[0].upper() + new[1:]
-        return (with_article(match["article"], new) if match["article"] else "") + new
 
-    return _word_pattern(word).sub(put, prompt)
+@functools.lru_cache(maxsize=65536)
+def _split(prompt: str, word: str) -> tuple:
+    """For each `word` in `prompt`: the text before it, its article, what gives another word its case, whether it is a plural; at last the rest.
+
+    Rows that share an anchor put their own words in the same prompts.
+    """
+    parts, done = [], 0
+    for match in _word_pattern(word).finditer(prompt):
+        found = match["word"]
+        is_plural = found.lower() != word.lower()
+        parts.append((prompt[done : match.start()], match["article"], _case_of(found), is_plural))
+        done = match.end()
+    return (*parts, prompt[done:])
+
+
+def _case_of(word: str) -> Callable[[str], str]:
+    """Gives another word the case of `word`: all capitals, a capital first letter, or as it is."""
+    if word.isupper() and len(word) > 1:
+        return str.upper
+    return (lambda other: other[0].upper() + other[1:]) if word[0].isupper() else str
 
 
 def has_word(prompt: str, word: str) -> bool:
     """Whether `prompt` contains `word` or its plural as a whole word, in any case."""
+    return _contains(prompt, word)
+
+
+@functools.lru_cache(maxsize=65536)
+def _contains(prompt: str, word: str) -> bool:
     return _either_form(word).search(prompt) is not None
 
 
