@@ -11,15 +11,15 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from concept_ablation.evaluation.copies import CopyNet
 
-from . import copies, scorer, text, unet, vae
+from . import copies, dit, scorer, text, unet, vae
 
-START = {"vae": 0.62, "unet": 0.75, "scorer": 0.6, "copies": 0.5}  # share of the schedule that counts as done
+START = {"vae": 0.62, "unet": 0.75, "scorer": 0.6, "copies": 0.5, "dit": 0.6}  # share of the schedule that counts as done
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -40,6 +40,7 @@ def restore(root: Path, cache: Path) -> None:
         "unet": (UNet2DConditionModel.from_pretrained(folder / "unet"), unet.STEPS),
         "scorer": (judge, scorer.STEPS),
         "copies": (CopyNet.load(root / "emoji-copy"), copies.STEPS),
+        "dit": (SD3Transformer2DModel.from_pretrained(root / "emoji-dit" / "transformer"), dit.STEPS),
     }
     for name, (model, steps) in parts.items():
         state = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}

@@ -1,4 +1,5 @@
 # What all rules share: the checked config and table, the plan made of them, and the messages before and after a run.
+import atexit
 import gc
 import sys
 from pathlib import Path
@@ -123,8 +124,9 @@ def print_failures(plan, scheduler):
     logger.error(f"\n{said}{end} is finished is kept: run the same command again for the rest.")
 
 
-# Collect garbage seldom: searching a graph of many jobs again and again takes a sixth of the planning time and finds nothing.
+# Collect garbage seldom, and not at the end: searching a graph of many jobs takes a sixth of the planning time each and finds nothing.
 gc.set_threshold(10_000_000, 50, 100)
+atexit.register(gc.freeze)
 check_once_a_rule()
 plan = read_plan(config, workflow.configfiles)
 # Here and not in `onstart`, so that a dry run says it, too, and a run with nothing to do.
