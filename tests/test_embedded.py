@@ -32,6 +32,11 @@ from embedded.build.world import (
 ROOT = Path(__file__).resolve().parents[1] / "embedded"
 SAMPLER = {"scheduler": "dpmsolver++", "steps": 20, "guidance_scale": 3.0, "eta": 0.0, "precision": "auto"}
 SAMPLER |= {"height": None, "width": None}
+FLOW = SAMPLER | {
+    "scheduler": "flow-euler",
+    "steps": 12,
+    "guidance_scale": 4.5,
+}  # as config/emoji-dit.yaml draws
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +45,17 @@ def pipeline():
 
 
 @pytest.fixture(scope="module")
+def transformer():
+    return load_pipeline(ROOT / "emoji-dit")
+
+
+@pytest.fixture(scope="module")
 def scorer():
     return ClipScorer(ROOT / "emoji-clip")
 
 
-def draw(pipeline, prompts):
-    return list(sample_images(pipeline, prompts, list(range(len(prompts))), sampler=SAMPLER, batch_size=16))
+def draw(pipeline, prompts, sampler=SAMPLER):
+    return list(sample_images(pipeline, prompts, list(range(len(prompts))), sampler=sampler, batch_size=16))
 
 
 def nearest(scorer, images, texts):
@@ -55,7 +65,7 @@ def nearest(scorer, images, texts):
 
 def test_weights_are_small_enough_for_git():
     folders = list(ROOT.glob("emoji-*"))
-    assert len(folders) >= 3
+    assert len(folders) >= 4
     for folder in folders:
         assert 0 < sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 45e6
 
@@ -66,6 +76,15 @@ def test_plain_diffusers_loads_and_draws():
     plain = StableDiffusionPipeline.from_pretrained(ROOT / "emoji-diffusion")
     plain.set_progress_bar_config(disable=True)
     assert plain.vae_scale_factor == 8
+    image = plain("an owl", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (128, 128)
+
+
+def test_plain_diffusers_loads_the_transformer_and_draws():
+    from diffusers import StableDiffusion3Pipeline
+
+    plain = StableDiffusion3Pipeline.from_pretrained(ROOT / "emoji-dit")
+    plain.set_progress_bar_config(disable=True)
     image = plain("an owl", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (128, 128)
 
@@ -88,6 +107,18 @@ def test_objects_and_styles_are_drawn_as_asked(pipeline, scorer):
     drawn = draw(pipeline, [f"a castle in the style of {style}" for style in styles])
     texts = ["a picture", *(f"a picture in the style of {style}" for style in STYLES)]
     found = nearest(scorer, drawn, texts)
+    assert np.mean([text.endswith(style) for style, text in zip(styles, found, strict=True)]) >= 0.75
+
+
+def test_the_transformer_draws_objects_and_styles_as_asked(transformer, scorer):
+    names = ["rocket", "strawberry", "castle", "penguin"] * 2
+    drawn = draw(transformer, [f"a {name}" for name in names], FLOW)
+    texts = ["a rocket", "a strawberry", "a castle", "a penguin", "an owl", "a guitar"]
+    known = nearest(scorer, drawn, texts)
+    assert np.mean([f"a {name}" == found for name, found in zip(names, known, strict=True)]) >= 0.75
+    styles = ["ink", "neon", "pencil", "blueprint"] * 2
+    drawn = draw(transformer, [f"a castle in the style of {style}" for style in styles], FLOW)
+    found = nearest(scorer, drawn, ["a picture", *(f"a picture in the style of {style}" for style in STYLES)])
     assert np.mean([text.endswith(style) for style, text in zip(styles, found, strict=True)]) >= 0.75
 
 

@@ -137,7 +137,7 @@ def stage_dit(options: argparse.Namespace) -> None:
     from concept_ablation.diffusion.pipeline import load_pipeline
 
     from .assemble import save_dit
-    from .dit import DRAWING_STEPS, train_dit
+    from .dit import train_dit
     from .fit import run_workers
     from .measure import DIT_BARS, Judge, measure_drawn, sampler_settings, sheet_pictures, write_card
     from .render import Glyphs
@@ -145,7 +145,7 @@ def stage_dit(options: argparse.Namespace) -> None:
     run_workers(train_dit, options.workers, options.cache)
     save_dit(options.cache, ROOT / "emoji-dit", options.glyphs)
     pipeline = load_pipeline(ROOT / "emoji-dit")
-    sampler = sampler_settings("emoji-dit.yaml") | {"steps": DRAWING_STEPS}
+    sampler = sampler_settings("emoji-dit.yaml")
     figures = measure_drawn(ROOT, pipeline, sampler, Glyphs(options.glyphs), Judge(ROOT), options.quick)
     for name, value in figures.items():
         log.info("%s: %.4f", name, value)

@@ -33,7 +33,6 @@ LEARNING_RATE, RESTART = 1.5e-3, (5000, 7.5e-4)  # `fit`'s: after 5,000 steps th
 TOKENS = 24  # of a prompt; the world's captions have at most 13
 ABSENT = 256  # tokens that the pipeline has for the T5 that isn't there: zeros
 WIDTH, LAYERS, HEADS = 256, 6, 4
-DRAWING_STEPS = 28  # Stable Diffusion 3's own count, for the figures; config/emoji-dit.yaml draws with fewer
 NOISE = {"num_train_timesteps": 1000, "shift": 1.0}
 
 
