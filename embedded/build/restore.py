@@ -19,7 +19,8 @@ from concept_ablation.evaluation.copies import CopyNet
 
 from . import copies, dit, scorer, text, unet, vae
 
-START = {"vae": 0.62, "unet": 0.75, "scorer": 0.6, "copies": 0.5, "dit": 0.6}  # share of the schedule that counts as done
+# The share of the schedule that counts as done.
+START = {"vae": 0.62, "unet": 0.75, "scorer": 0.6, "copies": 0.5, "dit": 0.6}
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
