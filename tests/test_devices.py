@@ -166,6 +166,7 @@ def test_a_job_claims_if_it_asks_for_a_gpu_and_may_use_cuda(resources, claims, m
     monkeypatch.setattr("concept_ablation.jobs.job.claim_device", asked.append)
     monkeypatch.setattr("concept_ablation.common.logs.setup_logging", lambda path, results: None)
     monkeypatch.setattr("concept_ablation.common.logs.tell_end", lambda path: None)
+    monkeypatch.setattr("concept_ablation.common.logs.raise_signals", lambda: None)
     config = {"results": str(tmp_path), "runtime": {"gpu_jobs_per_device": 3}}
     start_job(SimpleNamespace(log=[str(tmp_path / "x.log")], resources=Resources(**resources), config=config))
     assert asked == ([3] if claims else [])

@@ -49,6 +49,23 @@ def test_a_signal_ends_a_job_with_its_name_in_the_log_and_nothing_half_written(t
     assert [path.name for path in tmp_path.iterdir()] == ["x.log"]
 
 
+EARLY = """
+import os, signal, sys
+from concept_ablation.common import logs
+from concept_ablation.jobs.job import _prepare
+
+logs._where = lambda: os.kill(os.getpid(), signal.SIGTERM)
+_prepare({"log": sys.argv[1], "results": "results", "gpu_jobs": None})
+"""
+
+
+def test_a_signal_that_comes_with_the_logs_first_line_is_told_too(tmp_path):
+    log = tmp_path / "x.log"
+    done = subprocess.run([sys.executable, "-c", EARLY, log], check=False, stderr=subprocess.DEVNULL)
+    assert done.returncode != 0
+    assert read_end(log, stopped=True)[0] == "was ended by SIGTERM"
+
+
 def test_a_job_whose_log_just_ends_was_killed_or_ended_with_its_run(tmp_path):
     log = tmp_path / "x.log"
     assert run(WAIT, log, signal.SIGKILL) == -signal.SIGKILL

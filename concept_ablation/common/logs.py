@@ -68,11 +68,16 @@ def tell_end(log_path: str | Path) -> None:
     error"); after SIGINT, SIGTERM and SIGHUP with `ENDED` and the signal; else with `DONE`. Call it in the script's
     main thread, after `setup_logging`.
     """
+    raise_signals()
+    faulthandler.enable(open(log_path, "a", encoding="utf-8"))  # noqa: SIM115, open until the process ends
+    atexit.register(_log_done)
+
+
+def raise_signals() -> None:
+    """From now on SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does. To be called again does nothing."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup SIGHUP stays ignored
             signal.signal(number, _interrupt)
-    faulthandler.enable(open(log_path, "a", encoding="utf-8"))  # noqa: SIM115, open until the process ends
-    atexit.register(_log_done)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -42,10 +42,11 @@ def _setting_of(snakemake) -> dict[str, object]:
 
 def _prepare(job: Mapping) -> None:
     """Before torch computes: keep oneDNN from unusable AMX, start the log, lock a GPU if the job may use one."""
-    from concept_ablation.common.logs import setup_logging, tell_end
+    from concept_ablation.common.logs import raise_signals, setup_logging, tell_end
 
     begin()
     avoid_hidden_tiles()
+    raise_signals()  # before the log's first line, or a signal right after it would leave a log that just ends
     setup_logging(job["log"], results=job["results"])
     tell_end(job["log"])
     if job["gpu_jobs"]:
