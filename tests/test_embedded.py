@@ -16,6 +16,7 @@ from concept_ablation.evaluation.copies import CopyDescriptor
 from concept_ablation.prompts.templates import expand, read_templates
 from embedded.build.dit import ABSENT, TOKENS, new_dit
 from embedded.build.groupnorm import use_fast_group_norm
+from embedded.build.measure import sampler_settings
 from embedded.build.vae import fold_normalisation, new_vae
 from embedded.build.world import (
     BACKGROUNDS,
@@ -32,11 +33,7 @@ from embedded.build.world import (
 ROOT = Path(__file__).resolve().parents[1] / "embedded"
 SAMPLER = {"scheduler": "dpmsolver++", "steps": 20, "guidance_scale": 3.0, "eta": 0.0, "precision": "auto"}
 SAMPLER |= {"height": None, "width": None}
-FLOW = SAMPLER | {
-    "scheduler": "flow-euler",
-    "steps": 12,
-    "guidance_scale": 4.5,
-}  # as config/emoji-dit.yaml draws
+FLOW = sampler_settings("emoji-dit.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from snakemake.iocontainers import Params, Wildcards
 from snakemake.jobs import Job
 from snakemake.sourcecache import SourceCache
 
-from concept_ablation.jobs.once_a_rule import check_once_a_rule
+from concept_ablation.jobs.once_a_rule import do_once_a_rule
 
 
 class Counting(SourceCache):
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch) -> Counting:
     monkeypatch.setattr(Job, "conda_env_spec", Job.conda_env_spec)
     for module in (snakemake.common, snakemake.rules):
         monkeypatch.setattr(module, "get_function_params", module.get_function_params)
-    check_once_a_rule()
+    do_once_a_rule.__wrapped__()  # as in a new process
     return Counting(tmp_path / "cache")
 
 
@@ -94,6 +94,17 @@ def test_a_signature_is_looked_up_once(cache, monkeypatch):
         }
         assert list(snakemake.rules.get_function_params(upstream)) == ["wildcards", "attempt"]
     assert asked == [upstream]
+
+
+def test_a_callable_that_cant_be_hashed_is_looked_up_each_time(cache):
+    class Chosen:
+        __hash__ = None
+
+        def __call__(self, wildcards, attempt):
+            return attempt
+
+    for _ in range(2):
+        assert list(snakemake.rules.get_function_params(Chosen())) == ["wildcards", "attempt"]
 
 
 def test_an_environment_of_one_file_takes_no_parameters(cache):

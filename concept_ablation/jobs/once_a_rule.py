@@ -14,7 +14,8 @@ from snakemake.dag import ScriptProcessor
 from snakemake.jobs import Job
 
 
-def check_once_a_rule() -> None:
+@functools.cache  # a second Snakefile of the same process finds it done
+def do_once_a_rule() -> None:
     """From now on scripts are read, signatures looked up and conda environments expanded for a rule's first job alone."""
     ScriptProcessor.process_job = _checked_once(ScriptProcessor.process_job)
     looked_up = _looked_up_once(snakemake.common.get_function_params)
@@ -24,11 +25,8 @@ def check_once_a_rule() -> None:
 
 def _checked_once(check):
     """Snakemake makes sure that each job's script is there, and reads it anew for every job."""
-    if hasattr(check, "__wrapped__"):
-        return check
     checked = set()
 
-    @functools.wraps(check)
     def process_job(processor: ScriptProcessor, job) -> None:
         script = str(getattr(job.rule, processor.script_type))
         place = (processor.script_type, script, str(job.rule.basedir))
@@ -43,17 +41,22 @@ def _checked_once(check):
 
 def _looked_up_once(parameters_of):
     """Snakemake asks twice for the parameters of each input function, `params` function and resource whenever it calls one."""
-    return (
-        parameters_of if hasattr(parameters_of, "__wrapped__") else functools.lru_cache(1024)(parameters_of)
-    )
+    known = functools.lru_cache(1024)(parameters_of)
+
+    def get_function_params(func):
+        try:
+            return known(func)
+        except (
+            TypeError
+        ):  # a callable object that can't be hashed, in a workflow that uses this one as a module
+            return parameters_of(func)
+
+    return get_function_params
 
 
 def _without_parameters(spec: property) -> property:
     """Snakemake fills in a job's parameters to tell its conda environment, also where the rule names one file for all jobs."""
-    if hasattr(spec.fget, "__wrapped__"):
-        return spec
 
-    @functools.wraps(spec.fget)
     def conda_env_spec(job: Job):
         if callable(job.rule.conda_env):
             return spec.fget(job)

@@ -61,13 +61,9 @@ def _case_of(word: str) -> Callable[[str], str]:
     return (lambda other: other[0].upper() + other[1:]) if word[0].isupper() else str
 
 
+@functools.lru_cache(maxsize=65536)
 def has_word(prompt: str, word: str) -> bool:
     """Whether `prompt` contains `word` or its plural as a whole word, in any case."""
-    return _contains(prompt, word)
-
-
-@functools.lru_cache(maxsize=65536)
-def _contains(prompt: str, word: str) -> bool:
     return _either_form(word).search(prompt) is not None
 
 

@@ -10,7 +10,7 @@ from concept_ablation.common.errors import UserError
 from concept_ablation.common.run_id import start_run
 from concept_ablation.common.settings import merge
 from concept_ablation.jobs import warm
-from concept_ablation.jobs.once_a_rule import check_once_a_rule
+from concept_ablation.jobs.once_a_rule import do_once_a_rule
 from concept_ablation.plan.checks import check_report, check_rows
 from concept_ablation.plan.schema import read_config
 from concept_ablation.plan.snapshot import delete_snapshot, load_snapshot, save_snapshot
@@ -127,7 +127,7 @@ def print_failures(plan, scheduler):
 # Collect garbage seldom, and not at the end: searching a graph of many jobs takes a sixth of the planning time each and finds nothing.
 gc.set_threshold(10_000_000, 50, 100)
 atexit.register(gc.freeze)
-check_once_a_rule()
+do_once_a_rule()
 plan = read_plan(config, workflow.configfiles)
 # Here and not in `onstart`, so that a dry run says it, too, and a run with nothing to do.
 if workflow.is_main_process:
